@@ -1,0 +1,59 @@
+"""Where training starts.
+
+Each function returns an initialiser of the `jax.nn.initializers` form, ``init(key, shape, dtype) -> Array``, for an
+array whose leading axis stacks ``num_gates`` slabs of H rows, and treats every gate as a matrix of its own.
+"""
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.nn.initializers import Initializer
+from jax.typing import DTypeLike
+
+
+def per_gate(initializer: Initializer, num_gates: int = 4) -> Initializer:
+    """``initializer`` applied to each gate's ``(H, n)`` block of a ``(num_gates*H, n)`` array, with a key of its own.
+
+    Drawn in float32 or wider and rounded at the end: the factorisations behind some initialisers know no narrower
+    type.
+    """
+
+    def init(key: Array, shape: tuple[int, ...], dtype: DTypeLike = jnp.float32) -> Array:
+        rows, columns = shape
+        if rows % num_gates:
+            raise ValueError(f"the leading axis stacks {num_gates} gates, but {rows} is no multiple of {num_gates}")
+        draw_dtype = jnp.promote_types(dtype, jnp.float32)
+        blocks = [initializer(k, (rows // num_gates, columns), draw_dtype) for k in jax.random.split(key, num_gates)]
+        return jnp.concatenate(blocks).astype(dtype)
+
+    return init
+
+
+def glorot_uniform(num_gates: int = 4) -> Initializer:
+    """Input weights ``(num_gates*H, I)``: uniform in ±sqrt(6 / (I + H)) for each gate (Glorot & Bengio 2010)."""
+    return per_gate(jax.nn.initializers.glorot_uniform(in_axis=1, out_axis=0), num_gates)
+
+
+def orthogonal(num_gates: int = 4) -> Initializer:
+    """Recurrent weights ``(num_gates*H, P)``: each gate's matrix orthogonal (Saxe, McClelland & Ganguli 2014).
+
+    Where P differs from H, rows or columns are orthonormal, whichever are fewer.
+    """
+    return per_gate(jax.nn.initializers.orthogonal(), num_gates)
+
+
+def forget_bias(num_gates: int = 4, forget_gate: int | None = 1, value: float = 1.0) -> Initializer:
+    """Bias ``(num_gates*H,)``: zero, but ``value`` for the forget gate (Gers et al. 2000; Jozefowicz et al. 2015).
+
+    ``forget_gate`` counts slabs; None leaves every bias at zero. The key is not used.
+    """
+
+    def init(key: Array, shape: tuple[int, ...], dtype: DTypeLike = jnp.float32) -> Array:
+        del key
+        (rows,) = shape
+        if rows % num_gates:
+            raise ValueError(f"the bias stacks {num_gates} gates, but {rows} is no multiple of {num_gates}")
+        bias = jnp.zeros((num_gates, rows // num_gates), dtype)
+        return (bias if forget_gate is None else bias.at[forget_gate].set(value)).reshape(rows)
+
+    return init

@@ -1,0 +1,137 @@
+"""Wrong input is one clear error, raised while tracing: what was received, what was expected."""
+
+import operator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from jaxlstm.types import Params, State
+
+
+def positive_int(name: str, value: Any) -> int:
+    """``value`` as an int of at least 1."""
+    if isinstance(value, bool):
+        raise TypeError(f"{name} must be an integer, got {value!r}")
+    try:
+        number = operator.index(value)
+    except TypeError:
+        raise TypeError(f"{name} must be an integer, got {value!r}") from None
+    if number < 1:
+        raise ValueError(f"{name} must be at least 1, got {number}")
+    return number
+
+
+def flag(name: str, value: Any) -> bool:
+    """``value``, which must be True or False."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be True or False, got {value!r}")
+    return value
+
+
+def rate(name: str, value: Any) -> float:
+    """``value`` as a float in [0, 1)."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError(f"{name} must be a number in [0, 1), got {value!r}")
+    if not 0.0 <= value < 1.0:
+        raise ValueError(f"{name} must lie in [0, 1), got {value}")
+    return float(value)
+
+
+def float_dtype(name: str, value: Any) -> jnp.dtype:
+    """``value`` as a floating-point dtype."""
+    try:
+        dtype = jnp.dtype(value)
+    except TypeError:
+        raise TypeError(f"{name} must be a floating-point dtype, got {value!r}") from None
+    if not jnp.issubdtype(dtype, jnp.floating):
+        raise TypeError(f"{name} must be a floating-point dtype, got {dtype.name}")
+    return dtype
+
+
+def choice(name: str, value: Any, names: Any) -> str:
+    """``value``, which must be one of ``names``."""
+    if not isinstance(value, str) or value not in names:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, names))}; got {value!r}")
+    return value
+
+
+def available(name: str, dtype: jnp.dtype) -> None:
+    """float64 must be switched on in JAX; otherwise it would turn into float32 unseen."""
+    if jax.dtypes.canonicalize_dtype(dtype) != dtype:
+        raise ValueError(f"{name} is {dtype.name}, which needs jax.config.update('jax_enable_x64', True)")
+
+
+def key(value: Any) -> None:
+    """A single PRNG key, typed or raw."""
+    dtype = getattr(value, "dtype", None)
+    typed = dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key)
+    raw = dtype == jnp.uint32 and value.ndim == 1
+    if not (raw or (typed and value.shape == ())):
+        raise TypeError(f"key must be one PRNG key such as jax.random.key(0), got {describe(value)}")
+
+
+def describe(value: Any) -> str:
+    """A value in an error message: dtype and shape of an array, the type of anything else."""
+    if hasattr(value, "shape") and hasattr(value, "dtype"):
+        return f"{value.dtype}{list(value.shape)}"
+    return f"{type(value).__name__} {value!r}" if isinstance(value, int | float | str) else type(value).__name__
+
+
+def array(name: str, value: Any, kind: Any, shape: tuple[int, ...] | None = None, why: str = "") -> Array:
+    """``value`` as an array of the given kind of dtype and, where given, shape; ``why`` ends the message."""
+    if not (hasattr(value, "shape") and hasattr(value, "dtype")):
+        if not isinstance(value, int | float | list):
+            raise TypeError(f"{name} must be an array, got {describe(value)}")
+        value = jnp.asarray(value)
+    if not jnp.issubdtype(value.dtype, kind):
+        expected = {jnp.floating: "floating-point", jnp.integer: "integer", jnp.bool_: "boolean"}[kind]
+        raise TypeError(f"{name} must be {expected}, got {describe(value)}{why}")
+    if shape is not None and value.shape != shape:
+        raise ValueError(f"{name} must have shape {list(shape)}, got {list(value.shape)}{why}")
+    return jnp.asarray(value)
+
+
+def inputs(name: str, xs: Any, input_size: int, leading: str) -> Array:
+    """Inputs whose last axis is the input size."""
+    xs = array(name, xs, jnp.floating, why="; token ids are embedded or one-hot encoded first")
+    smallest = 2 if leading.startswith("T") else 1
+    if xs.ndim < smallest or xs.shape[-1] != input_size:
+        raise ValueError(f"{name} must have shape ({leading}, {input_size}), got {list(xs.shape)}")
+    return xs
+
+
+def params(value: Any, expected: Params, widest: jnp.dtype) -> None:
+    """The parameters of this configuration: same tree, same shapes, no dtype wider than the sums'.
+
+    ``expected`` holds a `jax.ShapeDtypeStruct` for each array.
+    """
+    if not isinstance(value, Params):
+        raise TypeError(f"params must be a jaxlstm.Params as made by init, got {describe(value)}")
+    want = dict(jax.tree_util.tree_flatten_with_path(expected)[0])
+    have = dict(jax.tree_util.tree_flatten_with_path(value)[0])
+    for path in [*want, *(p for p in have if p not in want)]:
+        name = "params" + jax.tree_util.keystr(path)
+        if path not in have:
+            raise ValueError(f"{name} is missing; expected shape {list(want[path].shape)}")
+        if path not in want:
+            raise ValueError(f"{name} is not a parameter of this configuration, got {describe(have[path])}")
+        leaf = array(name, have[path], jnp.floating, want[path].shape)
+        if jnp.promote_types(leaf.dtype, widest) != widest:
+            raise TypeError(f"{name} is {leaf.dtype}, wider than the {widest} of this configuration; set param_dtype")
+
+
+def state(value: Any, expected: State) -> State:
+    """A state of this configuration and batch, cast to its dtype; ``expected`` holds `jax.ShapeDtypeStruct`."""
+    if not isinstance(value, State):
+        raise TypeError(f"state must be a jaxlstm.State(h, c), got {describe(value)}")
+    if (value.c is None) != (expected.c is None):
+        wanted = "None: this cell has no cell state" if expected.c is None else f"an array {list(expected.c.shape)}"
+        raise ValueError(f"state.c must be {wanted}; got {describe(value.c)}")
+    leaves = {
+        name: array(f"state.{name}", getattr(value, name), jnp.floating, want.shape).astype(want.dtype)
+        for name, want in expected._asdict().items()
+        if want is not None
+    }
+    return State(leaves["h"], leaves.get("c"))
