@@ -1,9 +1,9 @@
 """Train a character language model, an LSTM, on real text.
 
-    python train.py                                   the Python language reference, about three minutes on two cores
-    python train.py --data my.txt --max-seconds 600   a text of your own
-    python train.py --data tinyshakespeare --max-seconds 600
-    python train.py --sample runs/NAME --prompt "The " --length 500 --temperature 0.8
+python train.py                                   the Python language reference, about three minutes on two cores
+python train.py --data my.txt --max-seconds 600   a text of your own
+python train.py --data tinyshakespeare --max-seconds 600
+python train.py --sample runs/NAME --prompt "The " --length 500 --temperature 0.8
 """
 
 import dataclasses
@@ -226,7 +226,9 @@ def sample(options: Options, console: Console) -> None:
     path = options.sample / "config.json"
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
-        run = Options(**{name: config["options"][name] for name in ("embedding", "hidden", "layers", "dropout", "dtype")})
+        run = Options(
+            **{name: config["options"][name] for name in ("embedding", "hidden", "layers", "dropout", "dtype")}
+        )
         vocabulary = data.Vocabulary(config["vocabulary"])
     except OSError as error:
         raise ValueError(f"--sample {options.sample} is not the folder of a run: {path}: {error.strerror}") from None
@@ -248,7 +250,7 @@ def main() -> None:
         options = tyro.cli(Annotated[Options, tyro.conf.OmitArgPrefixes], description=__doc__)
         (train if options.sample is None else sample)(options, console)
     except (ValueError, OSError, FloatingPointError) as error:
-        raise SystemExit(f"train.py: {error}") from (error if __debug__ and False else None)
+        raise SystemExit(f"train.py: {error}") from None
 
 
 if __name__ == "__main__":

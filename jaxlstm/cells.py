@@ -11,6 +11,7 @@ One step of a recurrent layer is a dense part, the same for every cell, and a sm
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +21,7 @@ from jaxtyping import Float
 
 from jaxlstm.types import Weights
 
-Gates = Callable[[Array, Array | None], tuple[Array | None, Array]]
+Gates = Callable[[Array, Any], tuple[Any, Array]]
 
 
 @dataclass(frozen=True)
@@ -98,7 +99,7 @@ def product(w: Float[Array, "m n"], x: Float[Array, "*batch n"], dtype: DTypeLik
 def input_part(weights: Weights, x: Float[Array, "*batch I"], dtype: DTypeLike, sums: DTypeLike) -> Array:
     """``W_x x + b``, the share of ``z`` that does not wait for the step before: ``(*batch, G*H)`` in ``sums``."""
     z = product(weights.w_x, x, dtype, sums)
-    return z if weights.b is None else z + weights.b.astype(sums)
+    return z if weights.b is None else z + jnp.broadcast_to(weights.b.astype(sums), z.shape)
 
 
 def step(
@@ -111,6 +112,7 @@ def step(
 ) -> tuple[Array, Array | None]:
     """One step, from `input_part` and the state before to ``(h, c)`` after; products in ``dtype``."""
     z = z_x + product(weights.w_h, h, dtype, z_x.dtype)
-    z = jnp.moveaxis(z.reshape(*z.shape[:-1], cell.num_gates, -1), -2, 0)  # (G, *batch, H)
+    z = z.reshape(*z.shape[:-1], cell.num_gates, z.shape[-1] // cell.num_gates)
+    z = jnp.moveaxis(z, -2, 0)  # (G, *batch, H)
     c, m = cell.gates(z, c)
     return (m if weights.w_p is None else product(weights.w_p, m, dtype, z_x.dtype)), c

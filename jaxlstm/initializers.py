@@ -4,11 +4,16 @@ Each function returns an initialiser of the `jax.nn.initializers` form, ``init(k
 array whose leading axis stacks ``num_gates`` slabs of H rows, and treats every gate as a matrix of its own.
 """
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jax.nn.initializers import Initializer
 from jax.typing import DTypeLike
+
+from jaxlstm.types import sums_dtype
+
+Initializer = Callable[..., Array]  # (key, shape, dtype) -> array, as those of jax.nn.initializers
 
 
 def per_gate(initializer: Initializer, num_gates: int = 4) -> Initializer:
@@ -22,7 +27,7 @@ def per_gate(initializer: Initializer, num_gates: int = 4) -> Initializer:
         rows, columns = shape
         if rows % num_gates:
             raise ValueError(f"the leading axis stacks {num_gates} gates, but {rows} is no multiple of {num_gates}")
-        draw_dtype = jnp.promote_types(dtype, jnp.float32)
+        draw_dtype = sums_dtype(dtype)
         blocks = [initializer(k, (rows // num_gates, columns), draw_dtype) for k in jax.random.split(key, num_gates)]
         return jnp.concatenate(blocks).astype(dtype)
 

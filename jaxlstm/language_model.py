@@ -7,11 +7,12 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.typing import ArrayLike
 from jaxtyping import Bool, Float, Int
 
 from jaxlstm.dropout import dropout
 from jaxlstm.model import LSTM
-from jaxlstm.types import Params, State
+from jaxlstm.types import Params, State, sums_dtype
 
 
 class LanguageModelParams(NamedTuple):
@@ -38,12 +39,12 @@ class LanguageModel:
     dropout: float = 0.0
 
     def init(self, key: Array) -> LanguageModelParams:
-        """Embedding normal with deviation 0.1, softmax weights uniform in ±1/sqrt(P), its bias zero."""
+        """Embedding standard normal, softmax weights uniform in ±1/sqrt(P), its bias zero."""
         k_embedding, k_lstm, k_out = jax.random.split(key, 3)
         dtype, p = self.lstm.param_dtype, self.lstm.output_size
         bound = p**-0.5
         return LanguageModelParams(
-            embedding=0.1 * jax.random.normal(k_embedding, (self.vocabulary_size, self.lstm.input_size), dtype),
+            embedding=jax.random.normal(k_embedding, (self.vocabulary_size, self.lstm.input_size), dtype),
             lstm=self.lstm.init(k_lstm),
             w_out=jax.random.uniform(k_out, (self.vocabulary_size, p), dtype, -bound, bound),
             b_out=jnp.zeros(self.vocabulary_size, dtype),
@@ -52,35 +53,35 @@ class LanguageModel:
     def __call__(
         self,
         params: LanguageModelParams,
-        tokens: Int[Array, "T *batch"],
+        tokens: Int[ArrayLike, "T *batch"],
         state: State | None = None,
         *,
-        resets: Bool[Array, "T *batch"] | None = None,
+        resets: Bool[ArrayLike, "T *batch"] | None = None,
         key: Array | None = None,
     ) -> tuple[Float[Array, "T *batch V"], State]:
         """Logits of the token after each of ``tokens``, and the state after the last; dropout with a ``key``."""
         k_lstm, k_out = (None, None) if key is None else jax.random.split(key)
-        ys, state = self.lstm(params.lstm, params.embedding[tokens], state, resets=resets, key=k_lstm)
+        ys, state = self.lstm(params.lstm, params.embedding[jnp.asarray(tokens)], state, resets=resets, key=k_lstm)
         return self._logits(params, dropout(k_out, self.dropout, ys)), state
 
     def step(
-        self, params: LanguageModelParams, state: State, token: Int[Array, "*batch"]
+        self, params: LanguageModelParams, state: State, token: Int[ArrayLike, "*batch"]
     ) -> tuple[State, Float[Array, "*batch V"]]:
         """The state and the logits after one more token."""
-        state, y = self.lstm.step(params.lstm, state, params.embedding[token])
+        state, y = self.lstm.step(params.lstm, state, params.embedding[jnp.asarray(token)])
         return state, self._logits(params, y)
 
     def _logits(self, params: LanguageModelParams, ys: Array) -> Array:
-        sums = jnp.promote_types(params.w_out.dtype, jnp.float32)
+        sums = sums_dtype(params.w_out.dtype)
         logits = jnp.einsum("...p,vp->...v", ys, params.w_out.astype(ys.dtype), preferred_element_type=sums)
-        return logits + params.b_out.astype(sums)
+        return logits + jnp.broadcast_to(params.b_out.astype(sums), logits.shape)
 
 
 @partial(jax.jit, static_argnames=("model", "length"))
 def generate(
     model: LanguageModel,
     params: LanguageModelParams,
-    prompt: Int[Array, " T"],
+    prompt: Int[ArrayLike, " T"],
     length: int,
     key: Array,
     temperature: float | Array = 1.0,

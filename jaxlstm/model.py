@@ -2,11 +2,12 @@
 
 from dataclasses import KW_ONLY, dataclass
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jax.typing import DTypeLike
+from jax.typing import ArrayLike, DTypeLike
 from jaxtyping import Bool, Float, Int
 
 from jaxlstm import cells, initializers, sequence, validation
@@ -109,18 +110,17 @@ class LSTM:
         self._check_dtypes()
         expected = self._shapes()
         keys = iter(jax.random.split(key, len(jax.tree.leaves(expected))))
-        gates, forget_gate = self._cell.num_gates, self._cell.forget_gate
-        initializer = Weights(
-            w_x=initializers.glorot_uniform(gates),
-            w_h=initializers.orthogonal(gates),
-            b=initializers.forget_bias(gates, forget_gate),
-            w_p=initializers.glorot_uniform(1),
-        )
+        gates = self._cell.num_gates
+        initializer: dict[str, Any] = {
+            "w_x": initializers.glorot_uniform(gates),
+            "w_h": initializers.orthogonal(gates),
+            "b": initializers.forget_bias(gates, self._cell.forget_gate),
+            "w_p": initializers.glorot_uniform(1),
+        }
 
         def draw(shapes: Weights) -> Weights:
-            return Weights(
-                *(None if a is None else make(next(keys), a.shape, a.dtype) for make, a in zip(initializer, shapes))
-            )
+            arrays = {name: a for name, a in shapes._asdict().items() if a is not None}
+            return Weights(**{name: initializer[name](next(keys), a.shape, a.dtype) for name, a in arrays.items()})
 
         layers = (Layer(*(draw(w) for w in layer.directions)) for layer in expected.layers)
         return Params(tuple(layers))
@@ -135,18 +135,18 @@ class LSTM:
           h ``(L*D, *batch, P)`` and c ``(L*D, *batch, H)`` (None for a cell without it), float32 or wider.
         """
         self._check_dtypes()
-        batch = (batch_shape,) if isinstance(batch_shape, int) else tuple(batch_shape)
-        return jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), self._state_shapes(batch))
+        shapes = self._state_shapes(validation.sizes("batch_shape", batch_shape))
+        return jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), shapes)
 
     def __call__(
         self,
         params: Params,
-        xs: Float[Array, "T *batch I"],
+        xs: Float[ArrayLike, "T *batch I"],
         state: State | None = None,
         *,
-        lengths: Int[Array, "*batch"] | None = None,
-        mask: Bool[Array, "T *batch"] | None = None,
-        resets: Bool[Array, "T *batch"] | None = None,
+        lengths: Int[ArrayLike, "*batch"] | None = None,
+        mask: Bool[ArrayLike, "T *batch"] | None = None,
+        resets: Bool[ArrayLike, "T *batch"] | None = None,
         reverse: bool = False,
         key: Array | None = None,
     ) -> tuple[Float[Array, "T *batch DP"], State]:
@@ -178,10 +178,7 @@ class LSTM:
         xs = validation.inputs("xs", xs, self.input_size, "T, *batch")
         num_steps, *axes = xs.shape[:-1]
         batch = tuple(axes)
-        if state is None:
-            state = self.initial_state(batch)
-        else:
-            state = validation.state(state, self._state_shapes(batch))
+        state = self.initial_state(batch) if state is None else validation.state(state, self._state_shapes(batch))
         if lengths is not None:
             lengths = validation.array("lengths", lengths, jnp.integer, batch)
         if mask is not None:
@@ -193,7 +190,7 @@ class LSTM:
         return self._run(params, xs, state, lengths, mask, resets, validation.flag("reverse", reverse), key)
 
     def step(
-        self, params: Params, state: State, x: Float[Array, "*batch I"]
+        self, params: Params, state: State, x: Float[ArrayLike, "*batch I"]
     ) -> tuple[State, Float[Array, "*batch P"]]:
         """One step of all layers, for streaming and reinforcement learning; for one direction, without dropout.
 
@@ -283,25 +280,25 @@ class LSTM:
     def _shapes(self) -> Params:
         """Shape and dtype of every parameter."""
 
+        def array(*shape: int) -> Any:
+            return jax.ShapeDtypeStruct(shape, self.param_dtype)
+
         def weights(inputs: int) -> Weights:
             rows, p = self._cell.num_gates * self.hidden_size, self.output_size
-            shapes = Weights(
-                w_x=(rows, inputs),
-                w_h=(rows, p),
-                b=(rows,) if self.use_bias else None,
-                w_p=None if self.proj_size is None else (p, self.hidden_size),
+            return Weights(
+                w_x=array(rows, inputs),
+                w_h=array(rows, p),
+                b=array(rows) if self.use_bias else None,
+                w_p=None if self.proj_size is None else array(p, self.hidden_size),
             )
-            return Weights(*(None if s is None else jax.ShapeDtypeStruct(s, self.param_dtype) for s in shapes))
 
         widths = [self.input_size] + (self.num_layers - 1) * [self.num_directions * self.output_size]
         return Params(tuple(Layer(*(weights(i) for _ in range(self.num_directions))) for i in widths))
 
     def _state_shapes(self, batch: tuple[int, ...]) -> State:
         """Shape and dtype of the state."""
-        lead = (self.num_layers * self.num_directions, *batch)
-        return State(
-            h=jax.ShapeDtypeStruct((*lead, self.output_size), self._state_dtype),
-            c=jax.ShapeDtypeStruct((*lead, self.hidden_size), self._state_dtype)
-            if self._cell.has_cell_state
-            else None,
-        )
+
+        def array(size: int) -> Any:
+            return jax.ShapeDtypeStruct((self.num_layers * self.num_directions, *batch, size), self._state_dtype)
+
+        return State(array(self.output_size), array(self.hidden_size) if self._cell.has_cell_state else None)

@@ -95,14 +95,21 @@ def draw_curves(path: Path, rows: list[dict[str, Any]], title: str) -> None:
 
     figure = Figure(figsize=(7, 4.2), layout="constrained")
     axes = figure.subplots()
-    for split, style in (("train", {"color": "#9ab8d6", "linewidth": 1.2}), ("valid", {"color": "#b3341f", "marker": "o"})):
+    for split, label, color, marker in (("train", "training", "#9ab8d6", ""), ("valid", "validation", "#b3341f", "o")):
         points = [(row["step"], row["loss"]) for row in rows if row["split"] == split]
         if points:
-            label = {"train": "training", "valid": "validation"}[split]
-            axes.plot(*zip(*points), label=label, markersize=4, **style)
+            axes.plot(*zip(*points), label=label, color=color, marker=marker, markersize=4, linewidth=1.4)
     axes.set(xlabel="step", ylabel="loss (nats per character)", title=title)
-    bits = axes.secondary_yaxis("right", functions=(lambda nats: nats / math.log(2), lambda b: b * math.log(2)))
+    bits = axes.secondary_yaxis("right", functions=(_to_bits, _to_nats))
     bits.set_ylabel("bits per character")
     axes.grid(alpha=0.3)
     axes.legend()
     figure.savefig(path, dpi=150)
+
+
+def _to_bits(nats: Any) -> Any:
+    return nats / math.log(2)
+
+
+def _to_nats(bits: Any) -> Any:
+    return bits * math.log(2)

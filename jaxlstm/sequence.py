@@ -19,7 +19,8 @@ def steps_taken(
     """Which steps are taken, ``(T, *batch)``: those before the length and under the mask. None means all."""
     if lengths is None:
         return mask
-    within = jnp.arange(num_steps).reshape(num_steps, *[1] * lengths.ndim) < lengths
+    step = jnp.arange(num_steps, dtype=lengths.dtype).reshape(num_steps, *[1] * lengths.ndim)
+    within = step < lengths[None]
     return within if mask is None else within & mask
 
 

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +11,8 @@ import numpy as np
 import optax
 import orbax.checkpoint as ocp
 from jax import Array
-from jaxtyping import Float, Int
+from jax.typing import ArrayLike
+from jaxtyping import Bool, Float, Int
 
 from jaxlstm.data import evaluation_windows
 from jaxlstm.language_model import LanguageModel, LanguageModelParams
@@ -29,7 +30,7 @@ class TrainState(NamedTuple):
     key: Array  # PRNG key of the steps to come
 
 
-Step = Callable[[TrainState, Array, Array, bool, float], tuple[TrainState, Array]]
+Step = Callable[[TrainState, ArrayLike, ArrayLike, ArrayLike, ArrayLike], tuple[TrainState, Array]]
 
 
 def optimizer(
@@ -50,26 +51,26 @@ def optimizer(
         0.0, learning_rate, round(warmup * SCHEDULE_TICKS), SCHEDULE_TICKS, end_value=0.01 * learning_rate
     )
 
-    def matrices(params: optax.Params) -> optax.Params:
+    def matrices(params: Any) -> Any:
         return jax.tree.map(lambda p: p.ndim > 1, params)
 
-    def scale(updates: optax.Updates, state: optax.OptState, params: object = None, *, progress: Array) -> tuple:
+    def scale(updates: Any, state: Any, params: Any = None, *, progress: ArrayLike = 0.0, **_: Any) -> tuple[Any, Any]:
         del params
-        rate = schedule(progress * SCHEDULE_TICKS)
-        return jax.tree.map(lambda u: -rate.astype(u.dtype) * u, updates), state
+        rate = schedule(jnp.asarray(progress) * SCHEDULE_TICKS)
+        return jax.tree.map(lambda u: -jnp.asarray(rate, u.dtype) * u, updates), state
 
     return optax.chain(
         optax.clip_by_global_norm(clip),
         optax.scale_by_adam(b2=0.99),
         optax.add_decayed_weights(weight_decay, matrices),
-        optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), scale),
+        optax.GradientTransformationExtraArgs(optax.init_empty_state, scale),
     )
 
 
 def start(model: LanguageModel, optimizer: optax.GradientTransformation, batch: int, key: Array) -> TrainState:
     """The state before the first step, for ``batch`` streams."""
     k_init, k_steps = jax.random.split(key)
-    params = model.init(k_init)
+    params: Any = model.init(k_init)
     return TrainState(params, optimizer.init(params), model.lstm.initial_state((batch,)), k_steps)
 
 
@@ -82,18 +83,20 @@ def make_step(model: LanguageModel, optimizer: optax.GradientTransformationExtra
       learning rate; ``loss`` in nats per token.
     """
 
-    def loss(params: LanguageModelParams, carry: State, inputs: Array, targets: Array, key: Array):
+    def loss(params: LanguageModelParams, carry: State, inputs: ArrayLike, targets: ArrayLike, key: Array):
         logits, carry = model(params, inputs, carry, key=key)
         return optax.softmax_cross_entropy_with_integer_labels(logits, targets).mean(), carry
 
     @partial(jax.jit, donate_argnums=0)
-    def step(state: TrainState, inputs: Array, targets: Array, first: bool, progress: float):
+    def step(state: TrainState, inputs: ArrayLike, targets: ArrayLike, first: ArrayLike, progress: ArrayLike):
         key, k_step = jax.random.split(state.key)
         # The carried state is an argument, not differentiated: the gradient stops at the window's edge.
         carry = jax.tree.map(lambda a: jnp.where(first, 0, a), state.carry)
         (value, carry), gradient = jax.value_and_grad(loss, has_aux=True)(state.params, carry, inputs, targets, k_step)
-        updates, opt_state = optimizer.update(gradient, state.opt_state, state.params, progress=progress)
-        return TrainState(optax.apply_updates(state.params, updates), opt_state, carry, key), value
+        params: Any = state.params
+        updates, opt_state = optimizer.update(gradient, state.opt_state, params, progress=progress)
+        params = optax.apply_updates(params, updates)
+        return TrainState(params, opt_state, carry, key), value
 
     return step
 
@@ -103,10 +106,10 @@ def _score(
     model: LanguageModel,
     params: LanguageModelParams,
     state: State,
-    inputs: Int[Array, "T B"],
-    targets: Int[Array, "T B"],
-    counted: Array,
-    resets: Array,
+    inputs: Int[ArrayLike, "T B"],
+    targets: Int[ArrayLike, "T B"],
+    counted: Bool[ArrayLike, "T B"],
+    resets: Bool[ArrayLike, "T B"],
 ) -> tuple[Float[Array, ""], State]:
     logits, state = model(params, inputs, state, resets=resets)
     losses = optax.softmax_cross_entropy_with_integer_labels(logits, targets)
@@ -148,7 +151,8 @@ class BestCheckpoint:
             raise ValueError(f"no checkpoint in {folder}")
         expected = jax.eval_shape(model.init, jax.random.key(0))
         try:
-            return self._manager.restore(step, args=ocp.args.StandardRestore(expected))
+            params: Any = self._manager.restore(step, args=ocp.args.StandardRestore(expected))
+            return params
         except Exception as error:  # Orbax raises whatever its storage layers do
             reason = str(error).strip().split("\n")[0]
             raise ValueError(f"cannot read the checkpoint of step {step} in {folder}: {reason}") from error

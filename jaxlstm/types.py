@@ -63,4 +63,9 @@ def output_dtype(dtype: DTypeLike | None, param_dtype: DTypeLike) -> jnp.dtype:
 
 def state_dtype(dtype: DTypeLike | None, param_dtype: DTypeLike) -> jnp.dtype:
     """The dtype of the state, the gates and all sums: float32 or wider, whatever the products are taken in."""
-    return jnp.promote_types(jnp.promote_types(output_dtype(dtype, param_dtype), param_dtype), jnp.float32)
+    return sums_dtype(output_dtype(dtype, param_dtype), param_dtype)
+
+
+def sums_dtype(*dtypes: DTypeLike) -> jnp.dtype:
+    """The widest of float32 and the given floating-point dtypes, whatever JAX's mode of promotion."""
+    return max((jnp.dtype(d) for d in (jnp.float32, *dtypes)), key=lambda dtype: dtype.itemsize)

@@ -23,6 +23,17 @@ def positive_int(name: str, value: Any) -> int:
     return number
 
 
+def sizes(name: str, value: Any) -> tuple[int, ...]:
+    """Sizes of axes as a tuple of ints of at least 0; a single one may come without its tuple."""
+    try:
+        axes = tuple(operator.index(size) for size in (value if isinstance(value, tuple | list) else (value,)))
+    except TypeError:
+        raise TypeError(f"{name} must be an int or a tuple of ints, got {value!r}") from None
+    if min(axes, default=0) < 0:
+        raise ValueError(f"{name} must be sizes of at least 0, got {axes}")
+    return axes
+
+
 def flag(name: str, value: Any) -> bool:
     """``value``, which must be True or False."""
     if not isinstance(value, bool):
@@ -42,7 +53,7 @@ def rate(name: str, value: Any) -> float:
 def float_dtype(name: str, value: Any) -> jnp.dtype:
     """``value`` as a floating-point dtype."""
     try:
-        dtype = jnp.dtype(value)
+        dtype = jnp.dtype("None" if value is None else value)  # NumPy takes None for float64
     except TypeError:
         raise TypeError(f"{name} must be a floating-point dtype, got {value!r}") from None
     if not jnp.issubdtype(dtype, jnp.floating):
@@ -118,7 +129,7 @@ def params(value: Any, expected: Params, widest: jnp.dtype) -> None:
         if path not in want:
             raise ValueError(f"{name} is not a parameter of this configuration, got {describe(have[path])}")
         leaf = array(name, have[path], jnp.floating, want[path].shape)
-        if jnp.promote_types(leaf.dtype, widest) != widest:
+        if leaf.dtype.itemsize > widest.itemsize:
             raise TypeError(f"{name} is {leaf.dtype}, wider than the {widest} of this configuration; set param_dtype")
 
 

@@ -9,9 +9,7 @@ import jax.numpy as jnp
 from jax import lax
 
 
-def scan(
-    body: Callable, carry: Any, xs: Any, *, reverse: bool, unroll: int, remat: int | None
-) -> tuple[Any, Any]:
+def scan(body: Callable, carry: Any, xs: Any, *, reverse: bool, unroll: int, remat: int | None) -> tuple[Any, Any]:
     """`jax.lax.scan`, keeping for the backward pass only the carry every ``remat`` steps (Chen et al. 2016).
 
     The steps within a chunk are computed again when their derivative is taken. A last chunk may be shorter.

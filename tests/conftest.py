@@ -1,0 +1,13 @@
+"""Strict JAX for every test: float64 available, no silent promotion of dtypes or ranks, shapes checked at run time."""
+
+import jax
+from jaxtyping import install_import_hook
+
+# Shapes in signatures are checked where arrays are already validated. `jaxlstm.model` is left out: its own errors on
+# wrong input are the ones to be tested.
+CHECKED = ["cells", "dropout", "initializers", "language_model", "recurrence", "sequence", "training"]
+install_import_hook([f"jaxlstm.{name}" for name in CHECKED], "beartype.beartype")
+
+jax.config.update("jax_enable_x64", True)
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+jax.config.update("jax_numpy_rank_promotion", "raise")

@@ -1,0 +1,74 @@
+"""Imports only go down: the floors of the package, held by walking its syntax trees."""
+
+import ast
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+FLOORS = [  # from the ground up; a module imports from floors below its own
+    {"types", "data", "reporting"},
+    {"cells", "initializers", "dropout", "validation"},
+    {"recurrence"},
+    {"sequence"},
+    {"model"},
+    {"__init__", "language_model"},
+    {"training"},
+    {"train"},
+]
+STANDS_ALONE = {"data", "reporting"}
+
+
+def floor(module):
+    return next(level for level, names in enumerate(FLOORS) if module in names)
+
+
+def imports(path):
+    """The modules of the package that a file imports anywhere in it, functions included."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module == "jaxlstm":
+            for alias in node.names:
+                path = ROOT / "jaxlstm" / alias.name
+                yield alias.name if path.is_dir() or path.with_suffix(".py").exists() else "__init__"
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("jaxlstm."):
+            yield node.module.split(".")[1]
+        elif isinstance(node, ast.Import):
+            for alias in node.names:
+                if alias.name.split(".")[0] == "jaxlstm":
+                    yield [*alias.name.split("."), "__init__"][1]
+
+
+def modules():
+    yield "train", ROOT / "train.py"
+    for path in sorted((ROOT / "jaxlstm").rglob("*.py")):
+        yield path.relative_to(ROOT / "jaxlstm").parts[0].removesuffix(".py"), path
+
+
+def test_imports_only_go_down():
+    seen = 0
+    for name, path in modules():
+        for imported in imports(path):
+            seen += 1
+            within = imported == name == "recurrence"
+            assert within or floor(imported) < floor(name), f"{path.name} must not import jaxlstm.{imported}"
+            assert name not in STANDS_ALONE
+    assert seen > 20
+
+
+def test_no_module_imports_an_optional_or_a_heavy_package_at_the_top():
+    """The library itself needs JAX, NumPy and jaxtyping; importing it touches neither optax nor matplotlib."""
+    light = {"jax", "jaxtyping", "numpy", "jaxlstm"}
+    for name, path in modules():
+        if (floor(name) > floor("model") and name != "__init__") or name in STANDS_ALONE:
+            continue
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Import | ast.ImportFrom):
+                names = [a.name for a in node.names] if isinstance(node, ast.Import) else [node.module or ""]
+                for imported in names:
+                    top = imported.split(".")[0]
+                    assert top in light or top in __import__("sys").stdlib_module_names, f"{path.name}: {imported}"
+
+
+def test_a_gate_function_fits_fifteen_lines():
+    tree = ast.parse((ROOT / "jaxlstm" / "cells.py").read_text())
+    for node in tree.body:
+        if isinstance(node, ast.FunctionDef) and node.name in {"lstm", "rnn_tanh", "rnn_relu", "rnn_sigmoid"}:
+            assert node.end_lineno - node.lineno < 15, node.name

@@ -1,0 +1,57 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from tolerance import tolerance
+
+import jaxlstm
+from jaxlstm import initializers
+
+key = jax.random.key(0)
+
+
+def test_input_weights_are_glorot_uniform_for_each_gate():
+    w = np.asarray(initializers.glorot_uniform()(key, (4 * 300, 200), jnp.float64)).reshape(4, 300, 200)
+    bound = (6 / (200 + 300)) ** 0.5
+    assert np.abs(w).max() <= bound
+    # The deviation of a uniform variable is its bound over the square root of 3; five standard errors of 60,000 draws.
+    for gate in w:
+        assert abs(gate.std() / (bound / 3**0.5) - 1) < 5 * (0.2 / gate.size) ** 0.5
+    assert len({gate[0, 0] for gate in w}) == 4
+
+
+@pytest.mark.parametrize("columns", [6, 4, 9])
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64, jnp.bfloat16])
+def test_recurrent_weights_are_orthogonal_for_each_gate(columns, dtype):
+    w = initializers.orthogonal()(key, (4 * 6, columns), dtype)
+    assert w.dtype == dtype
+    for gate in np.asarray(w, np.float64).reshape(4, 6, columns):
+        square = gate @ gate.T if columns >= 6 else gate.T @ gate
+        np.testing.assert_allclose(square, np.eye(len(square)), **tolerance(dtype, 6))
+
+
+def test_the_forget_bias_lies_in_the_parameters():
+    np.testing.assert_array_equal(initializers.forget_bias()(key, (12,), jnp.float32), [0] * 3 + [1] * 3 + [0] * 6)
+    np.testing.assert_array_equal(initializers.forget_bias(value=2.5)(key, (4,), jnp.float32), [0, 2.5, 0, 0])
+    np.testing.assert_array_equal(initializers.forget_bias(1, None)(key, (3,), jnp.float32), [0, 0, 0])
+    lstm = jaxlstm.LSTM(2, 3, num_layers=2, bidirectional=True)
+    for layer in lstm.init(key).layers:
+        for weights in layer.directions:
+            np.testing.assert_array_equal(weights.b, [0] * 3 + [1] * 3 + [0] * 6)
+    np.testing.assert_array_equal(jaxlstm.LSTM(2, 3, cell="rnn").init(key).layers[0].forward.b, [0, 0, 0])
+
+
+@pytest.mark.parametrize("init", [initializers.glorot_uniform(), initializers.orthogonal()])
+def test_a_size_that_is_no_multiple_of_the_gates_is_refused(init):
+    with pytest.raises(ValueError, match="stacks 4 gates, but 10 is no multiple of 4"):
+        init(key, (10, 3), jnp.float32)
+
+
+def test_init_is_reproducible_and_every_array_has_a_key_of_its_own():
+    lstm = jaxlstm.LSTM(3, 4, num_layers=2, bidirectional=True, proj_size=3)
+    a, b = lstm.init(key), lstm.init(key)
+    jax.tree.map(np.testing.assert_array_equal, a, b)
+    drawn = [leaf.ravel()[0].item() for leaf in jax.tree.leaves(a) if leaf.ndim > 1]
+    assert len(set(drawn)) == len(drawn)
+    assert {leaf.dtype for leaf in jax.tree.leaves(a)} == {jnp.dtype(jnp.float32)}
+    jax.tree.map(np.testing.assert_array_equal, lstm.init(jax.random.PRNGKey(0)), lstm.init(jax.random.PRNGKey(0)))

@@ -1,0 +1,146 @@
+"""Every implementation against the float64 NumPy oracle: outputs, final state and every gradient."""
+
+import cases
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from tolerance import tolerance
+
+import jaxlstm
+from jaxlstm.recurrence import IMPLEMENTATIONS
+
+
+def assert_close(actual, wanted, dtype, terms):
+    assert jax.tree.structure(actual) == jax.tree.structure(wanted)
+    for (path, a), b in zip(jax.tree_util.tree_flatten_with_path(actual)[0], jax.tree.leaves(wanted)):
+        bound = tolerance(dtype, terms)
+        a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
+        bound["atol"] *= max(1.0, float(np.abs(b).max(initial=0)))
+        np.testing.assert_allclose(a, b, **bound, err_msg=jax.tree_util.keystr(path))
+
+
+def terms(case):
+    """Additions behind one number: the longest chain of sums, over time, batch and features."""
+    return case.xs.size * case.lstm.num_layers * case.lstm.num_directions
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize(("configuration", "inputs"), cases.NAMES)
+def test_outputs_state_and_gradients(configuration, inputs, implementation):
+    case = cases.make(configuration, inputs)
+    (ys, state), gradient = cases.expected(configuration, inputs)
+    lstm = jaxlstm.LSTM(
+        3, 5, param_dtype=jnp.float64, implementation=implementation, **cases.CONFIGURATIONS[configuration]
+    )
+
+    def loss(params, xs, state):
+        result = lstm(params, xs, state, **case.options)
+        return cases.loss(*result, case.cotangents), result
+
+    result, slopes = jax.jit(jax.grad(loss, (0, 1, 2), has_aux=True))(case.params, case.xs, case.state)[::-1]
+    assert_close(result, (ys, state), np.float64, terms(case))
+    assert_close(slopes, gradient, np.float64, terms(case))
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("configuration", ["one layer", "two layers bidirectional projection", "rnn"])
+def test_narrow_dtypes(configuration, dtype, implementation):
+    inputs = "everything"
+    case = cases.make(configuration, inputs)
+    (ys, state), gradient = cases.expected(configuration, inputs)
+    lstm = jaxlstm.LSTM(3, 5, dtype=dtype, implementation=implementation, **cases.CONFIGURATIONS[configuration])
+    narrow = jax.tree.map(lambda a: jnp.asarray(a, jnp.float32), (case.params, case.xs, case.state))
+
+    def loss(params, xs, state):
+        ys, state = lstm(params, xs, state, **case.options)
+        return cases.loss(ys.astype(jnp.float64), jax.tree.map(lambda a: a.astype(jnp.float64), state), case.cotangents)
+
+    actual_ys, actual_state = lstm(*narrow, **case.options)
+    assert actual_ys.dtype == dtype
+    assert {a.dtype for a in jax.tree.leaves(actual_state)} == {jnp.dtype(jnp.float32)}
+    assert_close((actual_ys, actual_state), (ys, state), dtype, terms(case))
+    assert_close(jax.grad(loss, (0, 1, 2))(*narrow), gradient, dtype, terms(case))
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("batch", [(), (1,), (2, 2), (1, 2, 2)])
+def test_any_batch_axes(batch, implementation):
+    configuration, inputs = "two layers bidirectional projection", "everything reverse"
+    case = cases.make(configuration, inputs)
+    rows = int(np.prod(batch))
+    lstm = jaxlstm.LSTM(
+        3, 5, param_dtype=jnp.float64, implementation=implementation, **cases.CONFIGURATIONS[configuration]
+    )
+
+    def fold(a, axis):
+        kept = np.take(a, range(rows), axis)
+        return kept.reshape((*kept.shape[:axis], *batch, *kept.shape[axis + 1 :]))
+
+    options = dict(case.options)
+    for name, axis in (("lengths", 0), ("mask", 1), ("resets", 1)):
+        options[name] = fold(options[name], axis)
+    state = jax.tree.map(lambda a: fold(a, 1), case.state)
+    result = lstm(case.params, fold(case.xs, 1), state, **options)
+    wanted = cases.expected(configuration, inputs)[0]
+    assert_close(result, jax.tree.map(lambda a: fold(a, 1), wanted), np.float64, terms(case))
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("configuration", ["two layers", "projection", "rnn"])
+def test_forward_mode_and_second_derivatives(configuration, implementation):
+    """jvp, Hessian-vector product and reverse over reverse agree with the oracle's gradient, differenced."""
+    inputs = "everything"
+    case = cases.make(configuration, inputs)
+    lstm = jaxlstm.LSTM(
+        3, 5, param_dtype=jnp.float64, implementation=implementation, **cases.CONFIGURATIONS[configuration]
+    )
+    rng = np.random.default_rng(0)
+    arguments = (case.params, case.xs, case.state)
+    direction = jax.tree.map(lambda a: rng.standard_normal(a.shape), arguments)
+
+    def loss(*arguments):
+        return cases.loss(*lstm(*arguments, **case.options), case.cotangents)
+
+    def dot(a, b):
+        return sum(jax.tree.leaves(jax.tree.map(lambda x, y: (x * y).sum(), a, b)))
+
+    gradient = jax.grad(loss, (0, 1, 2))
+    slope = jax.jvp(loss, arguments, direction)[1]
+    np.testing.assert_allclose(slope, dot(cases.expected(configuration, inputs)[1], direction), rtol=1e-10)
+    forward_over_reverse = jax.jvp(gradient, arguments, direction)[1]
+    reverse_over_reverse = jax.grad(lambda *a: dot(gradient(*a), direction), (0, 1, 2))(*arguments)
+    assert_close(reverse_over_reverse, forward_over_reverse, np.float64, 100 * terms(case))
+    # Central differences of an exact gradient: the error is of order step^2 = 1e-10 of the third derivative.
+    step = 1e-5
+    ahead, behind = (
+        gradient(*jax.tree.map(lambda a, d: a + shift * d, arguments, direction))  # noqa: B023  (called at once)
+        for shift in (step, -step)
+    )
+    differences = jax.tree.map(lambda a, b: (a - b) / (2 * step), ahead, behind)
+    for a, b in zip(jax.tree.leaves(forward_over_reverse), jax.tree.leaves(differences)):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_vmap_and_vmap_of_grad(implementation):
+    """One sequence mapped over a batch equals the batched call; per-sequence gradients add up to the batch's."""
+    case = cases.make("two layers bidirectional", "everything")
+    lstm = jaxlstm.LSTM(3, 5, param_dtype=jnp.float64, implementation=implementation, num_layers=2, bidirectional=True)
+    options = case.options
+
+    def one(params, x, state, length, mask, resets):
+        return lstm(params, x, state, lengths=length, mask=mask, resets=resets)
+
+    def loss(*arguments):
+        ys, state = one(*arguments)
+        return sum((a**2).sum() for a in jax.tree.leaves((ys, state)))
+
+    axes = (None, 1, 1, 0, 1, 1)
+    arguments = (case.params, case.xs, case.state, options["lengths"], options["mask"], options["resets"])
+    mapped = jax.vmap(one, axes, out_axes=1)(*arguments)
+    assert_close(mapped, lstm(case.params, case.xs, case.state, **options), np.float64, terms(case))
+    apart = jax.vmap(jax.grad(loss), axes)(*arguments)
+    together = jax.grad(loss)(*arguments)
+    assert_close(jax.tree.map(lambda a: a.sum(0), apart), together, np.float64, terms(case))

@@ -1,0 +1,214 @@
+"""The command, as it is typed."""
+
+import json
+import math
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+SMALL = ["--hidden", "16", "--embedding", "8", "--batch", "4", "--window", "16", "--log-every", "10"]
+TEXT = "Привет, мир! The quick brown fox jumps over the lazy dog. 世界\n" * 60
+
+
+def command(*arguments, cwd, check=True):
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "train.py"), *map(str, arguments)],
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        encoding="utf-8",
+        env={**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "PYTHONIOENCODING": "utf-8"},
+        timeout=240,
+    )
+    assert not check or done.returncode == 0, done.stdout + done.stderr
+    return done
+
+
+def metrics(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A finished run on a text of three scripts: its folder and what it printed."""
+    folder = tmp_path_factory.mktemp("run")
+    (folder / "text.txt").write_text(TEXT, encoding="utf-8")
+    arguments = ["--data", "text.txt", "--run-dir", "run", "--max-steps", 60, "--valid-every", 20, "--seed", 3]
+    done = command(*arguments, *SMALL, cwd=folder)
+    return folder / "run", done.stdout
+
+
+def test_what_a_run_leaves_behind(run):
+    folder, _ = run
+    rows = metrics(folder)
+    assert all(list(row) == ["step", "split", "loss", "characters_per_second"] for row in rows)
+    train = [row for row in rows if row["split"] == "train"]
+    valid = [row for row in rows if row["split"] == "valid"]
+    assert [row["step"] for row in train] == [10, 20, 30, 40, 50, 60]
+    assert [row["step"] for row in valid] == [20, 40, 60]
+    assert train[-1]["loss"] < train[0]["loss"] < math.log(len(set(TEXT))) + 0.5
+    assert all(row["characters_per_second"] > 0 for row in rows)
+    summary = json.loads((folder / "summary.json").read_text())
+    assert set(summary) == {"valid_loss", "best_step", "steps", "parameters", "wall_seconds", "device"}
+    best = min(valid, key=lambda row: row["loss"])
+    assert (summary["valid_loss"], summary["best_step"]) == (best["loss"], best["step"])
+    assert summary["steps"] == 60
+    vocabulary, embedding, hidden = len(set(TEXT)), 8, 16
+    lstm = 4 * hidden * (embedding + hidden + 1)
+    assert summary["parameters"] == vocabulary * embedding + lstm + vocabulary * (hidden + 1)
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    assert config["options"]["hidden"] == 16
+    assert config["options"]["seed"] == 3
+    assert config["vocabulary"] == "".join(sorted(set(TEXT)))
+    assert (folder / "checkpoint" / str(best["step"])).is_dir()
+    assert (folder / "curves.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_plain_lines_where_there_is_no_terminal(run):
+    _, printed = run
+    assert "\x1b" not in printed
+    assert re.search(r"step +60  loss \d\.\d{4} nats  \d\.\d{4} bits/char +[\d,]+ char/s  0:00 left", printed)
+    assert re.search(r"step +60  loss \d\.\d{4} nats .* validation", printed)
+    assert "    | " in printed
+    assert "python train.py --sample run" in printed
+
+
+def test_a_sample_goes_on_from_its_prompt_and_is_repeatable(run):
+    folder, _ = run
+    arguments = ["--sample", folder, "--prompt", "The ", "--length", 50, "--temperature", 0.8]
+    first, second = (command(*arguments, cwd=folder.parent).stdout for _ in range(2))
+    assert first == second
+    assert first.startswith("The ")
+    assert len(first) == len("The ") + 50 + len("\n")
+    assert set(first) <= set(TEXT)
+
+
+def test_a_seed_makes_a_run_repeatable(run, tmp_path):
+    folder, _ = run
+    options = ["--data", folder.parent / "text.txt", "--max-steps", 60, "--valid-every", 20, *SMALL]
+    losses = {}
+    for seed in (3, 4):
+        command(*options, "--run-dir", tmp_path / str(seed), "--seed", seed, cwd=tmp_path)
+        losses[seed] = [row["loss"] for row in metrics(tmp_path / str(seed))]
+    wanted = [row["loss"] for row in metrics(folder)]
+    assert losses[3] == wanted
+    assert losses[4] != wanted
+
+
+def test_the_clock_bounds_a_run(tmp_path):
+    (tmp_path / "text.txt").write_text(TEXT, encoding="utf-8")
+    command("--data", "text.txt", "--run-dir", "run", "--max-seconds", 8, *SMALL, cwd=tmp_path)
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["steps"] > 1
+    assert summary["wall_seconds"] < 8 + 12  # the last validation, compiled for the first time, on a busy machine
+    assert math.isfinite(summary["valid_loss"])
+
+
+def test_ctrl_c_ends_a_run_with_its_results_written(tmp_path):
+    (tmp_path / "text.txt").write_text(TEXT, encoding="utf-8")
+    arguments = ["--data", "text.txt", "--run-dir", "run", "--max-steps", "1000000", *SMALL]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
+    process = subprocess.Popen(
+        [sys.executable, str(ROOT / "train.py"), *arguments],
+        cwd=tmp_path, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+    deadline = time.monotonic() + 120
+    path = tmp_path / "run" / "metrics.jsonl"
+    while not (path.exists() and path.read_text()):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    printed, _ = process.communicate(timeout=120)
+    assert process.returncode == 130, printed
+    assert "interrupted at step" in printed
+    assert "Traceback" not in printed
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert math.isfinite(summary["valid_loss"])
+    assert (tmp_path / "run" / "checkpoint" / str(summary["best_step"])).is_dir()
+
+
+def test_help_documents_every_option_and_its_unit(tmp_path):
+    import dataclasses
+
+    sys.path.insert(0, str(ROOT))
+    import train
+
+    printed = command("--help", cwd=tmp_path).stdout
+    for option in dataclasses.fields(train.Options):
+        assert f"--{option.name.replace('_', '-')}" in printed
+    for unit in ("in seconds", "in steps", "Characters per stream"):
+        assert unit in " ".join(printed.replace("│", " ").split())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--data", "missing.txt"], "no text 'missing.txt': neither a file nor one of the known names"),
+        (["--data", "short.txt"], "90 characters to train on are fewer than batch x window + window = 2,112"),
+        (["--data", "tiny.txt"], "9 characters are too few: the last tenth is for validation"),
+        (["--data", "empty.txt"], "empty.txt is empty"),
+        (["--data", "latin.txt"], "latin.txt is not UTF-8 text: byte 3 is 0xe9"),
+        (["--run-dir", "full"], "--run-dir full is not an empty folder; a run never writes over another"),
+        (["--run-dir", "short.txt"], "--run-dir short.txt is not an empty folder"),
+        (["--sample", "nowhere"], "--sample nowhere is not the folder of a run"),
+        (["--sample", "full"], "is not the configuration of a run"),
+        (["--hidden", "0"], "--hidden must be greater than 0, got 0"),
+        (["--dropout", "1"], "--dropout must lie in [0, 1), got 1"),
+        (["--temperature", "-1"], "--temperature must not be negative, got -1"),
+        (["--max-seconds", "nan"], "--max-seconds must be greater than 0, got nan"),
+        (["--hidden", "many"], "Error parsing --hidden: invalid literal for int() with base 10: 'many'"),
+        (["--colour", "blue"], "--colour"),
+        (["--dtype", "int8"], "int8"),
+    ],
+)
+def test_mistakes_get_one_line_and_no_traceback(tmp_path, arguments, message):
+    (tmp_path / "tiny.txt").write_text("too short")
+    (tmp_path / "short.txt").write_text("too short." * 10)
+    (tmp_path / "empty.txt").write_text("")
+    (tmp_path / "latin.txt").write_bytes(b"caf\xe9")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "config.json").write_text("{}")
+    done = command(*arguments, cwd=tmp_path, check=False)
+    assert done.returncode not in (0, None)
+    said = " ".join((done.stdout + done.stderr).replace("│", " ").split())
+    assert "Traceback" not in said
+    assert message in said
+    assert (tmp_path / "full" / "config.json").read_text() == "{}"
+
+
+def test_a_sample_names_the_characters_it_does_not_know(run):
+    folder, _ = run
+    done = command("--sample", folder, "--prompt", "The %", cwd=folder.parent, check=False)
+    assert done.returncode == 1
+    assert done.stderr.strip() == f"train.py: not in the vocabulary of {len(set(TEXT))} characters: '%'"
+
+
+def test_a_damaged_checkpoint_is_one_line(run, tmp_path):
+    import shutil
+
+    folder, _ = run
+    copy = tmp_path / "copy"
+    shutil.copytree(folder, copy)
+    for path in (copy / "checkpoint").rglob("*"):
+        if path.is_file() and path.parent.name == "d":
+            path.write_bytes(path.read_bytes()[:100])
+    done = command("--sample", copy, cwd=tmp_path, check=False)
+    assert done.returncode == 1
+    assert re.fullmatch(
+        r"train\.py: cannot read the checkpoint of step \d+ in .*", done.stderr.strip().splitlines()[-1]
+    )
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.slow
+def test_the_default_run_learns_the_language_reference(tmp_path):
+    """Two minutes in: far below the 2.6 nats of the text's single characters in context of one before."""
+    command("--max-seconds", 120, "--run-dir", "run", cwd=tmp_path)
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["valid_loss"] < 2.2

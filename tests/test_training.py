@@ -1,0 +1,147 @@
+"""The training step, evaluation, sampling and checkpoints."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import jaxlstm
+from jaxlstm import data, training
+from jaxlstm.language_model import LanguageModel, generate
+
+
+@pytest.fixture(autouse=True)
+def standard_promotion():
+    """Optax relies on JAX's usual promotion of dtypes and ranks."""
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        yield
+
+
+TEXT = np.array([0, 1, 2, 3, 2, 1, 4] * 60, np.int32)
+
+
+def model(dropout=0.0):
+    return LanguageModel(5, jaxlstm.LSTM(8, 16, num_layers=2, dropout=dropout), dropout)
+
+
+def adam(rate=1e-2):
+    return training.optimizer(rate, warmup=0.0, weight_decay=0.0, clip=1.0)
+
+
+def nats(logits, targets):
+    return np.asarray(optax.softmax_cross_entropy_with_integer_labels(logits, targets))
+
+
+def test_evaluation_equals_the_mean_over_one_pass_through_the_text():
+    m = model()
+    params = m.init(jax.random.key(0))
+    ids = TEXT[:150]
+    losses = nats(m(params, jnp.asarray(ids[:-1]))[0], ids[1:])
+    # One stream: the very same predictions. Several: each is led in by a window, so only the far past is missing.
+    assert training.evaluate(m, params, ids, batch=1, window=8) == pytest.approx(losses.mean(), rel=1e-6)
+    assert training.evaluate(m, params, ids, batch=4, window=64) == pytest.approx(losses.mean(), rel=1e-4)
+
+
+def test_the_state_is_carried_and_its_gradient_stops():
+    """Two steps at rate 0 give the losses of one long run; the second one's gradient is its own window's alone."""
+    m = model()
+    windows = data.training_windows(TEXT, 4, 8, seed=0)
+    optimizer = adam(0.0)
+    state = training.start(m, optimizer, 4, jax.random.key(0))
+    params = jax.tree.map(jnp.copy, state.params)
+    step = training.make_step(m, optimizer)
+    first, second = next(windows), next(windows)
+    assert first.first
+    assert not second.first
+    whole = nats(
+        m(params, np.concatenate([first.inputs, second.inputs]))[0], np.concatenate([first.targets, second.targets])
+    )
+    state, loss = step(state, *first, 0.5)
+    assert float(loss) == pytest.approx(whole[:8].mean(), rel=1e-5)
+    carry = jax.tree.map(jnp.copy, state.carry)
+    state, loss = step(state, *second, 0.5)
+    assert float(loss) == pytest.approx(whole[8:].mean(), rel=1e-5)
+    # A window that begins the streams does not see what was carried.
+    alone = nats(m(params, jnp.asarray(first.inputs))[0], first.targets).mean()
+    state, loss = step(state, *first, 0.5)
+    assert float(loss) == pytest.approx(alone, rel=1e-5)
+    assert jax.tree.structure(carry) == jax.tree.structure(state.carry)
+
+
+def test_it_learns_and_writes_what_it_has_learnt(tmp_path):
+    m = model(dropout=0.1)
+    optimizer = adam()
+    state = training.start(m, optimizer, 8, jax.random.key(1))
+    step = training.make_step(m, optimizer)
+    windows = data.training_windows(TEXT, 8, 14, seed=0)
+    total = 250
+    for n in range(total):
+        state, _ = step(state, *next(windows), (n + 1) / total)
+    # The text has period 7; after a first 2 or 1, what follows is known from the character before it.
+    loss = training.evaluate(m, state.params, TEXT, batch=2, window=14)
+    assert loss < 0.05
+    drawn = generate(m, state.params, jnp.asarray(TEXT[:7]), 70, jax.random.key(0), 0.0)
+    np.testing.assert_array_equal(drawn, np.tile(TEXT[:7], 10))
+
+    kept = training.BestCheckpoint(tmp_path / "checkpoint")
+    kept.save(1, m.init(jax.random.key(2)))
+    kept.save(total, state.params)
+    kept.close()
+    assert [p.name for p in (tmp_path / "checkpoint").iterdir()] == [str(total)]
+    again = training.BestCheckpoint(tmp_path / "checkpoint").restore(m)
+    assert jax.tree.structure(again) == jax.tree.structure(state.params)
+    jax.tree.map(np.testing.assert_array_equal, again, state.params)
+    other = LanguageModel(6, jaxlstm.LSTM(8, 16, num_layers=2))
+    with pytest.raises(ValueError, match=f"cannot read the checkpoint of step {total} in"):
+        training.BestCheckpoint(tmp_path / "checkpoint").restore(other)
+    with pytest.raises(ValueError, match="no checkpoint in"):
+        training.BestCheckpoint(tmp_path / "nothing").restore(m)
+
+
+def test_temperature_shapes_the_distribution():
+    """Logits known from the bias alone: draws at temperature t follow softmax(logits / t)."""
+    m = model()
+    params = jax.tree.map(jnp.zeros_like, m.init(jax.random.key(0)))
+    logits = np.array([0.0, 1.0, 2.0, -1.0, 0.5], np.float32)
+    params = params._replace(b_out=jnp.asarray(logits))
+    for temperature in (0.5, 1.0, 2.0):
+        n = 20_000
+        drawn = generate(m, params, jnp.zeros(1, jnp.int32), n, jax.random.key(0), temperature)
+        share = np.bincount(np.asarray(drawn), minlength=5) / n
+        wanted = np.asarray(jax.nn.softmax(logits / np.float32(temperature)))
+        assert np.all(np.abs(share - wanted) < 5 * np.sqrt(wanted * (1 - wanted) / n))
+    drawn = generate(m, params, jnp.zeros(1, jnp.int32), 10, jax.random.key(0), 0.0)
+    np.testing.assert_array_equal(drawn, 2)
+
+
+def test_the_learning_rate_rises_and_falls_with_progress():
+    """The first update of Adam has the size of the learning rate, whatever the gradient."""
+    optimizer = training.optimizer(0.5, warmup=0.1, weight_decay=0.0, clip=1e9)
+    params = jnp.zeros(3, jnp.float32)
+
+    def rate(progress):
+        update, _ = optimizer.update(jnp.ones(3, jnp.float32), optimizer.init(params), params, progress=progress)
+        return -float(update[0])
+
+    assert rate(0.05) == pytest.approx(0.25, rel=1e-5)
+    assert rate(0.1) == pytest.approx(0.5, rel=1e-5)
+    half = 0.005 + (0.5 - 0.005) * (1 + math.cos(math.pi * 0.5)) / 2
+    assert rate(0.55) == pytest.approx(half, rel=1e-4)
+    assert rate(1.0) == pytest.approx(0.005, rel=1e-4)
+
+
+def test_weight_decay_is_for_matrices_and_long_gradients_are_clipped():
+    decayed = training.optimizer(1.0, warmup=0.0, weight_decay=0.1, clip=1.0)
+    params = {"w": jnp.full((2, 2), 3.0, jnp.float32), "b": jnp.full(2, 3.0, jnp.float32)}
+    zeros = jax.tree.map(jnp.zeros_like, params)
+    updates, _ = decayed.update(zeros, decayed.init(params), params, progress=0.0)
+    np.testing.assert_allclose(updates["w"], -0.3, rtol=1e-6)
+    np.testing.assert_array_equal(updates["b"], 0.0)
+    long = jax.tree.map(lambda p: 1e6 * jnp.ones_like(p), params)
+    _, state = decayed.update(long, decayed.init(params), params, progress=0.0)
+    mean = optax.tree.get(state, "mu")
+    # Adam's first mean is a tenth of the clipped gradient, whose norm is 1.
+    assert float(optax.tree.norm(mean)) == pytest.approx(0.1, rel=1e-5)

@@ -1,0 +1,155 @@
+"""Wrong input is one clear line: what was received and what was expected."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jaxlstm
+
+lstm = jaxlstm.LSTM(3, 4, num_layers=2)
+params = lstm.init(jax.random.key(0))
+xs = jnp.zeros((5, 2, 3), jnp.float32)
+state = lstm.initial_state((2,))
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"hidden_size": 0}, ValueError, "hidden_size must be at least 1, got 0"),
+        ({"hidden_size": 2.5}, TypeError, "hidden_size must be an integer, got 2.5"),
+        ({"num_layers": True}, TypeError, "num_layers must be an integer, got True"),
+        ({"proj_size": -1}, ValueError, "proj_size must be at least 1, got -1"),
+        ({"unroll": 0}, ValueError, "unroll must be at least 1, got 0"),
+        ({"remat": 0}, ValueError, "remat must be at least 1, got 0"),
+        ({"bidirectional": 1}, TypeError, "bidirectional must be True or False, got 1"),
+        ({"use_bias": "no"}, TypeError, "use_bias must be True or False, got 'no'"),
+        ({"dropout": 1.0}, ValueError, r"dropout must lie in [0, 1), got 1.0"),
+        ({"dropout": "0.5"}, TypeError, r"dropout must be a number in [0, 1), got '0.5'"),
+        ({"dtype": "float99"}, TypeError, "dtype must be a floating-point dtype, got 'float99'"),
+        ({"dtype": jnp.int32}, TypeError, "dtype must be a floating-point dtype, got int32"),
+        ({"param_dtype": None}, TypeError, "param_dtype must be a floating-point dtype, got None"),
+        ({"cell": "gru"}, ValueError, "cell must be one of 'lstm', 'rnn'; got 'gru'"),
+        ({"activation": "relu"}, ValueError, "activation='relu' belongs to cell='rnn', got cell='lstm'"),
+        ({"cell": "rnn", "activation": "gelu"}, ValueError, "activation must be one of 'tanh', 'relu', 'sigmoid'"),
+        ({"implementation": "fast"}, ValueError, "implementation must be one of"),
+    ],
+)
+def test_configuration(options, error, message):
+    with pytest.raises(error, match=re.escape(message)):
+        jaxlstm.LSTM(**{"input_size": 3, "hidden_size": 4, **options})
+
+
+def call(**changes):
+    return lambda: lstm(**{"params": params, "xs": xs, **changes})
+
+
+@pytest.mark.parametrize(
+    ("action", "error", "message"),
+    [
+        (call(xs=xs[..., :2]), ValueError, "xs must have shape (T, *batch, 3), got [5, 2, 2]"),
+        (call(xs=jnp.zeros(3, jnp.float32)), ValueError, "xs must have shape (T, *batch, 3), got [3]"),
+        (
+            call(xs=jnp.zeros((5, 2, 3), jnp.int32)),
+            TypeError,
+            "xs must be floating-point, got int32[5, 2, 3]; token ids",
+        ),
+        (call(xs=None), TypeError, "xs must be an array, got NoneType"),
+        (call(state=(state.h, state.c)), TypeError, "state must be a jaxlstm.State(h, c), got tuple"),
+        (call(state=state._replace(h=state.h[:1])), ValueError, "state.h must have shape [2, 2, 4], got [1, 2, 4]"),
+        (call(state=state._replace(c=None)), ValueError, "state.c must be an array [2, 2, 4]; got NoneType"),
+        (call(lengths=jnp.zeros(3, int)), ValueError, "lengths must have shape [2], got [3]"),
+        (call(lengths=jnp.zeros(2, jnp.float32)), TypeError, "lengths must be integer, got float32[2]"),
+        (call(mask=jnp.ones((2, 5), bool)), ValueError, "mask must have shape [5, 2], got [2, 5]"),
+        (call(mask=jnp.ones((5, 2), jnp.float32)), TypeError, "mask must be boolean, got float32[5, 2]"),
+        (call(resets=jnp.ones(5, bool)), ValueError, "resets must have shape [5, 2], got [5]"),
+        (call(resets=jnp.ones((5, 2), int)), TypeError, "resets must be boolean, got int64[5, 2]"),
+        (call(reverse=1), TypeError, "reverse must be True or False, got 1"),
+        (call(key=0), TypeError, "key must be one PRNG key such as jax.random.key(0), got int 0"),
+        (call(key=jax.random.split(jax.random.key(0))), TypeError, "key must be one PRNG key"),
+        (call(params=list(params)), TypeError, "params must be a jaxlstm.Params as made by init, got list"),
+        (
+            call(params=jaxlstm.LSTM(3, 5, num_layers=2).init(jax.random.key(0))),
+            ValueError,
+            "params.layers[0].forward.w_x must have shape [16, 3], got [20, 3]",
+        ),
+        (
+            call(params=jaxlstm.LSTM(3, 4).init(jax.random.key(0))),
+            ValueError,
+            "params.layers[1].forward.w_x is missing; expected shape [16, 4]",
+        ),
+        (
+            call(params=jaxlstm.LSTM(3, 4, num_layers=2, bidirectional=True).init(jax.random.key(0))),
+            ValueError,
+            "params.layers[1].forward.w_x must have shape [16, 4], got [16, 8]",
+        ),
+        (
+            call(params=jaxlstm.LSTM(3, 4, num_layers=2, proj_size=4).init(jax.random.key(0))),
+            ValueError,
+            "params.layers[0].forward.w_p is not a parameter of this configuration, got float32[4, 4]",
+        ),
+        (
+            call(params=jax.tree.map(lambda a: a.astype(jnp.float64), params)),
+            TypeError,
+            "params.layers[0].forward.w_x is float64, wider than the float32 of this configuration; set param_dtype",
+        ),
+        (
+            call(params=jax.tree.map(lambda a: a.astype(jnp.int32), params)),
+            TypeError,
+            "params.layers[0].forward.w_x must be floating-point, got int32[16, 3]",
+        ),
+        (lambda: lstm.init(0), TypeError, "key must be one PRNG key"),
+        (lambda: lstm.step(params, state, xs), ValueError, "state.h must have shape [2, 5, 2, 4], got [2, 2, 4]"),
+        (lambda: lstm.step(params, state, xs[0, :, :1]), ValueError, "x must have shape (*batch, 3), got [2, 1]"),
+        (
+            lambda: jaxlstm.LSTM(3, 4, bidirectional=True).step(params, state, xs[0]),
+            ValueError,
+            "step is for one direction",
+        ),
+        (
+            lambda: jaxlstm.LSTM(3, 4, cell="rnn").step(params, state, xs[0]),
+            ValueError,
+            "params.layers[0].forward.w_x must have shape [4, 3]",
+        ),
+        (lambda: lstm.initial_state((2, -1)), ValueError, "batch_shape must be sizes of at least 0, got (2, -1)"),
+    ],
+)
+def test_calls(action, error, message):
+    with pytest.raises(error, match=re.escape(message)) as caught:
+        action()
+    assert "\n" not in str(caught.value)
+    # The same line while tracing.
+    with pytest.raises(error, match=re.escape(message)):
+        jax.eval_shape(action)
+
+
+def test_a_vanilla_network_takes_no_cell_state():
+    rnn = jaxlstm.LSTM(3, 4, cell="rnn")
+    with pytest.raises(ValueError, match=re.escape("state.c must be None: this cell has no cell state; got float32")):
+        rnn(rnn.init(jax.random.key(0)), xs, jaxlstm.State(jnp.zeros((1, 2, 4)), jnp.zeros((1, 2, 4), jnp.float32)))
+
+
+def test_float64_is_refused_where_jax_would_narrow_it():
+    wide = jaxlstm.LSTM(3, 4, param_dtype=jnp.float64)
+    jax.config.update("jax_enable_x64", False)
+    try:
+        with pytest.raises(ValueError, match=r"param_dtype is float64, which needs jax\.config"):
+            wide.init(jax.random.key(0))
+        with pytest.raises(ValueError, match="dtype is float64, which needs"):
+            jaxlstm.LSTM(3, 4, dtype="float64")(params, xs)
+    finally:
+        jax.config.update("jax_enable_x64", True)
+
+
+def test_what_is_merely_unusual_is_taken():
+    """Lists of lengths, states and inputs of another float type, narrower parameters, equal configurations."""
+    lstm(params, xs, lengths=[5, 0])
+    lstm(params, np.zeros((5, 2, 3)), jax.tree.map(lambda a: a.astype(jnp.bfloat16), state))
+    half = jax.tree.map(lambda a: a.astype(jnp.bfloat16), params)
+    assert lstm(half, xs)[1].h.dtype == jnp.float32
+    a, b = jaxlstm.LSTM(3, 4, dtype="bfloat16"), jaxlstm.LSTM(np.int64(3), 4, dtype=jnp.bfloat16)
+    assert a == b
+    assert hash(a) == hash(b)
+    assert lstm.initial_state(2).h.shape == lstm.initial_state((2,)).h.shape == (2, 2, 4)

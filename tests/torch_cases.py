@@ -1,0 +1,69 @@
+"""What `torch.nn.LSTM` and `torch.nn.RNN` compute, outputs and gradients; run this file to record it anew.
+
+pip install torch==2.13.0 && python tests/torch_cases.py
+"""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+RECORDED = Path(__file__).parent / "vectors" / "torch.npz"
+STEPS, BATCH, INPUT, HIDDEN = 6, 3, 4, 5
+LENGTHS = [6, 4, 1]
+
+CASES: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "layers": {"num_layers": 3},
+    "bidirectional": {"bidirectional": True},
+    "projection": {"proj_size": 3},
+    "no bias": {"bias": False},
+    "everything": {"num_layers": 2, "bidirectional": True, "proj_size": 2},
+    "packed": {"packed": True},
+    "packed everything": {"num_layers": 2, "bidirectional": True, "proj_size": 2, "packed": True},
+    "rnn": {"nonlinearity": "tanh", "num_layers": 2, "bidirectional": True},
+    "rnn relu packed": {"nonlinearity": "relu", "packed": True, "bidirectional": True},
+}
+
+
+def compute(name: str) -> dict[str, np.ndarray]:
+    """Weights, inputs, outputs and the gradient of ``sum(y * dy) + sum(h * dh) + sum(c * dc)``, in float64."""
+    import torch
+
+    options = dict(CASES[name])
+    packed = options.pop("packed", False)
+    torch.manual_seed(len(name))
+    kind = torch.nn.RNN if "nonlinearity" in options else torch.nn.LSTM
+    module = kind(INPUT, HIDDEN, dtype=torch.float64, **options)
+    for weight in module.parameters():
+        torch.nn.init.normal_(weight, std=0.5)
+    rows = options.get("num_layers", 1) * (2 if options.get("bidirectional") else 1)
+    arrays = {
+        "xs": torch.randn(STEPS, BATCH, INPUT, dtype=torch.float64),
+        "h0": torch.randn(rows, BATCH, options.get("proj_size", HIDDEN), dtype=torch.float64),
+    }
+    if kind is torch.nn.LSTM:
+        arrays["c0"] = torch.randn(rows, BATCH, HIDDEN, dtype=torch.float64)
+    for array in arrays.values():
+        array.requires_grad_()
+    state = (arrays["h0"], arrays["c0"]) if "c0" in arrays else arrays["h0"]
+    if packed:
+        inputs = torch.nn.utils.rnn.pack_padded_sequence(arrays["xs"], torch.tensor(LENGTHS))
+        outputs, last = module(inputs, state)
+        ys, _ = torch.nn.utils.rnn.pad_packed_sequence(outputs, total_length=STEPS)
+    else:
+        ys, last = module(arrays["xs"], state)
+    results = dict(zip(("ys", "h", "c"), (ys, *last) if "c0" in arrays else (ys, last)))
+    cotangents = {f"d{key}": torch.randn_like(value) for key, value in results.items()}
+    sum((value * cotangents[f"d{key}"]).sum() for key, value in results.items()).backward()
+    weights = dict(module.named_parameters())
+    gradients = {f"grad.{key}": value.grad for key, value in {**arrays, **weights}.items()}
+    everything = {**weights, **arrays, **results, **cotangents, **gradients}
+    return {key: value.detach().numpy() for key, value in everything.items()}
+
+
+if __name__ == "__main__":
+    RECORDED.parent.mkdir(exist_ok=True)
+    recorded = {f"{name}/{key}": value for name in CASES for key, value in compute(name).items()}
+    np.savez_compressed(RECORDED, allow_pickle=False, **recorded)
+    print(f"{RECORDED}: {len(recorded)} arrays, {RECORDED.stat().st_size:,} bytes")
