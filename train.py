@@ -9,6 +9,7 @@ python train.py --sample runs/NAME --prompt "The " --length 500 --temperature 0.
 import dataclasses
 import json
 import math
+import signal
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +25,8 @@ import jaxlstm
 from jaxlstm import data, training
 from jaxlstm.language_model import LanguageModel, generate
 from jaxlstm.reporting import Report, draw_curves, write_json
+
+CHECKPOINT = "best.msgpack"  # the best parameters, in the folder of a run
 
 
 @dataclass(frozen=True)
@@ -134,7 +137,6 @@ def train(options: Options, console: Console) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     config = {name: str(v) if isinstance(v, Path) else v for name, v in dataclasses.asdict(options).items()}
     write_json(folder / "config.json", {"options": config, "vocabulary": vocabulary.characters})
-    checkpoint = training.BestCheckpoint(folder / "checkpoint")
     console.print(
         f"{len(train_ids):,} characters to train on, {len(valid_ids):,} to validate, {len(vocabulary)} different; "
         f"{parameters:,} parameters on {device.device_kind} ({device.platform})",
@@ -146,53 +148,50 @@ def train(options: Options, console: Console) -> None:
     max_seconds = options.max_seconds or math.inf
     per_step = options.batch * options.window
     step, progress, valid_seconds = 0, 0.0, 0.0
-    best_loss, best_step, valid_step = math.inf, 0, 0
+    best_loss, best_step = math.inf, 0
     losses: list[jax.Array] = []
-    interrupted = False
 
     def validate() -> None:
-        nonlocal best_loss, best_step, valid_step, valid_seconds
+        nonlocal best_loss, best_step, valid_seconds
         start = time.perf_counter()
         loss = finite(training.evaluate(model, state.params, valid_ids, batch=options.batch), step)
         speed = (len(valid_ids) - 1) / (time.perf_counter() - start)
         if best := loss < best_loss:
             best_loss, best_step = loss, step
-            checkpoint.save(step, state.params)
+            training.save_params(folder / CHECKPOINT, state.params)
         ids = generate(model, state.params, opening, 200, jax.random.fold_in(key, step), options.temperature)
         report.valid(step, loss, speed, best=best, sample=vocabulary.decode(np.asarray(ids)))
-        valid_step, valid_seconds = step, time.perf_counter() - start
+        valid_seconds = time.perf_counter() - start
 
     opening = jnp.asarray(valid_ids[:1])
+    stopped = catch_signals()
     with Report(folder, console) as report:
-        try:
-            clock = time.perf_counter()
-            while progress < 1:
-                window = next(windows)
-                step += 1
-                spent = time.perf_counter() - began
-                # The clock leaves room for the last validation, as long as the one before it.
-                progress = min(1.0, max(step / max_steps, spent / max(max_seconds - valid_seconds, 1e-9)))
-                state, loss = step_function(state, window.inputs, window.targets, window.first, progress)
-                losses.append(loss)
-                if len(losses) > 1:
-                    losses[-2].block_until_ready()  # at most one step ahead of the device, so that the clock is true
-                if step % options.log_every == 0 or progress == 1:
-                    mean = finite(float(np.mean(jax.device_get(losses))), step)
-                    speed = len(losses) * per_step / (time.perf_counter() - clock)
-                    report.train(step, mean, speed, progress)
-                    losses, clock = [], time.perf_counter()
-                if step % options.valid_every == 0 or progress == 1:
-                    paused = time.perf_counter()
-                    validate()
-                    clock += time.perf_counter() - paused
-        except KeyboardInterrupt:
-            interrupted = True
-            report.say(f"interrupted at step {step:,}")
-            if valid_step == 0 and step > 0:
+        clock = time.perf_counter()
+        while progress < 1 and not stopped:
+            window = next(windows)
+            step += 1
+            spent = time.perf_counter() - began
+            # The clock leaves room for the last validation, as long as the one before it.
+            progress = min(1.0, max(step / max_steps, spent / max(max_seconds - valid_seconds, 1e-9)))
+            state, loss = step_function(state, window.inputs, window.targets, window.first, progress)
+            losses.append(loss)
+            if len(losses) > 1:
+                losses[-2].block_until_ready()  # at most one step ahead of the device, so that the clock is true
+            if step % options.log_every == 0 or progress == 1:
+                mean = finite(float(np.mean(jax.device_get(losses))), step)
+                speed = len(losses) * per_step / (time.perf_counter() - clock)
+                report.train(step, mean, speed, progress)
+                losses, clock = [], time.perf_counter()
+            if step % options.valid_every == 0 or progress == 1:
+                paused = time.perf_counter()
+                validate()
+                clock += time.perf_counter() - paused
+        if stopped:
+            report.say(f"{stopped[0].name} received; stopped after step {step:,}")
+            if best_step == 0:
                 validate()
 
     # What is left of the run.
-    checkpoint.close()
     summary = {
         "valid_loss": best_loss,
         "best_step": best_step,
@@ -209,8 +208,24 @@ def train(options: Options, console: Console) -> None:
         highlight=False,
         soft_wrap=True,
     )
-    if interrupted:
-        raise SystemExit(130)
+    if stopped:
+        raise SystemExit(128 + stopped[0])
+
+
+def catch_signals() -> list[signal.Signals]:
+    """An empty list that holds the signal once Ctrl-C or SIGTERM came: the run then ends after the step it is at.
+
+    A second one ends it at once.
+    """
+    caught: list[signal.Signals] = []
+
+    def note(number: int, _: object) -> None:
+        caught.append(signal.Signals(number))
+        for kind, usual in usually.items():
+            signal.signal(kind, usual)
+
+    usually = {kind: signal.signal(kind, note) for kind in (signal.SIGINT, signal.SIGTERM)}
+    return caught
 
 
 def finite(loss: float, step: int) -> float:
@@ -238,7 +253,7 @@ def sample(options: Options, console: Console) -> None:
         raise ValueError("--prompt must have at least one character")
     prompt = jnp.asarray(vocabulary.encode(options.prompt))
     model = build(run, vocabulary)
-    params = training.BestCheckpoint(options.sample / "checkpoint").restore(model)
+    params = training.load_params(options.sample / CHECKPOINT, model)
     ids = generate(model, params, prompt, options.length, jax.random.key(options.seed), options.temperature)
     console.print(options.prompt + vocabulary.decode(np.asarray(ids)), markup=False, highlight=False, soft_wrap=True)
 

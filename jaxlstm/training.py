@@ -1,15 +1,16 @@
 """Training a language model: the optimiser, one compiled step, evaluation, checkpoints."""
 
+import os
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import flax.serialization
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import orbax.checkpoint as ocp
 from jax import Array
 from jax.typing import ArrayLike
 from jaxtyping import Bool, Float, Int
@@ -128,36 +129,32 @@ def evaluate(
     return total / (len(ids) - 1)
 
 
-class BestCheckpoint:
-    """The parameters of the best step so far, in a folder: atomic, written in the background (Orbax)."""
+def save_params(path: Path, params: LanguageModelParams) -> None:
+    """Write parameters to a file, whole or not at all (MessagePack, by Flax)."""
+    partial = path.with_name(path.name + ".partial")
+    with partial.open("wb") as file:
+        file.write(flax.serialization.to_bytes(params))
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(partial, path)
 
-    def __init__(self, folder: Path) -> None:
-        options = ocp.CheckpointManagerOptions(max_to_keep=1)
-        self._manager = ocp.CheckpointManager(folder.absolute(), options=options)
 
-    def save(self, step: int, params: LanguageModelParams) -> None:
-        """Keep ``params`` in place of what was kept before."""
-        self._manager.save(step, args=ocp.args.StandardSave(params))
+def load_params(path: Path, model: LanguageModel) -> LanguageModelParams:
+    """The parameters in a file that `save_params` wrote.
 
-    def restore(self, model: LanguageModel) -> LanguageModelParams:
-        """The kept parameters.
-
-        Raises:
-          ValueError: if there are none, or they are damaged or of another model.
-        """
-        folder = self._manager.directory
-        step = self._manager.latest_step()
-        if step is None:
-            raise ValueError(f"no checkpoint in {folder}")
-        expected = jax.eval_shape(model.init, jax.random.key(0))
-        try:
-            params: Any = self._manager.restore(step, args=ocp.args.StandardRestore(expected))
-            return params
-        except Exception as error:  # Orbax raises whatever its storage layers do
-            reason = str(error).strip().split("\n")[0]
-            raise ValueError(f"cannot read the checkpoint of step {step} in {folder}: {reason}") from error
-
-    def close(self) -> None:
-        """Wait until everything is written."""
-        self._manager.wait_until_finished()
-        self._manager.close()
+    Raises:
+      ValueError: if the file is missing or damaged, or holds the parameters of another model.
+    """
+    expected = jax.eval_shape(model.init, jax.random.key(0))
+    try:
+        params: Any = flax.serialization.from_bytes(expected, path.read_bytes())
+    except OSError as error:
+        raise ValueError(f"no checkpoint {path}: {error.strerror}") from None
+    except Exception as error:  # MessagePack and Flax raise many kinds
+        reason = str(error).strip().split("\n")[0] or type(error).__name__
+        raise ValueError(f"{path} is damaged or of another model: {reason}") from None
+    for (name, wanted), leaf in zip(jax.tree_util.tree_flatten_with_path(expected)[0], jax.tree.leaves(params)):
+        if leaf.shape != wanted.shape:
+            name = jax.tree_util.keystr(name, simple=True, separator=".")
+            raise ValueError(f"{path} is of another model: {name} has shape {leaf.shape}, expected {wanted.shape}")
+    return params

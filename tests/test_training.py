@@ -86,19 +86,32 @@ def test_it_learns_and_writes_what_it_has_learnt(tmp_path):
     drawn = generate(m, state.params, jnp.asarray(TEXT[:7]), 70, jax.random.key(0), 0.0)
     np.testing.assert_array_equal(drawn, np.tile(TEXT[:7], 10))
 
-    kept = training.BestCheckpoint(tmp_path / "checkpoint")
-    kept.save(1, m.init(jax.random.key(2)))
-    kept.save(total, state.params)
-    kept.close()
-    assert [p.name for p in (tmp_path / "checkpoint").iterdir()] == [str(total)]
-    again = training.BestCheckpoint(tmp_path / "checkpoint").restore(m)
+    path = tmp_path / "best.msgpack"
+    training.save_params(path, m.init(jax.random.key(2)))
+    training.save_params(path, state.params)
+    assert [p.name for p in tmp_path.iterdir()] == ["best.msgpack"]
+    again = training.load_params(path, m)
     assert jax.tree.structure(again) == jax.tree.structure(state.params)
     jax.tree.map(np.testing.assert_array_equal, again, state.params)
+
+
+def test_a_checkpoint_that_is_not_one_of_this_model(tmp_path):
+    m = model()
+    path = tmp_path / "best.msgpack"
+    with pytest.raises(ValueError, match=r"no checkpoint .*best.msgpack: No such file"):
+        training.load_params(path, m)
+    training.save_params(path, m.init(jax.random.key(0)))
     other = LanguageModel(6, jaxlstm.LSTM(8, 16, num_layers=2))
-    with pytest.raises(ValueError, match=f"cannot read the checkpoint of step {total} in"):
-        training.BestCheckpoint(tmp_path / "checkpoint").restore(other)
-    with pytest.raises(ValueError, match="no checkpoint in"):
-        training.BestCheckpoint(tmp_path / "nothing").restore(m)
+    with pytest.raises(ValueError, match=r"of another model: embedding has shape \(5, 8\), expected \(6, 8\)"):
+        training.load_params(path, other)
+    for layers in (1, 3):
+        with pytest.raises(ValueError, match="is damaged or of another model"):
+            training.load_params(path, LanguageModel(5, jaxlstm.LSTM(8, 16, num_layers=layers)))
+    content = path.read_bytes()
+    for damaged in (content[:-1], content[:100], b"", b"nonsense"):
+        path.write_bytes(damaged)
+        with pytest.raises(ValueError, match=r"best.msgpack is damaged or of another model: ."):
+            training.load_params(path, m)
 
 
 def test_temperature_shapes_the_distribution():
