@@ -60,7 +60,7 @@ class Options:
     """Streams of text trained side by side."""
     window: int = 64
     """Characters per stream and step: the span of truncated backpropagation through time."""
-    learning_rate: float = 2e-3
+    learning_rate: float = 4e-3
     """Peak of the learning rate."""
     warmup: float = 0.02
     """Share of the run in which the learning rate rises to its peak; a cosine takes it down from there."""

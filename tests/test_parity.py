@@ -8,7 +8,7 @@ import pytest
 from tolerance import tolerance
 
 import jaxlstm
-from jaxlstm.recurrence import IMPLEMENTATIONS
+from jaxlstm.recurrence import IMPLEMENTATIONS, fused
 
 
 def assert_close(actual, wanted, dtype, terms):
@@ -41,6 +41,15 @@ def test_outputs_state_and_gradients(configuration, inputs, implementation):
     result, slopes = jax.jit(jax.grad(loss, (0, 1, 2), has_aux=True))(case.params, case.xs, case.state)[::-1]
     assert_close(result, (ys, state), np.float64, terms(case))
     assert_close(slopes, gradient, np.float64, terms(case))
+
+
+@pytest.mark.parametrize("configuration", ["projection", "two layers bidirectional projection", "rnn", "remat"])
+@pytest.mark.parametrize("inputs", ["plain", "everything", "everything reverse"])
+def test_fused_in_the_layout_of_large_sizes(configuration, inputs, monkeypatch):
+    monkeypatch.setattr(fused, "SMALL", (0, 0))
+    jax.clear_caches()
+    test_outputs_state_and_gradients(configuration, inputs, "fused")
+    jax.clear_caches()
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
@@ -144,3 +153,18 @@ def test_vmap_and_vmap_of_grad(implementation):
     apart = jax.vmap(jax.grad(loss), axes)(*arguments)
     together = jax.grad(loss)(*arguments)
     assert_close(jax.tree.map(lambda a: a.sum(0), apart), together, np.float64, terms(case))
+
+
+@pytest.mark.parametrize("steps", [fused.CHUNK - 1, fused.CHUNK, 2 * fused.CHUNK + 3])
+def test_fused_over_chunks_of_time_equals_the_reference(steps):
+    case = cases.make("two layers bidirectional projection", "everything reverse", steps=steps)
+    networks = [
+        jaxlstm.LSTM(3, 5, param_dtype=jnp.float64, implementation=name, num_layers=2, bidirectional=True, proj_size=2)
+        for name in ("fused", "scan")
+    ]
+
+    def loss(lstm):
+        return lambda *arguments: cases.loss(*lstm(*arguments, **case.options), case.cotangents)
+
+    actual, wanted = (jax.value_and_grad(loss(n), (0, 1, 2))(case.params, case.xs, case.state) for n in networks)
+    assert_close(actual, wanted, np.float64, terms(case))

@@ -9,7 +9,7 @@ and ``resets`` ``(T, B)`` bool or None, and ``ys (T, B, D*P)`` in ``dtype``. The
 ``resets`` behind the mask, and zeroes ``ys`` there afterwards: an implementation has only to hold the state.
 """
 
-from jaxlstm.recurrence import scan
+from jaxlstm.recurrence import fused, scan
 
-IMPLEMENTATIONS = {"scan": scan.run}
-DEFAULT = "scan"
+IMPLEMENTATIONS = {"scan": scan.run, "fused": fused.run}
+DEFAULT = "fused"

@@ -1,7 +1,6 @@
-"""A scan that remembers less."""
+"""Time in chunks: a scan over pieces of a sequence, the last of which may be shorter."""
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import jax
@@ -9,38 +8,35 @@ import jax.numpy as jnp
 from jax import lax
 
 
-def scan(body: Callable, carry: Any, xs: Any, *, reverse: bool, unroll: int, remat: int | None) -> tuple[Any, Any]:
-    """`jax.lax.scan`, keeping for the backward pass only the carry every ``remat`` steps (Chen et al. 2016).
-
-    The steps within a chunk are computed again when their derivative is taken. A last chunk may be shorter.
+def over(
+    run: Callable[[Any, Any], tuple[Any, Any]], carry: Any, xs: Any, *, size: int, reverse: bool = False
+) -> tuple[Any, Any]:
+    """What ``run(carry, xs)`` returns, with ``run`` called on chunks of the leading axis instead of all of it.
 
     Args:
-      body: ``(carry, x) -> (carry, y)``.
-      carry: the carry before the first step.
+      run: a function of the carry and of a piece of ``xs`` that returns the carry and a piece of ``ys``.
+      carry: before the first step.
       xs: pytree of arrays with a leading time axis.
-      reverse: whether time runs backward.
-      unroll: steps per iteration of the compiled loop.
-      remat: steps per chunk; None keeps everything.
+      size: steps in a chunk.
+      reverse: whether the chunks, like the steps that ``run`` takes, go backward in time.
     """
-    run = partial(lax.scan, body, reverse=reverse, unroll=unroll)
-    if remat is None:
-        return run(carry, xs)
     steps = jax.tree.leaves(xs)[0].shape[0]
-    whole = steps - steps % remat
-    chunks = jax.tree.map(lambda a: a[:whole].reshape(-1, remat, *a.shape[1:]), xs)
+    if size >= steps:
+        return run(carry, xs)
+    whole = steps - steps % size
+    chunks = jax.tree.map(lambda a: a[:whole].reshape(whole // size, size, *a.shape[1:]), xs)
     rest = jax.tree.map(lambda a: a[whole:], xs)
-    run_chunk = jax.checkpoint(run)
 
     def run_whole(carry: Any) -> tuple[Any, Any]:
-        carry, ys = lax.scan(run_chunk, carry, chunks, reverse=reverse)
+        carry, ys = lax.scan(run, carry, chunks, reverse=reverse)
         return carry, jax.tree.map(lambda a: a.reshape(whole, *a.shape[2:]), ys)
 
     if whole == steps:
         return run_whole(carry)
     if reverse:
-        carry, ys_rest = run_chunk(carry, rest)
+        carry, ys_rest = run(carry, rest)
         carry, ys = run_whole(carry)
     else:
         carry, ys = run_whole(carry)
-        carry, ys_rest = run_chunk(carry, rest)
+        carry, ys_rest = run(carry, rest)
     return carry, jax.tree.map(lambda a, b: jnp.concatenate([a, b]), ys, ys_rest)

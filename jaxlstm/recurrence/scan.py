@@ -1,8 +1,10 @@
 """The reference: the equations of `jaxlstm.cells` under `jax.lax.scan`, differentiated by JAX itself."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
-from jax import Array
+from jax import Array, lax
 from jax.typing import DTypeLike
 from jaxtyping import Bool, Float
 
@@ -70,7 +72,12 @@ def _direction(
         return (_zero_where(first, after) if reverse else after), y
 
     z_x = cells.input_part(weights, xs, dtype, state.h.dtype)
-    last, ys = chunks.scan(body, state, (z_x, mask, resets), reverse=reverse, unroll=unroll, remat=remat)
+    steps = (z_x, mask, resets)
+    over_time = partial(lax.scan, body, reverse=reverse, unroll=unroll)
+    if remat is None:
+        last, ys = over_time(state, steps)
+    else:  # between chunks only the state is kept; within one, all is computed again for the derivative
+        last, ys = chunks.over(jax.checkpoint(over_time), state, steps, size=remat, reverse=reverse)
     return ys, last
 
 

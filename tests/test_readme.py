@@ -1,0 +1,21 @@
+"""The code in the README runs."""
+
+import re
+from pathlib import Path
+
+import jax
+import pytest
+
+BLOCKS = re.findall(r"```python\n(.*?)```", (Path(__file__).parent.parent / "README.md").read_text(), re.DOTALL)
+
+
+@pytest.mark.parametrize("block", BLOCKS)
+def test_python(block):
+    names: dict = {}
+    with jax.enable_x64(False):
+        exec(block, names)
+    assert names["ys"].shape[-1] == 256
+
+
+def test_there_is_code():
+    assert len(BLOCKS) >= 2
