@@ -41,7 +41,7 @@ class Options:
     """Seed of the initial weights, of dropout and of the order of the data."""
 
     max_steps: int | None = None
-    """Bound on the run, in steps (updates). Without any bound: 1,500."""
+    """Bound on the run, in steps (updates). Without any bound: 1,200."""
     max_seconds: float | None = None
     """Bound on the run, in seconds of wall clock, compilation and validation included."""
 
@@ -51,7 +51,7 @@ class Options:
     """Hidden units of a layer."""
     layers: int = 1
     """Number of layers."""
-    dropout: float = 0.3
+    dropout: float = 0.4
     """Share of each layer's outputs dropped in training, in [0, 1)."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Type of matrix products; parameters, sums and state stay float32."""
@@ -144,7 +144,7 @@ def train(options: Options, console: Console) -> None:
     )
 
     # The loop.
-    max_steps = options.max_steps or (math.inf if options.max_seconds else 1500)
+    max_steps = options.max_steps or (math.inf if options.max_seconds else 1200)
     max_seconds = options.max_seconds or math.inf
     per_step = options.batch * options.window
     step, progress, valid_seconds = 0, 0.0, 0.0
@@ -201,7 +201,7 @@ def train(options: Options, console: Console) -> None:
         "device": f"{device.device_kind} ({device.platform})",
     }
     write_json(folder / "summary.json", summary)
-    draw_curves(folder / "curves.png", report.rows, f"{options.data}: LSTM, {parameters:,} parameters")
+    draw_curves(folder / "curves.png", report.rows, f"{Path(options.data).stem}: LSTM of {parameters:,} parameters")
     console.print(
         f"best validation loss {best_loss:.4f} nats ({best_loss / math.log(2):.4f} bits per character) at step "
         f"{best_step:,}; {summary['wall_seconds']:.0f} s\n{folder}: python train.py --sample {folder}",

@@ -60,6 +60,8 @@ def run(
       outputs and the state after the last step taken.
     """
     num_steps, *batch, _ = xs.shape
+    if num_steps == 0:
+        return jnp.zeros((0, *batch, len(layer.directions) * state.h.shape[-1]), dtype), state
     rows = math.prod(batch)
     if mask is not None:
         xs = jnp.where(mask[..., None], xs, 0)

@@ -10,8 +10,8 @@ The brackets do not wait for the step before. They are matrix products over many
 transposes: the gradient of a weight is one product per chunk of time, not one product and one addition of a
 weight-sized array per step. The rule is linear in the tangents and written in JAX, so JAX transposes it into
 backpropagation through time, and forward mode and second derivatives work as everywhere else. The partials of ``gates``
-are taken by `jax.jvp`, again in the backward pass: what is kept of a step is ``z``, ``c`` and ``h``, 6 arrays of H
-numbers for an LSTM.
+are taken by `jax.jvp`, again in the backward pass: what is kept of a step is ``z``, ``c`` and the output, 6 arrays of
+H numbers for an LSTM.
 
 The two axes of a step's arrays lie one way or the other (`Static.axis`). Feature-major, ``(H, B)``, has the large
 operand of each step's product, the weights, on the left, read as it lies in memory; batch-major, ``(B, H)``, has less
@@ -55,11 +55,10 @@ class Inputs(NamedTuple):
 
 
 class Saved(NamedTuple):
-    """What the derivative needs of a step; the state is as the step saw it. Here B stands for either order of axes."""
+    """What the derivative needs of a step besides the outputs. Here B stands for either order of axes."""
 
     z: Array  # (T, G*H, B)
-    h: Array  # (T, P, B)
-    c: Array | None  # (T, H, B)
+    c: Array | None  # (T, H, B), as the step saw it
     m: Array | None  # (T, H, B), with a projection
 
 
@@ -94,7 +93,7 @@ def run(
         after, ys = over_time(before, inputs)
     else:  # between chunks only the state is kept; within one, all is computed again for the derivative
         after, ys = chunks.over(jax.checkpoint(over_time), before, inputs, size=remat)
-    if resets is not None and len(resets):  # running backward, a reset on the first step zeroes the state returned
+    if resets is not None:  # running backward, a reset on the very first step zeroes the state that is returned
         after = [_zero_where(resets[0], a, axis) if back else a for a, back in zip(after, backward)]
     ys = jnp.concatenate([jnp.flip(y, 0) if back else y for y, back in zip(ys, backward)], axis=-1)
     return ys, jax.tree.map(lambda *each: jnp.stack([jnp.moveaxis(a, axis, 1) for a in each]), *after)
@@ -158,7 +157,7 @@ def _slabs(static: Static, z: Array) -> Array:
 def _recurrence(
     static: Static, weights: tuple[Weights, ...], inputs: tuple[Inputs, ...], state: States
 ) -> tuple[States, tuple[Array, ...]]:
-    """All directions over time: the states after it, and outputs ``(T, B, P)``."""
+    """All directions over time: the states after it, and ``(T, B, P)`` outputs; where no step is taken, the held h."""
     after, (ys, _) = _forward(static, weights, inputs, state, save=False)
     return after, ys
 
@@ -177,8 +176,9 @@ def _forward(
             z = z + jnp.broadcast_to(jnp.expand_dims(w.b.astype(static.sums), 1 - axis), z.shape)
         c, m = static.cell.gates(_slabs(static, z), before.c)
         h = m if w.w_p is None else _times(static, _laid_out(static, w.w_p), m)
-        saved = Saved(z, before.h, before.c, None if w.w_p is None else m) if save else None
-        return _hold(now.taken, State(h, c), before, axis), jnp.moveaxis(h, axis, 1).astype(static.dtype), saved
+        after = _hold(now.taken, State(h, c), before, axis)
+        saved = Saved(z, before.c, None if w.w_p is None else m) if save else None
+        return after, jnp.moveaxis(after.h, axis, 1).astype(static.dtype), saved
 
     def body(before: States, now: tuple[Inputs, ...]) -> tuple[States, Any]:
         after, ys, saved = zip(*map(step, weights, wide, before, now))
@@ -200,17 +200,20 @@ def _tangent(static: Static, primals: Any, tangents: Any) -> Any:
     d_xs = tuple(None if _absent(d.x) else d.x for d in d_inputs)
     d_before = jax.tree.map(_dense, d_state, state, is_leaf=_zero)
 
-    def lead(w: Weights, dw: Weights, now: Any, saved: Saved, dx: Array | None) -> tuple[Array, Array | None]:
-        """The brackets of a chunk, for z and for h."""
+    @jax.checkpoint  # or x and h of all steps would be kept side by side
+    def lead(
+        w: Weights, dw: Weights, dx: Array | None, now: Any, saved: Saved, ys: Array, y: Array
+    ) -> tuple[Array, Array | None]:
+        """The brackets of a chunk, for z and for h; ``y`` is the output before its first step."""
         dz = jnp.zeros(saved.z.shape, static.sums)
         if dx is not None:
             dz = dz + _times_over_time(static, w.w_x, jnp.moveaxis(dx, 2, 1 + axis))
         if not (_absent(dw.w_x) and _absent(dw.w_h)):
             d_wide = jnp.concatenate([_dense(dw.w_x, w.w_x), _dense(dw.w_h, w.w_h)], axis=1)
-            x = jnp.moveaxis(now.x, 2, 1 + axis).astype(static.dtype)
-            dz = dz + _times_over_time(
-                static, d_wide, jnp.concatenate([x, saved.h.astype(static.dtype)], axis=1 + axis)
-            )
+            h = jnp.concatenate([y[None], ys[:-1]])
+            h = h if now.zeroed is None else jnp.where(now.zeroed[:, :, None], 0, h)
+            x_and_h = jnp.moveaxis(jnp.concatenate([now.x.astype(static.dtype), h], axis=2), 2, 1 + axis)
+            dz = dz + _times_over_time(static, d_wide, x_and_h)
         if dw.b is not None and not _zero(dw.b):
             dz = dz + jnp.broadcast_to(jnp.expand_dims(dw.b.astype(static.sums), (0, 2 - axis)), dz.shape)
         if saved.m is None or dw.w_p is None or _zero(dw.w_p):
@@ -225,20 +228,24 @@ def _tangent(static: Static, primals: Any, tangents: Any) -> Any:
             dh = _times(static, _laid_out(static, w.w_p), dh)
         if lead[1] is not None:
             dh = dh + lead[1]
-        return _hold(now.taken, State(dh, dc), before, axis), jnp.moveaxis(dh, axis, 1).astype(static.dtype)
+        after = _hold(now.taken, State(dh, dc), before, axis)
+        return after, jnp.moveaxis(after.h, axis, 1).astype(static.dtype)
 
     @partial(jax.checkpoint, prevent_cse=False)  # or the partials of all steps would be kept
     def body(before: States, now: Any) -> tuple[States, tuple[Array, ...]]:
         d_after, d_ys = zip(*map(step, weights, recurrent, before, *now))
         return d_after, d_ys
 
-    def over_chunk(before: States, chunk: Any) -> tuple[States, tuple[Array, ...]]:
-        now, saved, d_xs = chunk
-        leads = tuple(map(lead, weights, d_weights, now, saved, d_xs))
+    def over_chunk(carry: Any, chunk: Any) -> tuple[Any, tuple[Array, ...]]:
+        before, y = carry
+        d_xs, now, saved, ys = chunk
+        leads = tuple(map(lead, weights, d_weights, d_xs, now, saved, ys, y))
         now = tuple(i._replace(x=None) for i in now)
-        return lax.scan(body, before, (now, saved, leads), unroll=static.unroll)
+        after, d_ys = lax.scan(body, before, (now, saved, leads), unroll=static.unroll)
+        return (after, tuple(each[-1] for each in ys)), d_ys
 
-    d_after, d_ys = chunks.over(over_chunk, d_before, (inputs, saved, d_xs), size=CHUNK)
+    y = tuple(jnp.moveaxis(s.h, axis, 1).astype(static.dtype) for s in state)
+    (d_after, _), d_ys = chunks.over(over_chunk, (d_before, y), (d_xs, inputs, saved, ys), size=CHUNK)
     return (after, ys), (d_after, d_ys)
 
 
