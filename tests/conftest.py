@@ -1,5 +1,11 @@
 """Strict JAX for every test: float64 available, no silent promotion of dtypes or ranks, shapes checked at run time."""
 
+import os
+
+# Hundreds of small programs are compiled here and run once or twice: LLVM's optimisation would take most of the time.
+# The tests that start the command itself run it as users do, without this.
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0"
+
 import jax
 from jaxtyping import install_import_hook
 

@@ -13,6 +13,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
+ENVIRONMENT = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+ENVIRONMENT |= {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "PYTHONIOENCODING": "utf-8"}
 SMALL = ["--hidden", "16", "--embedding", "8", "--batch", "4", "--window", "16", "--log-every", "10"]
 TEXT = "Привет, мир! The quick brown fox jumps over the lazy dog. 世界\n" * 60
 
@@ -24,7 +26,7 @@ def command(*arguments, cwd, check=True):
         capture_output=True,
         text=True,
         encoding="utf-8",
-        env={**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "PYTHONIOENCODING": "utf-8"},
+        env=ENVIRONMENT,
         timeout=240,
     )
     assert not check or done.returncode == 0, done.stdout + done.stderr
@@ -114,10 +116,9 @@ def test_the_clock_bounds_a_run(tmp_path):
 def test_ctrl_c_ends_a_run_with_its_results_written(tmp_path):
     (tmp_path / "text.txt").write_text(TEXT, encoding="utf-8")
     arguments = ["--data", "text.txt", "--run-dir", "run", "--max-steps", "1000000", *SMALL]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
     process = subprocess.Popen(
         [sys.executable, str(ROOT / "train.py"), *arguments],
-        cwd=tmp_path, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        cwd=tmp_path, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
     )  # fmt: skip
     deadline = time.monotonic() + 120
     path = tmp_path / "run" / "metrics.jsonl"

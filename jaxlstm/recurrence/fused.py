@@ -192,13 +192,12 @@ def _forward(
 def _tangent(static: Static, primals: Any, tangents: Any) -> Any:
     """The rule above, in chunks of time."""
     weights, inputs, state = primals
-    d_weights, d_inputs, d_state = tangents
+    d_weights, d_xs = _known(tangents[0]), tuple(_known(d.x) for d in tangents[1])
+    d_before = jax.tree.map(lambda a, d: _dense(d, a), state, tangents[2])
     axis = static.axis
     after, (ys, saved) = _forward(static, weights, inputs, state, save=True)
     # Laid out for the transpose of their product, which is the backward pass: there both operands are read in order.
     recurrent = [jnp.moveaxis(w.w_h, 1, axis).astype(static.dtype) for w in weights]
-    d_xs = tuple(None if _absent(d.x) else d.x for d in d_inputs)
-    d_before = jax.tree.map(_dense, d_state, state, is_leaf=_zero)
 
     @jax.checkpoint  # or x and h of all steps would be kept side by side
     def lead(
@@ -208,15 +207,15 @@ def _tangent(static: Static, primals: Any, tangents: Any) -> Any:
         dz = jnp.zeros(saved.z.shape, static.sums)
         if dx is not None:
             dz = dz + _times_over_time(static, w.w_x, jnp.moveaxis(dx, 2, 1 + axis))
-        if not (_absent(dw.w_x) and _absent(dw.w_h)):
+        if dw.w_x is not None or dw.w_h is not None:
             d_wide = jnp.concatenate([_dense(dw.w_x, w.w_x), _dense(dw.w_h, w.w_h)], axis=1)
             h = jnp.concatenate([y[None], ys[:-1]])
             h = h if now.zeroed is None else jnp.where(now.zeroed[:, :, None], 0, h)
             x_and_h = jnp.moveaxis(jnp.concatenate([now.x.astype(static.dtype), h], axis=2), 2, 1 + axis)
             dz = dz + _times_over_time(static, d_wide, x_and_h)
-        if dw.b is not None and not _zero(dw.b):
+        if dw.b is not None:
             dz = dz + jnp.broadcast_to(jnp.expand_dims(dw.b.astype(static.sums), (0, 2 - axis)), dz.shape)
-        if saved.m is None or dw.w_p is None or _zero(dw.w_p):
+        if saved.m is None or dw.w_p is None:
             return dz, None
         return dz, _times_over_time(static, dw.w_p, saved.m)
 
@@ -249,15 +248,11 @@ def _tangent(static: Static, primals: Any, tangents: Any) -> Any:
     return (after, ys), (d_after, d_ys)
 
 
-def _absent(a: Any) -> bool:
-    """An array that is not there, or a tangent known to be zero."""
-    return a is None or _zero(a)
-
-
-def _zero(a: Any) -> bool:
-    return isinstance(a, SymbolicZero)
+def _known(tangents: Any) -> Any:
+    """Tangents with None for those that are zero whatever happens."""
+    return jax.tree.map(lambda d: None if isinstance(d, SymbolicZero) else d, tangents)
 
 
 def _dense(tangent: Any, like: Array) -> Array:
     """A tangent as an array, zeros where it is known to be zero."""
-    return jnp.zeros_like(like) if _zero(tangent) else tangent
+    return jnp.zeros_like(like) if tangent is None or isinstance(tangent, SymbolicZero) else tangent
