@@ -141,6 +141,7 @@ def train(options: Options, console: Console) -> None:
         f"{len(train_ids):,} characters to train on, {len(valid_ids):,} to validate, {len(vocabulary)} different; "
         f"{parameters:,} parameters on {device.device_kind} ({device.platform})",
         highlight=False,
+        soft_wrap=True,
     )
 
     # The loop.
