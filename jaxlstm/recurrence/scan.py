@@ -1,7 +1,5 @@
 """The reference: the equations of `jaxlstm.cells` under `jax.lax.scan`, differentiated by JAX itself."""
 
-from functools import partial
-
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
@@ -71,13 +69,15 @@ def _direction(
             after = jax.tree.map(lambda new, old: jnp.where(taken[:, None], new, old), after, before)
         return (_zero_where(first, after) if reverse else after), y
 
-    z_x = cells.input_part(weights, xs, dtype, state.h.dtype)
-    steps = (z_x, mask, resets)
-    over_time = partial(lax.scan, body, reverse=reverse, unroll=unroll)
+    def over_time(before: State, steps: tuple[Array, Array | None, Array | None]) -> tuple[State, Array]:
+        xs, taken, first = steps
+        z_x = cells.input_part(weights, xs, dtype, state.h.dtype)
+        return lax.scan(body, before, (z_x, taken, first), reverse=reverse, unroll=unroll)
+
     if remat is None:
-        last, ys = over_time(state, steps)
+        last, ys = over_time(state, (xs, mask, resets))
     else:  # between chunks only the state is kept; within one, all is computed again for the derivative
-        last, ys = chunks.over(jax.checkpoint(over_time), state, steps, size=remat, reverse=reverse)
+        last, ys = chunks.over(jax.checkpoint(over_time), state, (xs, mask, resets), size=remat, reverse=reverse)
     return ys, last
 
 
