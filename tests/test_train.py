@@ -206,6 +206,6 @@ def test_a_damaged_checkpoint_is_one_line(run, tmp_path):
 
 @pytest.mark.slow
 def test_the_default_run_learns_the_language_reference(tmp_path):
-    """Two minutes in: far below the 2.6 nats of the text's single characters in context of one before."""
+    """Below what the frequencies of pairs of characters give on the same split of Python 3.11's text, 2.32 nats."""
     command("--max-seconds", 120, "--run-dir", "run", cwd=tmp_path)
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["valid_loss"] < 2.2
