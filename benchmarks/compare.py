@@ -29,6 +29,7 @@ from peers import (
     OURS_BF16,
     REMAT,
     SCAN,
+    SPREAD,
     TORCH,
     TORCH_BF16,
     Contestant,
@@ -67,6 +68,8 @@ class Options:
     """Folder for NAME.json and NAME.png."""
     name: str | None = None
     """Name of the files. By default after the device, as in cpu-2core; with --quick, cpu-2core-quick."""
+    cpu_devices: int = 2
+    """Devices that a CPU is shown as, for the contestant that spreads the batch; the others use one of them."""
     quick: bool = False
     """Tiny sizes and few rounds, to see that everything works."""
 
@@ -125,23 +128,30 @@ def measure_shapes(run: Comparison) -> dict[str, Any]:
 
 
 def geometric_means(found: Sequence[dict[str, Any]], kind: str) -> dict[str, float | None]:
-    """Ours against the best JAX library at each shape, and against PyTorch; None where nobody was there."""
+    """Ours against the best JAX library at each shape, and against PyTorch; None where nobody was there.
+
+    "Over devices" is the batch over all of them, at the shapes whose batch divides, and one device at the others.
+    """
 
     def medians(names: Sequence[str]) -> list[float]:
         """Of the best of ``names`` at each shape."""
         present = [[shape[kind][name]["median_ms"] for name in names if name in shape[kind]] for shape in found]
         return [min(times, default=math.nan) for times in present]
 
-    def ratios(ours: str, *theirs: str) -> list[float]:
-        return [a / b for a, b in zip(medians([ours]), medians(theirs))]
+    def ratios(ours: Sequence[float], *theirs: str) -> list[float]:
+        return [a / b for a, b in zip(ours, medians(theirs))]
 
-    against_jax = ratios(OURS, *JAX_PEERS)
+    ours = medians([OURS])
+    over_devices = [one if math.isnan(many) else many for one, many in zip(ours, medians([SPREAD]))]
+    against_jax = ratios(ours, *JAX_PEERS)
     means = {
         "ours_over_best_jax": statistics.geometric_mean(against_jax),
         "ours_over_best_jax_at_worst_shape": max(against_jax) if not any(map(math.isnan, against_jax)) else math.nan,
-        "ours_over_torch_float32": statistics.geometric_mean(ratios(OURS, TORCH)),
-        "ours_bf16_over_torch_bf16": statistics.geometric_mean(ratios(OURS_BF16, TORCH_BF16)),
-        "scan_over_fused": statistics.geometric_mean(ratios(SCAN, OURS)),
+        "ours_over_torch_float32": statistics.geometric_mean(ratios(ours, TORCH)),
+        "ours_bf16_over_torch_bf16": statistics.geometric_mean(ratios(medians([OURS_BF16]), TORCH_BF16)),
+        "scan_over_fused": statistics.geometric_mean(ratios(medians([SCAN]), OURS)),
+        "ours_over_devices_over_best_jax": statistics.geometric_mean(ratios(over_devices, *JAX_PEERS)),
+        "ours_over_devices_over_torch_float32": statistics.geometric_mean(ratios(over_devices, TORCH)),
     }
     return {name: None if math.isnan(mean) else round(mean, 4) for name, mean in means.items()}
 
@@ -268,6 +278,7 @@ def earlier(path: Path, here: dict[str, Any], say: Callable[[str], None]) -> dic
 
 def main(options: Options, console: Console) -> None:
     """Measure, show, write."""
+    jax.config.update("jax_num_cpu_devices", options.cpu_devices)
     run = Comparison(options, console)
     here = machine()
     name = options.name or (f"{slug()}-quick" if options.quick else slug())

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple, Self
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 
 import jaxlstm
 
@@ -80,17 +81,27 @@ def inputs(shape: Shape, batch_leads: bool = False) -> jax.Array:
     return jax.random.normal(jax.random.key(1), (*leading, shape.inputs))
 
 
-def this_library(shape: Shape, dtype: Any = None, one_by_one: bool = False, **options: Any) -> Program:
-    """`jaxlstm.LSTM`; ``one_by_one`` maps the call for one sequence over the batch with `jax.vmap`."""
+def this_library(
+    shape: Shape, dtype: Any = None, one_by_one: bool = False, spread: bool = False, **options: Any
+) -> Program:
+    """`jaxlstm.LSTM`; ``one_by_one`` maps the call for one sequence over the batch with `jax.vmap`.
+
+    ``spread`` lays the batch over all devices, by the sharding of the inputs and nothing else.
+    """
     lstm = jaxlstm.LSTM(shape.inputs, shape.units, dtype=dtype, **options)
+    params = lstm.init(jax.random.key(0))
     xs = inputs(shape).astype(dtype or jnp.float32)
+    if spread:
+        mesh = jax.make_mesh((jax.device_count(),), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+        params = jax.device_put(params, NamedSharding(mesh, PartitionSpec()))
+        xs = jax.device_put(xs, NamedSharding(mesh, PartitionSpec(None, "data")))
 
     def forward(params: jaxlstm.Params, xs: jax.Array) -> jax.Array:
         if one_by_one:
             return jax.vmap(lambda x: lstm(params, x)[0], in_axes=1, out_axes=1)(xs)
         return lstm(params, xs)[0]
 
-    return Program(forward, lstm.init(jax.random.key(0)), xs)
+    return Program(forward, params, xs)
 
 
 def flax_nnx(shape: Shape, cell: str) -> Program:
@@ -222,6 +233,7 @@ def in_torch(dtype: str, name: str, shape: Shape) -> Contestant:
 Builder = Callable[[str, Shape], Contestant]
 
 OURS, SCAN, OURS_BF16 = "jaxlstm fused", "jaxlstm scan", "jaxlstm fused bf16"
+SPREAD = "jaxlstm fused, batch over devices"
 REMAT, ONE_BY_ONE = "jaxlstm fused remat=32", "jaxlstm fused vmap"
 TORCH, TORCH_BF16 = "torch float32", "torch bfloat16"
 
@@ -240,6 +252,7 @@ BUILDERS: dict[str, Builder] = {
     OURS: partial(in_jax, partial(this_library, implementation="fused")),
     SCAN: partial(in_jax, partial(this_library, implementation="scan")),
     OURS_BF16: partial(in_jax, partial(this_library, implementation="fused", dtype=jnp.bfloat16)),
+    SPREAD: partial(in_jax, partial(this_library, implementation="fused", spread=True)),
     REMAT: partial(in_jax, partial(this_library, implementation="fused", remat=32)),
     ONE_BY_ONE: partial(in_jax, partial(this_library, implementation="fused", one_by_one=True)),
     **JAX_PEERS,
@@ -267,6 +280,8 @@ class Field:
         for name in names:
             if name in self.skipped or not self._takes_part(name):
                 continue
+            if name == SPREAD and (jax.device_count() == 1 or shape.rows % jax.device_count()):
+                continue  # nothing to spread, or not evenly
             try:
                 contestant = BUILDERS[name](name, shape)
                 if run:

@@ -4,7 +4,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from peers import OURS, OURS_BF16, SCAN, TORCH, TORCH_BF16
+from peers import OURS, OURS_BF16, SCAN, SPREAD, TORCH, TORCH_BF16
 from rich import box
 from rich.console import Console
 from rich.table import Table
@@ -21,6 +21,7 @@ STYLES: dict[str, tuple[str, str, bool]] = {  # colour, marker, whether it is fi
     TORCH: ("#D55E00", "s", True),
     TORCH_BF16: ("#D55E00", "s", False),
     SCAN: ("#777777", "*", True),
+    SPREAD: ("#777777", "*", False),
 }
 
 

@@ -62,7 +62,7 @@ def lstm(z: Float[Array, "4 *units"], c: Float[Array, "*units"]) -> tuple[Array,
     c       = f c + i g
     h       = o tanh(c)
     """
-    i, f, g, o = sigmoid_or_tanh(z, "ssts")
+    i, f, g, o = jnp.unstack(sigmoid_or_tanh(z, "ssts"))
     c = f * c + i * g
     return c, o * jnp.tanh(c)
 

@@ -178,7 +178,7 @@ class LSTM:
         xs = validation.inputs("xs", xs, self.input_size, "T, *batch")
         num_steps, *axes = xs.shape[:-1]
         batch = tuple(axes)
-        state = self.initial_state(batch) if state is None else validation.state(state, self._state_shapes(batch))
+        state = self._zeros(xs) if state is None else validation.state(state, self._state_shapes(batch))
         if lengths is not None:
             lengths = validation.array("lengths", lengths, jnp.integer, batch)
         if mask is not None:
@@ -294,6 +294,14 @@ class LSTM:
 
         widths = [self.input_size] + (self.num_layers - 1) * [self.num_directions * self.output_size]
         return Params(tuple(Layer(*(weights(i) for _ in range(self.num_directions))) for i in widths))
+
+    def _zeros(self, xs: Array) -> State:
+        """The initial state for ``xs``, laid out over devices as its batch is: `jax.lax.scan` insists on that."""
+        num_steps, *batch, _ = xs.shape
+        if num_steps == 0:
+            return self.initial_state(tuple(batch))
+        row = jnp.zeros_like(xs[0, ..., :1])
+        return jax.tree.map(lambda a: jnp.broadcast_to(row.astype(a.dtype), a.shape), self._state_shapes(tuple(batch)))
 
     def _state_shapes(self, batch: tuple[int, ...]) -> State:
         """Shape and dtype of the state."""

@@ -9,6 +9,7 @@ from tolerance import narrow_operands, tolerance
 
 import jaxlstm
 from jaxlstm.recurrence import IMPLEMENTATIONS, fused
+from jaxlstm.recurrence.layout import Layout
 
 
 def assert_close(actual, wanted, dtype, terms):
@@ -48,10 +49,12 @@ def test_outputs_state_and_gradients(configuration, inputs, implementation):
     assert_close(slopes, gradient, np.float64, terms(case))
 
 
-@pytest.mark.parametrize("configuration", ["projection", "two layers bidirectional projection", "rnn", "remat"])
-@pytest.mark.parametrize("inputs", ["plain", "everything", "everything reverse"])
-def test_fused_in_the_layout_of_large_sizes(configuration, inputs, monkeypatch):
-    monkeypatch.setattr(fused, "SMALL", (0, 0))
+@pytest.mark.parametrize("configuration", ["two layers bidirectional projection", "rnn", "remat"])
+@pytest.mark.parametrize("inputs", ["everything"])
+@pytest.mark.parametrize(("axis", "hoisted"), [(0, False), (0, True), (1, False)])
+def test_fused_in_the_layouts_of_larger_sizes(configuration, inputs, axis, hoisted, monkeypatch):
+    assert Layout.choose(4, 5, jnp.dtype("float64"), jnp.dtype("float64"))[2:] == (1, True)  # what the others test
+    monkeypatch.setattr(Layout, "choose", lambda rows, units, dtype, sums: Layout(dtype, sums, axis, hoisted))
     jax.clear_caches()
     test_outputs_state_and_gradients(configuration, inputs, "fused")
     jax.clear_caches()

@@ -13,9 +13,7 @@ backpropagation through time, and forward mode and second derivatives work as ev
 are taken by `jax.jvp`, again in the backward pass: what is kept of a step is ``z``, ``c`` and the output, 6 arrays of
 H numbers for an LSTM.
 
-The two axes of a step's arrays lie one way or the other (`Static.axis`). Feature-major, ``(H, B)``, has the large
-operand of each step's product, the weights, on the left, read as it lies in memory; batch-major, ``(B, H)``, has less
-to move when the arrays are small.
+How a step's arrays lie in memory, and when the product of the input is taken, is `jaxlstm.recurrence.layout`'s to say.
 """
 
 from functools import partial
@@ -30,26 +28,24 @@ from jaxtyping import Bool, Float
 
 from jaxlstm.cells import Cell
 from jaxlstm.recurrence import chunks
+from jaxlstm.recurrence.layout import Layout
 from jaxlstm.types import Layer, State, Weights
 
 CHUNK = 16  # steps whose tangents are taken together: enough for one large product, few enough to stay in the cache
-SMALL = (16, 128)  # the largest batch and hidden size up to which batch-major is faster
 
 
 class Static(NamedTuple):
     """What is known when the program is compiled."""
 
     cell: Cell
-    dtype: jnp.dtype  # of products and outputs
-    sums: jnp.dtype  # of sums and state
+    layout: Layout
     unroll: int
-    axis: int  # where the units lie in a step's arrays of two axes: 0 feature-major, 1 batch-major
 
 
 class Inputs(NamedTuple):
     """What one direction reads, in the order in which it runs."""
 
-    x: Array | None  # (T, B, I)
+    x: Any  # (T, B, I); None where only the flow of the state matters
     taken: Array | None  # (T, B) bool: where False the state is held
     zeroed: Array | None  # (T, B) bool: where True the state is zero before the step
 
@@ -81,10 +77,11 @@ def run(
     """One layer over time, its directions side by side. The signature is that of `jaxlstm.recurrence`."""
     directions = range(len(layer.directions))
     backward = [reverse ^ (d == 1) for d in directions]
-    axis = 1 if xs.shape[1] <= SMALL[0] and layer.forward.w_h.shape[0] <= cell.num_gates * SMALL[1] else 0
-    static = Static(cell, jnp.dtype(dtype), state.h.dtype, unroll, axis)
+    units = layer.forward.w_h.shape[0] // cell.num_gates
+    layout = Layout.choose(xs.shape[1], units, jnp.dtype(dtype), state.h.dtype)
+    static = Static(cell, layout, unroll)
     inputs = tuple(_inputs(xs, mask, resets, backward[d]) for d in directions)
-    before = tuple(jax.tree.map(lambda a: jnp.moveaxis(a[d], 1, axis), state) for d in directions)  # noqa: B023
+    before = tuple(jax.tree.map(lambda a: layout.from_batch_major(a[d]), state) for d in directions)  # noqa: B023
 
     def over_time(before: States, inputs: tuple[Inputs, ...]) -> tuple[States, tuple[Array, ...]]:
         return _recurrence(static, layer.directions, inputs, before)
@@ -94,9 +91,9 @@ def run(
     else:  # between chunks only the state is kept; within one, all is computed again for the derivative
         after, ys = chunks.over(jax.checkpoint(over_time), before, inputs, size=remat)
     if resets is not None:  # running backward, a reset on the very first step zeroes the state that is returned
-        after = [_zero_where(resets[0], a, axis) if back else a for a, back in zip(after, backward)]
+        after = [_zero_where(layout, resets[0], a) if back else a for a, back in zip(after, backward)]
     ys = jnp.concatenate([jnp.flip(y, 0) if back else y for y, back in zip(ys, backward)], axis=-1)
-    return ys, jax.tree.map(lambda *each: jnp.stack([jnp.moveaxis(a, axis, 1) for a in each]), *after)
+    return ys, jax.tree.map(lambda *each: jnp.stack([layout.to_batch_major(a) for a in each]), *after)
 
 
 def _inputs(xs: Array, mask: Array | None, resets: Array | None, backward: bool) -> Inputs:
@@ -108,49 +105,18 @@ def _inputs(xs: Array, mask: Array | None, resets: Array | None, backward: bool)
     return Inputs(flip(xs), None if mask is None else flip(mask), zeroed)
 
 
-def _zero_where(rows: Array | None, state: State, axis: int) -> State:
+def _zero_where(layout: Layout, rows: Array | None, state: State) -> State:
     """``state`` with the marked rows of the batch at zero."""
     if rows is None:
         return state
-    return jax.tree.map(lambda a: jnp.where(jnp.expand_dims(rows, axis), 0, a), state)
+    return jax.tree.map(lambda a: jnp.where(layout.along_batch(rows), 0, a), state)
 
 
-def _hold(taken: Array | None, after: State, before: State, axis: int) -> State:
+def _hold(layout: Layout, taken: Array | None, after: State, before: State) -> State:
     """``after`` where a step is taken, else ``before``."""
     if taken is None:
         return after
-    return jax.tree.map(lambda new, old: jnp.where(jnp.expand_dims(taken, axis), new, old), after, before)
-
-
-def _dot(static: Static, a: Array, b: Array, contract: tuple[int, int]) -> Array:
-    """Product over one axis of each of two arrays: operands in ``dtype``, sums and result in ``sums``."""
-    axes = (((contract[0],), (contract[1],)), ((), ()))
-    return lax.dot_general(a.astype(static.dtype), b.astype(static.dtype), axes, preferred_element_type=static.sums)
-
-
-def _times(static: Static, w: Array, x: Array) -> Array:
-    """``W x`` for one step, with ``W`` as `_laid_out` gives it: each operand is read in order."""
-    return _dot(static, w, x, (1, 0)) if static.axis == 0 else _dot(static, x, w, (1, 0))
-
-
-def _laid_out(static: Static, w: Array) -> Array:
-    """A matrix for `_times`: ``W`` for the left of a feature-major array, or its transpose for the right."""
-    return jnp.moveaxis(w, 0, static.axis).astype(static.dtype)
-
-
-def _times_over_time(static: Static, w: Array, xs: Array) -> Array:
-    """``W x`` for many steps at once; ``xs (T, ...)``."""
-    if static.axis == 0:
-        return jnp.moveaxis(_dot(static, w, xs, (1, 1)), 0, 1)
-    return _dot(static, xs, w, (2, 1))
-
-
-def _slabs(static: Static, z: Array) -> Array:
-    """The pre-activations of a step with the gate axis in front: ``(G, H, B)``."""
-    gates = static.cell.num_gates
-    shape = list(z.shape)
-    shape[static.axis : static.axis + 1] = [gates, z.shape[static.axis] // gates]
-    return jnp.moveaxis(z.reshape(shape), static.axis, 0)
+    return jax.tree.map(lambda new, old: jnp.where(layout.along_batch(taken), new, old), after, before)
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(0,))
@@ -166,86 +132,113 @@ def _forward(
     static: Static, weights: tuple[Weights, ...], inputs: tuple[Inputs, ...], state: States, *, save: bool
 ) -> tuple[States, tuple[tuple[Array, ...], tuple[Saved | None, ...]]]:
     """The scan over time, with what the derivative needs if ``save``."""
-    axis = static.axis
+    cell, layout, _ = static
 
-    def step(w: Weights, wide: Array, before: State, now: Any) -> tuple[State, Array, Saved | None]:
-        before = _zero_where(now.zeroed, before, axis)
-        x = jnp.moveaxis(now.x, 1, axis)
-        z = _times(static, wide, jnp.concatenate([x.astype(static.dtype), before.h.astype(static.dtype)], axis))
-        if w.b is not None:
-            z = z + jnp.broadcast_to(jnp.expand_dims(w.b.astype(static.sums), 1 - axis), z.shape)
-        c, m = static.cell.gates(_slabs(static, z), before.c)
-        h = m if w.w_p is None else _times(static, _laid_out(static, w.w_p), m)
-        after = _hold(now.taken, State(h, c), before, axis)
+    def step(w: Weights, recurrent: Array, before: State, now: Inputs) -> tuple[State, Any]:
+        before = _zero_where(layout, now.zeroed, before)
+        x = layout.from_batch_major(now.x)
+        if layout.hoisted:
+            z = x + layout.times(recurrent, before.h)
+        else:
+            z = layout.times(recurrent, jnp.concatenate([x.astype(layout.sums), before.h], layout.axis))
+            z = _add_bias(layout, w.b, z)
+        c, m = cell.gates(layout.slabs(z, cell.num_gates), before.c)
+        h = m if w.w_p is None else layout.times(layout.prepare(w.w_p), m)
+        after = _hold(layout, now.taken, State(h, c), before)
         saved = Saved(z, before.c, None if w.w_p is None else m) if save else None
-        return after, jnp.moveaxis(after.h, axis, 1).astype(static.dtype), saved
+        return after, (layout.to_batch_major(after.h), saved)
 
     def body(before: States, now: tuple[Inputs, ...]) -> tuple[States, Any]:
-        after, ys, saved = zip(*map(step, weights, wide, before, now))
-        return after, (ys, saved)
+        after, kept = zip(*map(step, weights, recurrent, before, now))
+        return after, tuple(zip(*kept))
 
-    wide = [_laid_out(static, jnp.concatenate([w.w_x, w.w_h], axis=1)) for w in weights]  # one product for x and h
-    return lax.scan(body, state, inputs, unroll=static.unroll)
+    if layout.hoisted:
+        recurrent = [layout.prepare(w.w_h) for w in weights]
+        inputs = tuple(i._replace(x=_input_part(layout, w, i.x)) for w, i in zip(weights, inputs))
+    else:  # one product for x and h
+        recurrent = [layout.prepare(jnp.concatenate([w.w_x, w.w_h], axis=1)) for w in weights]
+    after, (ys, saved) = lax.scan(body, state, inputs, unroll=static.unroll)
+    # Rounded here and not in the loop: XLA on a CPU passes over a whole bfloat16 array to write one step into it.
+    return after, (tuple(y.astype(layout.dtype) for y in ys), saved)
 
 
 @partial(_recurrence.defjvp, symbolic_zeros=True)
 def _tangent(static: Static, primals: Any, tangents: Any) -> Any:
     """The rule above, in chunks of time."""
     weights, inputs, state = primals
-    d_weights, d_xs = _known(tangents[0]), tuple(_known(d.x) for d in tangents[1])
+    layout = static.layout
+    d_weights = _known(tangents[0])
+    d_xs = tuple(None if (dx := _known(d.x)) is None else dx.astype(layout.sums) for d in tangents[1])
     d_before = jax.tree.map(lambda a, d: _dense(d, a), state, tangents[2])
-    axis = static.axis
     after, (ys, saved) = _forward(static, weights, inputs, state, save=True)
-    # Laid out for the transpose of their product, which is the backward pass: there both operands are read in order.
-    recurrent = [jnp.moveaxis(w.w_h, 1, axis).astype(static.dtype) for w in weights]
-
-    @jax.checkpoint  # or x and h of all steps would be kept side by side
-    def lead(
-        w: Weights, dw: Weights, dx: Array | None, now: Any, saved: Saved, ys: Array, y: Array
-    ) -> tuple[Array, Array | None]:
-        """The brackets of a chunk, for z and for h; ``y`` is the output before its first step."""
-        dz = jnp.zeros(saved.z.shape, static.sums)
-        if dx is not None:
-            dz = dz + _times_over_time(static, w.w_x, jnp.moveaxis(dx, 2, 1 + axis))
-        if dw.w_x is not None or dw.w_h is not None:
-            d_wide = jnp.concatenate([_dense(dw.w_x, w.w_x), _dense(dw.w_h, w.w_h)], axis=1)
-            h = jnp.concatenate([y[None], ys[:-1]])
-            h = h if now.zeroed is None else jnp.where(now.zeroed[:, :, None], 0, h)
-            x_and_h = jnp.moveaxis(jnp.concatenate([now.x.astype(static.dtype), h], axis=2), 2, 1 + axis)
-            dz = dz + _times_over_time(static, d_wide, x_and_h)
-        if dw.b is not None:
-            dz = dz + jnp.broadcast_to(jnp.expand_dims(dw.b.astype(static.sums), (0, 2 - axis)), dz.shape)
-        if saved.m is None or dw.w_p is None:
-            return dz, None
-        return dz, _times_over_time(static, dw.w_p, saved.m)
-
-    def step(w: Weights, w_h: Array, before: State, now: Any, saved: Saved, lead: Any) -> tuple[State, Array]:
-        before = _zero_where(now.zeroed, before, axis)
-        dz = lead[0] + (_dot(static, w_h, before.h, (0, 0)) if axis == 0 else _dot(static, before.h, w_h, (1, 1)))
-        dc, dh = jax.jvp(static.cell.gates, (_slabs(static, saved.z), saved.c), (_slabs(static, dz), before.c))[1]
-        if w.w_p is not None:
-            dh = _times(static, _laid_out(static, w.w_p), dh)
-        if lead[1] is not None:
-            dh = dh + lead[1]
-        after = _hold(now.taken, State(dh, dc), before, axis)
-        return after, jnp.moveaxis(after.h, axis, 1).astype(static.dtype)
+    recurrent = [layout.prepare_for_transpose(w.w_h) for w in weights]
 
     @partial(jax.checkpoint, prevent_cse=False)  # or the partials of all steps would be kept
     def body(before: States, now: Any) -> tuple[States, tuple[Array, ...]]:
-        d_after, d_ys = zip(*map(step, weights, recurrent, before, *now))
-        return d_after, d_ys
+        d_after = tuple(map(partial(_tangent_step, static), weights, recurrent, before, *now))
+        return d_after, tuple(layout.to_batch_major(s.h) for s in d_after)
 
     def over_chunk(carry: Any, chunk: Any) -> tuple[Any, tuple[Array, ...]]:
         before, y = carry
         d_xs, now, saved, ys = chunk
-        leads = tuple(map(lead, weights, d_weights, d_xs, now, saved, ys, y))
+        brackets = tuple(map(partial(_brackets, layout), weights, d_weights, d_xs, now, saved, ys, y))
         now = tuple(i._replace(x=None) for i in now)
-        after, d_ys = lax.scan(body, before, (now, saved, leads), unroll=static.unroll)
+        after, d_ys = lax.scan(body, before, (now, saved, brackets), unroll=static.unroll)
         return (after, tuple(each[-1] for each in ys)), d_ys
 
-    y = tuple(jnp.moveaxis(s.h, axis, 1).astype(static.dtype) for s in state)
+    y = tuple(layout.to_batch_major(s.h).astype(layout.dtype) for s in state)
     (d_after, _), d_ys = chunks.over(over_chunk, (d_before, y), (d_xs, inputs, saved, ys), size=CHUNK)
-    return (after, ys), (d_after, d_ys)
+    return (after, ys), (d_after, tuple(d.astype(layout.dtype) for d in d_ys))
+
+
+@partial(jax.checkpoint, static_argnums=0)  # or x and h of all steps would be kept side by side
+def _brackets(
+    layout: Layout, w: Weights, dw: Weights, dx: Array | None, now: Inputs, saved: Saved, ys: Array, y: Array
+) -> tuple[Array, Array | None]:
+    """The brackets of a chunk, for z and for h; ``y`` is the output before its first step."""
+    dz = jnp.zeros(saved.z.shape, layout.sums)
+    if dx is not None:
+        dz = dz + layout.times_over_time(w.w_x, layout.from_batch_major(dx))
+    if dw.w_x is not None or dw.w_h is not None:
+        d_wide = jnp.concatenate([_dense(dw.w_x, w.w_x), _dense(dw.w_h, w.w_h)], axis=1)
+        h = jnp.concatenate([y[None], ys[:-1]])
+        h = h if now.zeroed is None else jnp.where(now.zeroed[:, :, None], 0, h)
+        x_and_h = jnp.concatenate([now.x.astype(layout.dtype), h], axis=2)
+        dz = dz + layout.times_over_time(d_wide, layout.from_batch_major(x_and_h))
+    dz = _add_bias(layout, dw.b, dz)
+    if saved.m is None or dw.w_p is None:
+        return dz, None
+    return dz, layout.times_over_time(dw.w_p, saved.m)
+
+
+def _tangent_step(
+    static: Static, w: Weights, recurrent: Array, before: State, now: Inputs, saved: Saved, brackets: Any
+) -> State:
+    """The tangent of the state after a step, from that before it."""
+    cell, layout, _ = static
+    before = _zero_where(layout, now.zeroed, before)
+    dz = brackets[0] + layout.times_in_transpose(recurrent, before.h)
+    z, dz = (layout.slabs(a, cell.num_gates) for a in (saved.z, dz))
+    dc, dh = jax.jvp(cell.gates, (z, saved.c), (dz, before.c))[1]
+    if w.w_p is not None:
+        dh = layout.times(layout.prepare(w.w_p), dh)
+    if brackets[1] is not None:
+        dh = dh + brackets[1]
+    return _hold(layout, now.taken, State(dh, dc), before)
+
+
+def _input_part(layout: Layout, w: Weights, xs: Array) -> Array:
+    """``W_x x + b`` for all steps, batch-major."""
+    z = Layout(layout.dtype, layout.sums, 1, True).times_over_time(w.w_x, xs)
+    return z if w.b is None else z + jnp.broadcast_to(w.b.astype(z.dtype), z.shape)
+
+
+def _add_bias(layout: Layout, b: Array | None, z: Array) -> Array:
+    """``z + b``, over any number of leading axes."""
+    if b is None:
+        return z
+    b = layout.along_units(b.astype(layout.sums))
+    return z + jnp.broadcast_to(jnp.expand_dims(b, range(z.ndim - 2)), z.shape)
 
 
 def _known(tangents: Any) -> Any:

@@ -64,7 +64,7 @@ def _direction(
         z_x, taken, first = inputs
         start = before if reverse else _zero_where(first, before)
         after = State(*cells.step(cell, weights, z_x, start.h, start.c, dtype))
-        y = after.h.astype(dtype)
+        y = after.h
         if taken is not None:
             after = jax.tree.map(lambda new, old: jnp.where(taken[:, None], new, old), after, before)
         return (_zero_where(first, after) if reverse else after), y
@@ -78,7 +78,8 @@ def _direction(
         last, ys = over_time(state, (xs, mask, resets))
     else:  # between chunks only the state is kept; within one, all is computed again for the derivative
         last, ys = chunks.over(jax.checkpoint(over_time), state, (xs, mask, resets), size=remat, reverse=reverse)
-    return ys, last
+    # Rounded here and not in the loop: XLA on a CPU passes over a whole bfloat16 array to write one step into it.
+    return ys.astype(dtype), last
 
 
 def _zero_where(rows: Array | None, state: State) -> State:

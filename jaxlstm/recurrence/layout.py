@@ -1,0 +1,90 @@
+"""How the fused recurrence lays out its arrays, and its matrix products in that layout."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+
+
+class Layout(NamedTuple):
+    """The two axes of a step's arrays, units and batch, in one order or the other; which products wait for the loop.
+
+    Feature-major, ``(H, B)``, has the large operand of each step's product, the weights, on the left, read as it lies
+    in memory. Batch-major, ``(B, H)``, has less to move when the arrays are small. A hoisted input product is taken
+    for all steps at once; otherwise x and h meet the weights of both in one product per step.
+    """
+
+    dtype: jnp.dtype  # of the operands of products, and of outputs
+    sums: jnp.dtype  # of sums and state
+    axis: int  # of the units: 0 feature-major, 1 batch-major
+    hoisted: bool  # whether the product of the input is taken before the loop
+
+    @classmethod
+    def choose(cls, rows: int, units: int, dtype: jnp.dtype, sums: jnp.dtype) -> "Layout":
+        """The layout for a batch of ``rows`` and a hidden size of ``units``.
+
+        For a CPU by measurement (`benchmarks/README.md`). For the others by what their libraries prefer, unmeasured.
+
+        =========  ========  ==============  =======
+        rows       units     units lead      hoisted
+        =========  ========  ==============  =======
+        up to 8    up to 128 no              yes
+        up to 8    more      yes             yes
+        9 to 16    up to 128 no              no
+        otherwise            yes             no
+        =========  ========  ==============  =======
+        """
+        if jax.default_backend() != "cpu":
+            return cls(dtype, sums, axis=1, hoisted=True)
+        small = rows <= 16 and units <= 128
+        return cls(dtype, sums, axis=1 if small else 0, hoisted=rows <= 8)
+
+    def along_units(self, a: Array) -> Array:
+        """A vector over units, with an axis for the batch."""
+        return jnp.expand_dims(a, 1 - self.axis)
+
+    def along_batch(self, a: Array) -> Array:
+        """A vector over the batch, with an axis for the units."""
+        return jnp.expand_dims(a, self.axis)
+
+    def from_batch_major(self, a: Array) -> Array:
+        """``(..., B, H)`` in this layout."""
+        return jnp.moveaxis(a, -1, a.ndim - 2 + self.axis)
+
+    def to_batch_major(self, a: Array) -> Array:
+        """``(..., B, H)`` from this layout."""
+        return jnp.moveaxis(a, a.ndim - 2 + self.axis, -1)
+
+    def slabs(self, z: Array, gates: int) -> Array:
+        """The pre-activations of a step with the gate axis in front: ``(G, H, B)``."""
+        shape = list(z.shape)
+        shape[self.axis : self.axis + 1] = [gates, z.shape[self.axis] // gates]
+        return jnp.moveaxis(z.reshape(shape), self.axis, 0)
+
+    def prepare(self, w: Array) -> Array:
+        """A matrix for `times`: ``W`` for the left of a feature-major array, or its transpose for the right."""
+        return jnp.moveaxis(w, 0, self.axis).astype(self.dtype)
+
+    def times(self, w: Array, x: Array) -> Array:
+        """``W x`` for one step, with ``W`` from `prepare`: each operand is read in order."""
+        return self._dot(w, x, (1, 0)) if self.axis == 0 else self._dot(x, w, (1, 0))
+
+    def prepare_for_transpose(self, w: Array) -> Array:
+        """A matrix for `times_in_transpose`."""
+        return jnp.moveaxis(w, 1, self.axis).astype(self.dtype)
+
+    def times_in_transpose(self, w: Array, x: Array) -> Array:
+        """``W x`` for one step, laid out so that the transpose, which is the backward pass, reads in order."""
+        return self._dot(w, x, (0, 0)) if self.axis == 0 else self._dot(x, w, (1, 1))
+
+    def times_over_time(self, w: Array, xs: Array) -> Array:
+        """``W x`` for many steps at once, with ``W`` as it is; ``xs (T, ...)``."""
+        if self.axis == 0:
+            return jnp.moveaxis(self._dot(w, xs, (1, 1)), 0, 1)
+        return self._dot(xs, w, (2, 1))
+
+    def _dot(self, a: Array, b: Array, contract: tuple[int, int]) -> Array:
+        """Product over one axis of each of two arrays: operands in ``dtype``, sums and result in ``sums``."""
+        axes = (((contract[0],), (contract[1],)), ((), ()))
+        return lax.dot_general(a.astype(self.dtype), b.astype(self.dtype), axes, preferred_element_type=self.sums)

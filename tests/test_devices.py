@@ -1,0 +1,50 @@
+"""A batch over two devices: the same numbers as on one."""
+
+import cases
+import jax
+import numpy as np
+import pytest
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from tolerance import tolerance
+
+import jaxlstm
+from jaxlstm.recurrence import IMPLEMENTATIONS
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit, "shard_map"])
+@pytest.mark.parametrize("given_state", [True, False])
+def test_batch_over_two_devices(given_state, axis_type, implementation):
+    configuration = "two layers bidirectional projection"
+    case = cases.make(configuration, "everything")
+    lstm = jaxlstm.LSTM(
+        3, 5, param_dtype="float64", implementation=implementation, **cases.CONFIGURATIONS[configuration]
+    )
+
+    def loss(params, xs, state, options, cotangents):
+        return cases.loss(*lstm(params, xs, state, **options), cotangents)
+
+    def at(axis):
+        return PartitionSpec(*[None] * axis, "data")
+
+    state = case.state if given_state else None
+    arguments = jax.device_get((case.params, case.xs, state, case.options, case.cotangents))
+    specs = (
+        jax.tree.map(lambda _: PartitionSpec(), case.params),
+        at(1),
+        jax.tree.map(lambda _: at(1), state),
+        {name: (at(0) if name == "lengths" else at(1)) for name in case.options},
+        jax.tree.map(lambda _: at(1), case.cotangents),
+    )
+    wanted = jax.grad(loss, (0, 1))(*arguments)
+    explicit = axis_type is AxisType.Explicit
+    mesh = jax.make_mesh((2,), ("data",), axis_types=(AxisType.Explicit if explicit else AxisType.Auto,))
+    with jax.set_mesh(mesh):
+        placed = jax.tree.map(lambda a, spec: jax.device_put(a, NamedSharding(mesh, spec)), arguments, specs)
+        total = loss
+        if axis_type == "shard_map":
+            total = jax.shard_map(lambda *a: jax.lax.psum(loss(*a), "data"), in_specs=specs, out_specs=PartitionSpec())
+        actual = jax.jit(jax.grad(total, (0, 1)))(*placed)
+    bounds = tolerance(np.float64, case.xs.size)
+    for a, b in zip(jax.tree.leaves(actual), jax.tree.leaves(wanted)):
+        np.testing.assert_allclose(np.asarray(a), np.asarray(b), **bounds)
