@@ -2,9 +2,11 @@
 
 from jaxlstm import cells as cells
 from jaxlstm import initializers as initializers
+from jaxlstm import regularisers as regularisers
 from jaxlstm.cells import Cell as Cell
 from jaxlstm.model import LSTM as LSTM
 from jaxlstm.types import Layer as Layer
+from jaxlstm.types import Norm as Norm
 from jaxlstm.types import Params as Params
 from jaxlstm.types import State as State
 from jaxlstm.types import Weights as Weights

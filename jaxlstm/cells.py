@@ -9,6 +9,7 @@ One step of a recurrent layer is a dense part, the same for every cell, and a sm
 `gates` is all there is to a cell. It is written once, here, and every implementation of the recurrence calls it.
 """
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -16,12 +17,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jax.typing import DTypeLike
 from jaxtyping import Float
 
-from jaxlstm.types import Weights
-
-Gates = Callable[[Array, Any], tuple[Any, Array]]
+Gates = Callable[..., tuple[Any, Array]]
 
 
 @dataclass(frozen=True)
@@ -31,16 +29,31 @@ class Cell:
     Args:
       gates: ``(z, c) -> (c, h)``, elementwise over hidden units. ``z`` has the gate axis first, so it unpacks:
         ``i, f, g, o = z``; every slab and ``c`` have one shape. Which axes that shape has is the implementation's
-        affair. A cell without a cell state takes and returns None for ``c``.
+        affair. A cell without a cell state takes and returns None for ``c``. If it takes more, by these names, the
+        cell carries more: ``keep``, a scale of the candidate, for recurrent dropout; ``norm``, a function of the cell
+        state on its way to the output, for layer normalisation; ``w``, the peepholes, as many as ``num_peepholes``.
       num_gates: slabs in ``z``.
       has_cell_state: False where ``c`` is None.
       forget_gate: which slab's bias starts at 1, None for a cell that has no forget gate.
+      input_gate: which slab's bias chrono initialisation starts at minus that of the forget gate; None for none.
+      num_peepholes: weights per unit by which gates see the cell state.
     """
 
     gates: Gates
     num_gates: int
     has_cell_state: bool = True
     forget_gate: int | None = None
+    input_gate: int | None = None
+    num_peepholes: int = 0
+
+    def takes(self, name: str) -> bool:
+        """Whether ``gates`` has an argument of this name."""
+        return name in inspect.signature(self.gates).parameters
+
+
+def identity(c: Array) -> Array:
+    """``c`` itself."""
+    return c
 
 
 def sigmoid_or_tanh(z: Float[Array, "G *units"], kinds: str) -> Float[Array, "G *units"]:
@@ -54,17 +67,50 @@ def sigmoid_or_tanh(z: Float[Array, "G *units"], kinds: str) -> Float[Array, "G 
     return jnp.tanh(z * scale) * scale + (1 - scale)
 
 
-def lstm(z: Float[Array, "4 *units"], c: Float[Array, "*units"]) -> tuple[Array, Array]:
+def lstm(
+    z: Float[Array, "4 *units"], c: Float[Array, "*units"], keep: Any = 1.0, norm: Callable[[Array], Array] = identity
+) -> tuple[Array, Array]:
     """Long short-term memory with a forget gate (Hochreiter & Schmidhuber 1997; Gers, Schmidhuber & Cummins 2000)::
 
     i, f, o = sigmoid(z_i), sigmoid(z_f), sigmoid(z_o)      input, forget and output gate
     g       = tanh(z_g)                                     candidate
     c       = f c + i g
     h       = o tanh(c)
+
+    ``keep`` scales g, and ``norm`` is taken of c on its way to h, where a regulariser or layer normalisation says so.
     """
     i, f, g, o = jnp.unstack(sigmoid_or_tanh(z, "ssts"))
-    c = f * c + i * g
-    return c, o * jnp.tanh(c)
+    c = f * c + i * (g * keep)
+    return c, o * jnp.tanh(norm(c))
+
+
+def coupled(
+    z: Float[Array, "3 *units"], c: Float[Array, "*units"], keep: Any = 1.0, norm: Callable[[Array], Array] = identity
+) -> tuple[Array, Array]:
+    """The LSTM with coupled input and forget gate, ``i = 1 - f`` (Greff et al. 2017); slabs in the order f, g, o."""
+    f, g, o = jnp.unstack(sigmoid_or_tanh(z, "sts"))
+    c = f * c + (1 - f) * (g * keep)
+    return c, o * jnp.tanh(norm(c))
+
+
+def peephole(
+    z: Float[Array, "4 *units"],
+    c: Float[Array, "*units"],
+    w: Float[Array, "3 *w_units"],
+    keep: Any = 1.0,
+    norm: Callable[[Array], Array] = identity,
+) -> tuple[Array, Array]:
+    """The LSTM whose gates see the cell state, i and f the old one, o the new one (Gers & Schmidhuber 2000)::
+
+    i, f = sigmoid(z_i + w_i c), sigmoid(z_f + w_f c)
+    c    = f c + i tanh(z_g)
+    o    = sigmoid(z_o + w_o c)
+    """
+    (z_i, z_f, z_g, z_o), (w_i, w_f, w_o) = jnp.unstack(z), jnp.unstack(w)
+    i, f = jax.nn.sigmoid(z_i + w_i * c), jax.nn.sigmoid(z_f + w_f * c)
+    c = f * c + i * (jnp.tanh(z_g) * keep)
+    o = jax.nn.sigmoid(z_o + w_o * c)
+    return c, o * jnp.tanh(norm(c))
 
 
 def rnn_tanh(z: Float[Array, "1 *units"], c: None = None) -> tuple[None, Array]:
@@ -82,37 +128,13 @@ def rnn_sigmoid(z: Float[Array, "1 *units"], c: None = None) -> tuple[None, Arra
     return c, sigmoid_or_tanh(z, "s")[0]
 
 
-LSTM = Cell(lstm, num_gates=4, forget_gate=1)
+CELLS = {
+    "lstm": Cell(lstm, num_gates=4, forget_gate=1, input_gate=0),
+    "peephole": Cell(peephole, num_gates=4, forget_gate=1, input_gate=0, num_peepholes=3),
+    "cifg": Cell(coupled, num_gates=3, forget_gate=0),
+}
 RNN = {
     "tanh": Cell(rnn_tanh, num_gates=1, has_cell_state=False),
     "relu": Cell(rnn_relu, num_gates=1, has_cell_state=False),
     "sigmoid": Cell(rnn_sigmoid, num_gates=1, has_cell_state=False),
 }
-
-
-def product(w: Float[Array, "m n"], x: Float[Array, "*batch n"], dtype: DTypeLike, sums: DTypeLike) -> Array:
-    """``W x`` over the last axis of ``x``: operands rounded to ``dtype``, sums and result in ``sums``."""
-    contract_last = (((x.ndim - 1,), (1,)), ((), ()))
-    return jax.lax.dot_general(x.astype(dtype), w.astype(dtype), contract_last, preferred_element_type=jnp.dtype(sums))
-
-
-def input_part(weights: Weights, x: Float[Array, "*batch I"], dtype: DTypeLike, sums: DTypeLike) -> Array:
-    """``W_x x + b``, the share of ``z`` that does not wait for the step before: ``(*batch, G*H)`` in ``sums``."""
-    z = product(weights.w_x, x, dtype, sums)
-    return z if weights.b is None else z + jnp.broadcast_to(weights.b.astype(sums), z.shape)
-
-
-def step(
-    cell: Cell,
-    weights: Weights,
-    z_x: Float[Array, "*batch GH"],
-    h: Float[Array, "*batch P"],
-    c: Float[Array, "*batch H"] | None,
-    dtype: DTypeLike,
-) -> tuple[Array, Array | None]:
-    """One step, from `input_part` and the state before to ``(h, c)`` after; products in ``dtype``."""
-    z = z_x + product(weights.w_h, h, dtype, z_x.dtype)
-    z = z.reshape(*z.shape[:-1], cell.num_gates, z.shape[-1] // cell.num_gates)
-    z = jnp.moveaxis(z, -2, 0)  # (G, *batch, H)
-    c, m = cell.gates(z, c)
-    return (m if weights.w_p is None else product(weights.w_p, m, dtype, z_x.dtype)), c

@@ -62,3 +62,22 @@ def forget_bias(num_gates: int = 4, forget_gate: int | None = 1, value: float = 
         return (bias if forget_gate is None else bias.at[forget_gate].set(value)).reshape(rows)
 
     return init
+
+
+def chrono(num_gates: int, forget_gate: int, input_gate: int | None, longest: int) -> Initializer:
+    """Bias ``(num_gates*H,)`` for dependencies of up to ``longest`` steps (Tallec & Ollivier 2018).
+
+    The forget gate's is log(u) with u uniform in [1, ``longest`` - 1], so that the units' spans are spread over that
+    range; the input gate's, where there is one, is its negative; the others are zero.
+    """
+
+    def init(key: Array, shape: tuple[int, ...], dtype: DTypeLike = jnp.float32) -> Array:
+        (rows,) = shape
+        spans = jax.random.uniform(key, (rows // num_gates,), sums_dtype(dtype), 1.0, longest - 1.0)
+        bias = jnp.zeros((num_gates, rows // num_gates), dtype)
+        bias = bias.at[forget_gate].set(jnp.log(spans).astype(dtype))
+        if input_gate is not None:
+            bias = bias.at[input_gate].set(-jnp.log(spans).astype(dtype))
+        return bias.reshape(rows)
+
+    return init

@@ -12,9 +12,21 @@ from jaxtyping import Bool, Float, Int
 
 from jaxlstm import cells, initializers, sequence, validation
 from jaxlstm.cells import Cell
-from jaxlstm.dropout import dropout
+from jaxlstm.dropout import Noise, Rates, draw, dropout, keep_mask
 from jaxlstm.recurrence import IMPLEMENTATIONS
-from jaxlstm.types import Layer, Params, State, Weights, output_dtype, state_dtype
+from jaxlstm.recurrence.how import How
+from jaxlstm.step import input_part, step
+from jaxlstm.types import Layer, Norm, Params, State, Weights, output_dtype, state_dtype
+
+RATES = (
+    "dropout",
+    "input_dropout",
+    "output_dropout",
+    "recurrent_dropout",
+    "weight_drop",
+    "zoneout_h",
+    "zoneout_c",
+)
 
 
 @dataclass(frozen=True)
@@ -25,7 +37,8 @@ class LSTM:
         params = lstm.init(jax.random.key(0))
         ys, state = lstm(params, xs)                # xs (T, *batch, 64), ys (T, *batch, 256)
 
-    The letters of shapes are in `jaxlstm.types`, the equations in `jaxlstm.cells`.
+    The letters of shapes are in `jaxlstm.types`, the equations in `jaxlstm.cells`. The rates are of regularisers that a
+    ``key`` turns on; what is kept is scaled up by 1 / (1 - rate).
 
     Args:
       input_size: I.
@@ -33,10 +46,23 @@ class LSTM:
       num_layers: L.
       bidirectional: a second direction that runs backward in time; D is 2 and outputs are concatenated.
       proj_size: P, the size to which h is projected (Sak, Senior & Beaufays 2014); None for no projection.
-      cell: ``"lstm"``, ``"rnn"``, or a `jaxlstm.Cell`.
+      cell: ``"lstm"``, ``"peephole"``, ``"cifg"``, ``"rnn"``, or a `jaxlstm.Cell`.
       activation: of ``cell="rnn"``: ``"tanh"`` (taken where None), ``"relu"`` or ``"sigmoid"``.
+      layer_norm: normalise ``W_x x``, ``W_h h`` and, on its way to h, c (Ba, Kiros & Hinton 2016).
       use_bias: whether ``z`` has a bias.
-      dropout: rate at which the outputs of every layer but the last are dropped when ``key`` is given.
+      learned_state: whether the initial state is trained; a reset then starts from it too.
+      forget_bias: initial bias of the forget gate; 1 where None (Gers et al. 2000; Jozefowicz et al. 2015).
+      chrono: longest dependency expected, in steps: draws the initial biases of forget and input gate for it (Tallec
+        & Ollivier 2018).
+      dropout: rate at which the outputs of every layer but the last are dropped.
+      input_dropout: rate at which the inputs are dropped, by one mask for all of time (Gal & Ghahramani 2016).
+      output_dropout: the same of the outputs of the last layer.
+      variational: whether ``dropout`` too has one mask for all of time.
+      recurrent_dropout: rate at which candidates are dropped (Semeniuta, Severyn & Barth 2016).
+      weight_drop: rate at which elements of the recurrent weights are dropped, once a call (Merity et al. 2018).
+      zoneout_h: rate at which units of h stay as they were, with a key by chance, without one by expectation (Krueger
+        et al. 2017).
+      zoneout_c: the same of c.
       dtype: of matrix products and outputs; None for ``param_dtype``. Sums, gates and state are float32 or wider.
       param_dtype: of the parameters.
       remat: keep only the state every so many steps for the backward pass, and compute the rest again.
@@ -55,8 +81,19 @@ class LSTM:
     proj_size: int | None = None
     cell: str | Cell = "lstm"
     activation: str | None = None
+    layer_norm: bool = False
     use_bias: bool = True
+    learned_state: bool = False
+    forget_bias: float | None = None
+    chrono: int | None = None
     dropout: float = 0.0
+    input_dropout: float = 0.0
+    output_dropout: float = 0.0
+    variational: bool = False
+    recurrent_dropout: float = 0.0
+    weight_drop: float = 0.0
+    zoneout_h: float = 0.0
+    zoneout_c: float = 0.0
     dtype: DTypeLike | None = None
     param_dtype: DTypeLike = jnp.float32
     remat: int | None = None
@@ -72,20 +109,50 @@ class LSTM:
         for name in ("proj_size", "remat"):
             if getattr(self, name) is not None:
                 put(name, validation.positive_int(name, getattr(self, name)))
-        for name in ("bidirectional", "use_bias"):
+        for name in ("bidirectional", "layer_norm", "use_bias", "learned_state", "variational"):
             validation.flag(name, getattr(self, name))
-        put("dropout", validation.rate("dropout", self.dropout))
+        for name in RATES:
+            put(name, validation.rate(name, getattr(self, name)))
         put("param_dtype", validation.float_dtype("param_dtype", self.param_dtype))
         if self.dtype is not None:
             put("dtype", validation.float_dtype("dtype", self.dtype))
         if not isinstance(self.cell, Cell):
-            validation.choice("cell", self.cell, ("lstm", "rnn"))
+            validation.choice("cell", self.cell, (*cells.CELLS, "rnn"))
         if self.activation is not None:
             if self.cell != "rnn":
                 raise ValueError(f"activation={self.activation!r} belongs to cell='rnn', got cell={self.cell!r}")
             validation.choice("activation", self.activation, cells.RNN)
         if self.implementation is not None:
             validation.choice("implementation", self.implementation, IMPLEMENTATIONS)
+        self._check_cell()
+
+    def _check_cell(self) -> None:
+        """Refuse options that the cell has no place for."""
+        cell = self._cell
+        if not isinstance(self.cell, str):
+            validation.cell(cell)
+        lacking = {
+            "recurrent_dropout": None if cell.takes("keep") else "gates that take `keep`, the scale of a candidate",
+            "zoneout_c": None if cell.has_cell_state else "a cell state",
+            "layer_norm": None
+            if cell.takes("norm") or not cell.has_cell_state
+            else "gates that take `norm`, a function of the cell state",
+            "forget_bias": "a forget gate" if cell.forget_gate is None else None,
+            "chrono": "a forget gate" if cell.forget_gate is None else None,
+        }
+        for name, need in lacking.items():
+            value = getattr(self, name)
+            if need is not None and value is not None and value is not False and (value or name == "forget_bias"):
+                raise ValueError(f"{name}={value!r} needs {need}, which cell={self.cell!r} has not")
+        for name in ("forget_bias", "chrono"):
+            if getattr(self, name) is not None and not self.use_bias:
+                raise ValueError(f"{name}={getattr(self, name)!r} needs a bias, got use_bias=False")
+        if self.forget_bias is not None:
+            object.__setattr__(self, "forget_bias", validation.number("forget_bias", self.forget_bias))
+        if self.chrono is not None:
+            object.__setattr__(self, "chrono", validation.positive_int("chrono", self.chrono))
+            if self.chrono < 3 or self.forget_bias is not None:
+                raise ValueError(f"chrono must be at least 3 and without forget_bias, got chrono={self.chrono}")
 
     @property
     def output_size(self) -> int:
@@ -101,7 +168,8 @@ class LSTM:
         """Parameters in ``param_dtype``.
 
         Input weights and projection are Glorot-uniform, recurrent weights orthogonal, each gate apart; biases are zero
-        but for the forget gate's, which is 1.
+        but for the forget gate's, which is 1 where no option says otherwise; gains are 1; peepholes and a learned
+        state are zero.
 
         Args:
           key: PRNG key.
@@ -109,34 +177,54 @@ class LSTM:
         validation.key(key)
         self._check_dtypes()
         expected = self._shapes()
-        keys = iter(jax.random.split(key, len(jax.tree.leaves(expected))))
-        gates = self._cell.num_gates
+        weights = [w for layer in expected.layers for w in layer.directions]
+        drawn = ("w_x", "w_h", "b", "w_p")
+        keys = iter(jax.random.split(key, sum(getattr(w, name) is not None for w in weights for name in drawn)))
+        cell, gates = self._cell, self._cell.num_gates
+        if self.chrono is None:
+            bias = initializers.forget_bias(
+                gates, cell.forget_gate, 1.0 if self.forget_bias is None else self.forget_bias
+            )
+        else:
+            assert cell.forget_gate is not None
+            bias = initializers.chrono(gates, cell.forget_gate, cell.input_gate, self.chrono)
         initializer: dict[str, Any] = {
             "w_x": initializers.glorot_uniform(gates),
             "w_h": initializers.orthogonal(gates),
-            "b": initializers.forget_bias(gates, self._cell.forget_gate),
+            "b": bias,
             "w_p": initializers.glorot_uniform(1),
         }
 
         def draw(shapes: Weights) -> Weights:
-            arrays = {name: a for name, a in shapes._asdict().items() if a is not None}
-            return Weights(**{name: initializer[name](next(keys), a.shape, a.dtype) for name, a in arrays.items()})
+            arrays = {name: a for name in drawn if (a := getattr(shapes, name)) is not None}
+            random = {name: initializer[name](next(keys), a.shape, a.dtype) for name, a in arrays.items()}
+            peepholes = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), shapes.w_c)
+            norm = jax.tree.map(lambda a: jnp.ones(a.shape, a.dtype), shapes.norm)
+            if norm is not None and norm.b_c is not None:
+                norm = norm._replace(b_c=jnp.zeros_like(norm.b_c))
+            return Weights(**random, w_c=peepholes, norm=norm)
 
-        layers = (Layer(*(draw(w) for w in layer.directions)) for layer in expected.layers)
-        return Params(tuple(layers))
+        layers = tuple(Layer(*(draw(w) for w in layer.directions)) for layer in expected.layers)
+        return Params(layers, jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), expected.state))
 
-    def initial_state(self, batch_shape: int | tuple[int, ...] = ()) -> State:
-        """The state before the first step: zeros.
+    def initial_state(self, batch_shape: int | tuple[int, ...] = (), params: Params | None = None) -> State:
+        """The state before the first step: zeros, or the learned one.
 
         Args:
           batch_shape: the batch axes of the inputs to come; an int for one axis.
+          params: as made by `init`; needed where the initial state is learned, and else not used.
 
         Returns:
           h ``(L*D, *batch, P)`` and c ``(L*D, *batch, H)`` (None for a cell without it), float32 or wider.
         """
         self._check_dtypes()
         shapes = self._state_shapes(validation.sizes("batch_shape", batch_shape))
-        return jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), shapes)
+        if not self.learned_state:
+            return jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), shapes)
+        if params is None:
+            raise ValueError("initial_state needs params: learned_state=True, the state is one of them")
+        validation.params(params, self._shapes(), self._state_dtype)
+        return self._spread(params.state, shapes)
 
     def __call__(
         self,
@@ -178,7 +266,7 @@ class LSTM:
         xs = validation.inputs("xs", xs, self.input_size, "T, *batch")
         num_steps, *axes = xs.shape[:-1]
         batch = tuple(axes)
-        state = self._zeros(xs) if state is None else validation.state(state, self._state_shapes(batch))
+        state = self._begin(params, xs) if state is None else validation.state(state, self._state_shapes(batch))
         if lengths is not None:
             lengths = validation.array("lengths", lengths, jnp.integer, batch)
         if mask is not None:
@@ -225,37 +313,56 @@ class LSTM:
         key: Array | None,
     ) -> tuple[Array, State]:
         # Compiled here, so that a call outside of `jit` compiles once per shape too.
-        taken = sequence.steps_taken(xs.shape[0], lengths, mask)
-        ys = xs.astype(self._output_dtype)
+        num_steps, *batch, _ = xs.shape
+        how = How(
+            mask=sequence.steps_taken(num_steps, lengths, mask),
+            resets=resets,
+            start=None,
+            noise=Noise(),
+            rates=self._rates,
+            reverse=reverse,
+            dtype=self._output_dtype,
+            unroll=self.unroll,
+            remat=self.remat,
+        )
+        start = None if resets is None else jax.tree.map(lambda a: a.astype(self._state_dtype), params.state)
+        ys = dropout(_part(key, 0, 3), self.input_dropout, xs.astype(self._output_dtype), over_time=False)
         last = []
         for n, layer in enumerate(params.layers):
             if n > 0:
-                ys = dropout(None if key is None else jax.random.fold_in(key, n), self.dropout, ys)
+                k = None if key is None else jax.random.fold_in(key, n)
+                ys = dropout(k, self.dropout, ys, over_time=not self.variational)
             rows = slice(n * self.num_directions, (n + 1) * self.num_directions)
+            mine, fresh = jax.tree.map(lambda a: a[rows], (state, start))  # noqa: B023  (called at once)
+            leading = (self.num_directions, num_steps, *batch)
+            units = self.hidden_size if self._cell.has_cell_state else None
+            noise = draw(_part(key, n, 1), self._rates, leading, self.output_size, units)
+            layer = self._drop_weights(_part(key, n, 2), layer)
             ys, after = sequence.run(
-                self._cell,
-                layer,
-                ys,
-                jax.tree.map(lambda a: a[rows], state),  # noqa: B023  (called at once)
-                mask=taken,
-                resets=resets,
-                reverse=reverse,
-                dtype=self._output_dtype,
-                unroll=self.unroll,
-                remat=self.remat,
-                implementation=self.implementation,
+                self._cell, layer, ys, mine, how._replace(start=fresh, noise=noise), self.implementation
             )
             last.append(after)
+        ys = dropout(_part(key, 0, 4), self.output_dropout, ys, over_time=False)
         return ys, jax.tree.map(lambda *a: jnp.concatenate(a), *last)
+
+    def _drop_weights(self, key: Array | None, layer: Layer) -> Layer:
+        """The layer with recurrent weights dropped."""
+        if key is None or self.weight_drop == 0.0:
+            return layer
+        keys = jax.random.split(key, self.num_directions)
+        drop = [
+            w.w_h * keep_mask(k, self.weight_drop, w.w_h.shape, w.w_h.dtype) for k, w in zip(keys, layer.directions)
+        ]
+        return Layer(*(w._replace(w_h=w_h) for w, w_h in zip(layer.directions, drop)))
 
     @partial(jax.jit, static_argnums=0)
     def _step(self, params: Params, state: State, x: Array) -> tuple[State, Array]:
         y = x.astype(self._output_dtype)
         after = []
         for n, layer in enumerate(params.layers):
-            h, c = jax.tree.map(lambda a: a[n], state)  # noqa: B023  (called at once)
-            z_x = cells.input_part(layer.forward, y, self._output_dtype, self._state_dtype)
-            after.append(State(*cells.step(self._cell, layer.forward, z_x, h, c, self._output_dtype)))
+            before = jax.tree.map(lambda a: a[n], state)  # noqa: B023  (called at once)
+            z_x = input_part(layer.forward, y, self._output_dtype, self._state_dtype)
+            after.append(step(self._cell, layer.forward, z_x, before, self._output_dtype, self._rates, Noise()))
             y = after[-1].h.astype(self._output_dtype)
         return jax.tree.map(lambda *a: jnp.stack(a), *after), y
 
@@ -263,7 +370,11 @@ class LSTM:
     def _cell(self) -> Cell:
         if isinstance(self.cell, Cell):
             return self.cell
-        return cells.LSTM if self.cell == "lstm" else cells.RNN[self.activation or "tanh"]
+        return cells.RNN[self.activation or "tanh"] if self.cell == "rnn" else cells.CELLS[self.cell]
+
+    @property
+    def _rates(self) -> Rates:
+        return Rates(self.recurrent_dropout, self.zoneout_h, self.zoneout_c)
 
     @property
     def _output_dtype(self) -> jnp.dtype:
@@ -284,24 +395,43 @@ class LSTM:
             return jax.ShapeDtypeStruct(shape, self.param_dtype)
 
         def weights(inputs: int) -> Weights:
-            rows, p = self._cell.num_gates * self.hidden_size, self.output_size
+            h, p, has_c = self.hidden_size, self.output_size, self._cell.has_cell_state
+            rows, peepholes = self._cell.num_gates * h, self._cell.num_peepholes
+            norm = Norm(
+                array(rows), array(rows), array(h) if has_c else None, array(h) if has_c and self.use_bias else None
+            )
             return Weights(
                 w_x=array(rows, inputs),
                 w_h=array(rows, p),
                 b=array(rows) if self.use_bias else None,
-                w_p=None if self.proj_size is None else array(p, self.hidden_size),
+                w_p=None if self.proj_size is None else array(p, h),
+                w_c=array(peepholes, h) if peepholes else None,
+                norm=norm if self.layer_norm else None,
             )
 
         widths = [self.input_size] + (self.num_layers - 1) * [self.num_directions * self.output_size]
-        return Params(tuple(Layer(*(weights(i) for _ in range(self.num_directions))) for i in widths))
+        layers = tuple(Layer(*(weights(i) for _ in range(self.num_directions))) for i in widths)
+        state = jax.tree.map(lambda a: array(*a.shape), self._state_shapes(())) if self.learned_state else None
+        return Params(layers, state)
 
-    def _zeros(self, xs: Array) -> State:
+    def _begin(self, params: Params, xs: Array) -> State:
         """The initial state for ``xs``, laid out over devices as its batch is: `jax.lax.scan` insists on that."""
         num_steps, *batch, _ = xs.shape
+        state = self.initial_state(tuple(batch), params)
         if num_steps == 0:
-            return self.initial_state(tuple(batch))
+            return state
         row = jnp.zeros_like(xs[0, ..., :1])
-        return jax.tree.map(lambda a: jnp.broadcast_to(row.astype(a.dtype), a.shape), self._state_shapes(tuple(batch)))
+        return jax.tree.map(lambda a: a + jnp.broadcast_to(row.astype(a.dtype), a.shape), state)
+
+    @staticmethod
+    def _spread(state: Any, shapes: State) -> State:
+        """A learned state, ``(L*D, .)``, over the batch axes of ``shapes``."""
+
+        def spread(a: Array, like: Any) -> Array:
+            a = a.reshape(a.shape[0], *[1] * (len(like.shape) - 2), a.shape[1])
+            return jnp.broadcast_to(a, like.shape).astype(like.dtype)
+
+        return jax.tree.map(spread, state, shapes)
 
     def _state_shapes(self, batch: tuple[int, ...]) -> State:
         """Shape and dtype of the state."""
@@ -310,3 +440,8 @@ class LSTM:
             return jax.ShapeDtypeStruct((self.num_layers * self.num_directions, *batch, size), self._state_dtype)
 
         return State(array(self.output_size), array(self.hidden_size) if self._cell.has_cell_state else None)
+
+
+def _part(key: Array | None, layer: int, part: int) -> Array | None:
+    """A key for one of the regularisers of a layer."""
+    return None if key is None else jax.random.fold_in(jax.random.fold_in(key, layer), part)

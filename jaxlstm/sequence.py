@@ -5,11 +5,11 @@ import math
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jax.typing import DTypeLike
 from jaxtyping import Bool, Float, Int
 
 from jaxlstm.cells import Cell
 from jaxlstm.recurrence import DEFAULT, IMPLEMENTATIONS
+from jaxlstm.recurrence.how import How
 from jaxlstm.types import Layer, State
 
 
@@ -29,13 +29,7 @@ def run(
     layer: Layer,
     xs: Float[Array, "T *batch I"],
     state: State,
-    *,
-    mask: Bool[Array, "T *batch"] | None,
-    resets: Bool[Array, "T *batch"] | None,
-    reverse: bool,
-    dtype: DTypeLike,
-    unroll: int,
-    remat: int | None,
+    how: How,
     implementation: str | None,
 ) -> tuple[Float[Array, "T *batch DP"], State]:
     """One layer over time.
@@ -48,12 +42,7 @@ def run(
       layer: its weights, in one direction or two.
       xs: inputs.
       state: initial state of this layer, h ``(D, *batch, P)`` and c ``(D, *batch, H)``.
-      mask: steps taken; None for all.
-      resets: first steps of a new sequence; None for none.
-      reverse: whether the forward direction runs backward in time, and the backward one forward.
-      dtype: of matrix products and outputs.
-      unroll: steps per iteration of the compiled loop.
-      remat: steps per rematerialised chunk, None for no rematerialisation.
+      how: the rest, with ``*batch`` for B in its arrays.
       implementation: a name in `jaxlstm.recurrence.IMPLEMENTATIONS`, None for the default.
 
     Returns:
@@ -61,24 +50,28 @@ def run(
     """
     num_steps, *batch, _ = xs.shape
     if num_steps == 0:
-        return jnp.zeros((0, *batch, len(layer.directions) * state.h.shape[-1]), dtype), state
-    rows = math.prod(batch)
+        return jnp.zeros((0, *batch, len(layer.directions) * state.h.shape[-1]), how.dtype), state
+    mask = how.mask
     if mask is not None:
         xs = jnp.where(mask[..., None], xs, 0)
-        resets = None if resets is None else resets & mask
+        how = how._replace(resets=None if how.resets is None else how.resets & mask)
     ys, last = IMPLEMENTATIONS[implementation or DEFAULT](
         cell,
         layer,
-        xs.reshape(num_steps, rows, xs.shape[-1]),
-        jax.tree.map(lambda a: a.reshape(a.shape[0], rows, a.shape[-1]), state),
-        mask=None if mask is None else mask.reshape(num_steps, rows),
-        resets=None if resets is None else resets.reshape(num_steps, rows),
-        reverse=reverse,
-        dtype=dtype,
-        unroll=unroll,
-        remat=remat,
+        _one_batch_axis(xs, 1, batch),
+        jax.tree.map(lambda a: _one_batch_axis(a, 1, batch), state),
+        how._replace(
+            mask=None if mask is None else _one_batch_axis(mask, 1, batch),
+            resets=None if how.resets is None else _one_batch_axis(how.resets, 1, batch),
+            noise=jax.tree.map(lambda a: _one_batch_axis(a, 2, batch), how.noise),
+        ),
     )
     ys = ys.reshape(num_steps, *batch, ys.shape[-1])
     if mask is not None:
         ys = jnp.where(mask[..., None], ys, 0)
     return ys, jax.tree.map(lambda a: a.reshape(a.shape[0], *batch, a.shape[-1]), last)
+
+
+def _one_batch_axis(a: Array, axis: int, batch: list[int]) -> Array:
+    """``a`` with the batch axes, which begin at ``axis``, folded into one."""
+    return a.reshape(*a.shape[:axis], math.prod(batch), *a.shape[axis + len(batch) :])

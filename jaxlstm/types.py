@@ -29,6 +29,15 @@ class State(NamedTuple):
     c: Array | None  # (L*D, *batch, H), the cell state; None for a cell that has none
 
 
+class Norm(NamedTuple):
+    """Gains of a layer-normalised cell, and the shift of its cell state; that of z is the bias of `Weights`."""
+
+    x: Array  # (G*H,), of W_x x
+    h: Array  # (G*H,), of W_h h
+    c: Array | None = None  # (H,), of the cell state; None for a cell that has none
+    b_c: Array | None = None  # (H,), added to the normalised cell state; None without bias
+
+
 class Weights(NamedTuple):
     """The trained arrays of one layer in one direction; gates are stacked in the order i, f, g, o."""
 
@@ -36,6 +45,8 @@ class Weights(NamedTuple):
     w_h: Array  # (G*H, P), from the step before
     b: Array | None = None  # (G*H,); None without bias
     w_p: Array | None = None  # (P, H), the projection; None without one
+    w_c: Array | None = None  # (K, H), peepholes, one row for each gate that sees the cell state; None without
+    norm: Norm | None = None  # of layer normalisation; None without
 
 
 class Layer(NamedTuple):
@@ -54,6 +65,7 @@ class Params(NamedTuple):
     """All trained arrays of an `LSTM`, lowest layer first."""
 
     layers: tuple[Layer, ...]
+    state: State | None = None  # h (L*D, P) and c (L*D, H) where the initial state is learned
 
 
 def output_dtype(dtype: DTypeLike | None, param_dtype: DTypeLike) -> jnp.dtype:

@@ -1,5 +1,6 @@
 """Wrong input is one clear error, raised while tracing: what was received, what was expected."""
 
+import math
 import operator
 from typing import Any
 
@@ -7,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from jaxlstm.cells import Cell
 from jaxlstm.types import Params, State
 
 
@@ -48,6 +50,27 @@ def rate(name: str, value: Any) -> float:
     if not 0.0 <= value < 1.0:
         raise ValueError(f"{name} must lie in [0, 1), got {value}")
     return float(value)
+
+
+def number(name: str, value: Any) -> float:
+    """``value`` as a finite float."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError(f"{name} must be a number, got {value!r}")
+    if not math.isfinite(value):
+        raise ValueError(f"{name} must be finite, got {value}")
+    return float(value)
+
+
+def cell(value: Cell) -> None:
+    """A cell of the user's own, whose parts must fit together."""
+    positive_int("num_gates of the cell", value.num_gates)
+    for name in ("forget_gate", "input_gate"):
+        slab = getattr(value, name)
+        if slab is not None and slab not in range(value.num_gates):
+            raise ValueError(f"{name} of the cell counts slabs of z from 0 to {value.num_gates - 1}, got {slab!r}")
+    if bool(value.num_peepholes) != value.takes("w"):
+        takes = "take" if value.takes("w") else "do not take"
+        raise ValueError(f"the cell's gates {takes} `w`, but num_peepholes is {value.num_peepholes}")
 
 
 def float_dtype(name: str, value: Any) -> jnp.dtype:

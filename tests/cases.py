@@ -10,6 +10,8 @@ import numpy as np
 import oracle
 
 import jaxlstm
+from jaxlstm.dropout import Rates, draw, dropout, keep_mask
+from jaxlstm.model import _part
 
 CONFIGURATIONS: dict[str, dict[str, Any]] = {
     "one layer": {},
@@ -26,7 +28,32 @@ CONFIGURATIONS: dict[str, dict[str, Any]] = {
     "remat": {"remat": 3, "bidirectional": True},
     "remat one chunk": {"remat": 50, "num_layers": 2},
     "unroll": {"unroll": 4, "bidirectional": True},
-}
+    "peephole": {"cell": "peephole"},
+    "peephole two layers bidirectional projection": {
+        "cell": "peephole", "num_layers": 2, "bidirectional": True, "proj_size": 2,
+    },
+    "cifg": {"cell": "cifg", "bidirectional": True},
+    "layer norm": {"layer_norm": True, "num_layers": 2},
+    "layer norm of all": {
+        "layer_norm": True, "cell": "peephole", "use_bias": False, "bidirectional": True, "proj_size": 2, "remat": 3,
+    },
+    "layer norm rnn": {"layer_norm": True, "cell": "rnn"},
+    "learned state": {"learned_state": True, "num_layers": 2, "bidirectional": True, "proj_size": 2},
+    "zoneout expected": {"zoneout_h": 0.3, "zoneout_c": 0.2, "proj_size": 3},
+    "zoneout rnn": {"zoneout_h": 0.3, "cell": "rnn", "bidirectional": True},
+    "recurrent dropout": {"recurrent_dropout": 0.4, "cell": "cifg", "num_layers": 2},
+    "weight drop": {"weight_drop": 0.4, "num_layers": 2, "bidirectional": True},
+    "dropout": {"dropout": 0.4, "num_layers": 3},
+    "variational": {
+        "dropout": 0.4, "input_dropout": 0.3, "output_dropout": 0.2, "variational": True, "num_layers": 2,
+    },
+    "all of it": {
+        "cell": "peephole", "layer_norm": True, "learned_state": True, "num_layers": 2, "bidirectional": True,
+        "proj_size": 2, "remat": 3, "dropout": 0.3, "input_dropout": 0.2, "output_dropout": 0.2, "weight_drop": 0.3,
+        "recurrent_dropout": 0.4, "zoneout_h": 0.3, "zoneout_c": 0.2,
+    },
+}  # fmt: skip
+WITH_KEY = ("zoneout rnn", "recurrent dropout", "weight drop", "dropout", "variational", "all of it")
 INPUTS: dict[str, tuple[str, ...]] = {
     "plain": (),
     "lengths": ("lengths",),
@@ -59,14 +86,15 @@ class Case:
 
     @property
     def cell(self) -> str:
-        return "lstm" if self.lstm.cell == "lstm" else f"rnn_{self.lstm.activation or 'tanh'}"
+        return f"rnn_{self.lstm.activation or 'tanh'}" if self.lstm.cell == "rnn" else str(self.lstm.cell)
 
 
 NAMES = [
     (configuration, inputs)
     for configuration in CONFIGURATIONS
     for inputs in INPUTS
-    if configuration in EVERY_INPUT or inputs in EVERY_CONFIGURATION[: 2 if configuration == "unroll" else 3]
+    if configuration in EVERY_INPUT
+    or inputs in EVERY_CONFIGURATION[1 if list(CONFIGURATIONS).index(configuration) > 13 else 0 :]
 ]
 
 
@@ -83,7 +111,7 @@ def make(configuration: str, inputs: str, steps: int = 7, batch: int = 4) -> Cas
     rng = np.random.default_rng(len(configuration) * 100 + len(inputs))
     params = random_params(lstm, rng)
     xs = rng.standard_normal((steps, batch, 3))
-    state = jax.tree.map(lambda a: rng.standard_normal(a.shape), lstm.initial_state((batch,)))
+    state = jax.tree.map(lambda a: rng.standard_normal(a.shape), lstm.initial_state((batch,), params))
     options: dict[str, Any] = {}
     if "lengths" in INPUTS[inputs]:
         options["lengths"] = np.array([steps, 0, steps - 2, 1])
@@ -93,6 +121,8 @@ def make(configuration: str, inputs: str, steps: int = 7, batch: int = 4) -> Cas
         options["resets"] = rng.random((steps, batch)) < 0.3
     if "reverse" in INPUTS[inputs]:
         options["reverse"] = True
+    if configuration in WITH_KEY:
+        options["key"] = jax.random.key(len(inputs))
     ys = rng.standard_normal((steps, batch, lstm.num_directions * lstm.output_size))
     last = jax.tree.map(lambda a: rng.standard_normal(a.shape), state)
     return Case(lstm, params, xs, state, options, (ys, last))
@@ -104,15 +134,60 @@ def loss(ys: Any, state: Any, cotangents: tuple) -> Any:
     return sum(jax.tree.leaves(products))
 
 
+def masks(case: Case) -> tuple[list, list, list]:
+    """What the case's key draws, for the oracle: masks between layers, noise in them, masks of recurrent weights."""
+    lstm, (steps, batch, _) = case.lstm, case.xs.shape
+    rates = Rates(lstm.recurrent_dropout, lstm.zoneout_h, lstm.zoneout_c)
+    key, width = case.options.get("key"), lstm.num_directions * lstm.output_size
+    if key is None:
+        return [None] * (lstm.num_layers + 1), [(1.0, lstm.zoneout_h, lstm.zoneout_c)] * lstm.num_layers, []
+
+    def between(key: Any, rate: float, size: int, over_time: bool) -> np.ndarray:
+        return np.asarray(dropout(key, rate, jnp.ones((steps, batch, size)), over_time=over_time))
+
+    sides = [between(_part(key, 0, 3), lstm.input_dropout, 3, False)]
+    sides += [
+        between(jax.random.fold_in(key, n), lstm.dropout, width, not lstm.variational)
+        for n in range(1, lstm.num_layers)
+    ]
+    sides.append(between(_part(key, 0, 4), lstm.output_dropout, width, False))
+    noise, weights = [], []
+    for n in range(lstm.num_layers):
+        leading = (lstm.num_directions, steps, batch)
+        drawn = draw(_part(key, n, 1), rates, leading, lstm.output_size, None if lstm.cell == "rnn" else 5)
+        kept, held_h, held_c = (None if a is None else np.asarray(a, float) for a in drawn)
+        scale = 1.0 if kept is None else kept / (1 - rates.candidate)
+        noise.append((scale, 0.0 if held_h is None else held_h, 0.0 if held_c is None else held_c))
+        if lstm.weight_drop:
+            keys = jax.random.split(_part(key, n, 2), lstm.num_directions)
+            shape = case.params.layers[n].forward.w_h.shape
+            weights.append([np.asarray(keep_mask(k, lstm.weight_drop, shape, jnp.float64)) for k in keys])
+    return sides, noise, weights
+
+
+def dropped(params: jaxlstm.Params, weights: list) -> jaxlstm.Params:
+    """Parameters with recurrent weights multiplied by the masks of each layer and direction."""
+    if not weights:
+        return params
+    layers = [
+        jaxlstm.Layer(*(w._replace(w_h=w.w_h * m) for w, m in zip(layer.directions, each)))
+        for layer, each in zip(params.layers, weights)
+    ]
+    return params._replace(layers=tuple(layers))
+
+
 @lru_cache
 def expected(configuration: str, inputs: str) -> tuple:
     """What the oracle says: ``(ys, state)`` and the gradient of `loss` with respect to ``(params, xs, state)``."""
     case = make(configuration, inputs)
     leaves, tree = jax.tree.flatten((case.params, case.xs, case.state))
+    between, noise, weights = masks(case)
+    options = {name: value for name, value in case.options.items() if name != "key"}
 
     def run(leaves: list) -> tuple:
         params, xs, state = jax.tree.unflatten(tree, leaves)
-        ys, h, c = oracle.network(params, xs, state.h, state.c, cell=case.cell, **case.options)
+        params = dropped(params, weights)
+        ys, h, c = oracle.network(params, xs, state.h, state.c, cell=case.cell, between=between, noise=noise, **options)
         return ys, jaxlstm.State(h, c)
 
     slopes = oracle.gradient(lambda leaves: loss(*run(leaves), case.cotangents), leaves)

@@ -11,7 +11,7 @@ from jaxtyping import install_import_hook
 
 # Shapes in signatures are checked where arrays are already validated. `jaxlstm.model` is left out: its own errors on
 # wrong input are the ones to be tested.
-CHECKED = ["cells", "dropout", "initializers", "language_model", "recurrence", "sequence", "training"]
+CHECKED = ["cells", "dropout", "initializers", "language_model", "recurrence", "step", "sequence", "training"]
 install_import_hook([f"jaxlstm.{name}" for name in CHECKED], "beartype.beartype")
 
 jax.config.update("jax_enable_x64", True)

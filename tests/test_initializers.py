@@ -56,3 +56,26 @@ def test_init_is_reproducible_and_every_array_has_a_key_of_its_own():
     assert len(set(drawn)) == len(drawn)
     assert {leaf.dtype for leaf in jax.tree.leaves(a)} == {jnp.dtype(jnp.float32)}
     jax.tree.map(np.testing.assert_array_equal, lstm.init(jax.random.PRNGKey(0)), lstm.init(jax.random.PRNGKey(0)))
+
+
+def test_forget_bias_of_ones_choice():
+    b = jaxlstm.LSTM(3, 5, forget_bias=-2.5).init(key).layers[0].forward.b
+    np.testing.assert_array_equal(np.asarray(b).reshape(4, 5)[1], -2.5)
+    assert np.count_nonzero(b) == 5
+    assert not np.asarray(jaxlstm.LSTM(3, 5, forget_bias=0).init(key).layers[0].forward.b).any()
+
+
+@pytest.mark.parametrize("cell", ["lstm", "peephole", "cifg"])
+def test_chrono_spreads_the_units_over_spans_up_to_the_longest(cell):
+    longest, units = 50, 4000
+    b = np.asarray(jaxlstm.LSTM(1, units, cell=cell, chrono=longest, proj_size=1).init(key).layers[0].forward.b)
+    slabs = dict(zip(("f", "g", "o") if cell == "cifg" else ("i", "f", "g", "o"), b.reshape(-1, units)))
+    spans = np.exp(np.asarray(slabs["f"], np.float64))
+    assert spans.min() >= 1 - 1e-6
+    assert spans.max() <= longest - 1 + 1e-4
+    # Uniform in [1, 49]: mean 25, deviation 48 / sqrt(12); five standard errors.
+    assert abs(spans.mean() - 25) < 5 * 48 / 12**0.5 / units**0.5
+    if "i" in slabs:
+        np.testing.assert_array_equal(slabs["i"], -slabs["f"])
+    assert not slabs["g"].any()
+    assert not slabs["o"].any()

@@ -1,5 +1,6 @@
 """Wrong input is one clear line: what was received and what was expected."""
 
+import dataclasses
 import re
 
 import jax
@@ -13,6 +14,7 @@ lstm = jaxlstm.LSTM(3, 4, num_layers=2)
 params = lstm.init(jax.random.key(0))
 xs = jnp.zeros((5, 2, 3), jnp.float32)
 state = lstm.initial_state((2,))
+PLAIN = jaxlstm.Cell(lambda z, c: (z[0] * c, z[1] * c), num_gates=2)
 
 
 @pytest.mark.parametrize(
@@ -31,10 +33,35 @@ state = lstm.initial_state((2,))
         ({"dtype": "float99"}, TypeError, "dtype must be a floating-point dtype, got 'float99'"),
         ({"dtype": jnp.int32}, TypeError, "dtype must be a floating-point dtype, got int32"),
         ({"param_dtype": None}, TypeError, "param_dtype must be a floating-point dtype, got None"),
-        ({"cell": "gru"}, ValueError, "cell must be one of 'lstm', 'rnn'; got 'gru'"),
+        ({"cell": "gru"}, ValueError, "cell must be one of 'lstm', 'peephole', 'cifg', 'rnn'; got 'gru'"),
         ({"activation": "relu"}, ValueError, "activation='relu' belongs to cell='rnn', got cell='lstm'"),
         ({"cell": "rnn", "activation": "gelu"}, ValueError, "activation must be one of 'tanh', 'relu', 'sigmoid'"),
         ({"implementation": "fast"}, ValueError, "implementation must be one of"),
+        ({"zoneout_h": -0.1}, ValueError, "zoneout_h must lie in [0, 1), got -0.1"),
+        ({"weight_drop": None}, TypeError, "weight_drop must be a number in [0, 1), got None"),
+        ({"layer_norm": 1}, TypeError, "layer_norm must be True or False, got 1"),
+        ({"forget_bias": "1"}, TypeError, "forget_bias must be a number, got '1'"),
+        ({"forget_bias": float("nan")}, ValueError, "forget_bias must be finite, got nan"),
+        ({"forget_bias": 2.0, "use_bias": False}, ValueError, "forget_bias=2.0 needs a bias, got use_bias=False"),
+        ({"chrono": 2}, ValueError, "chrono must be at least 3 and without forget_bias, got chrono=2"),
+        ({"chrono": 9, "forget_bias": 0.0}, ValueError, "chrono must be at least 3 and without forget_bias"),
+        ({"cell": "rnn", "recurrent_dropout": 0.1}, ValueError, "recurrent_dropout=0.1 needs gates that take `keep`"),
+        ({"cell": "rnn", "zoneout_c": 0.1}, ValueError, "zoneout_c=0.1 needs a cell state, which cell='rnn' has not"),
+        ({"cell": "rnn", "forget_bias": 0.0}, ValueError, "forget_bias=0.0 needs a forget gate"),
+        ({"cell": "rnn", "chrono": 10}, ValueError, "chrono=10 needs a forget gate, which cell='rnn' has not"),
+        ({"cell": PLAIN, "layer_norm": True}, ValueError, "layer_norm=True needs gates that take `norm`"),
+        ({"cell": PLAIN, "recurrent_dropout": 0.5}, ValueError, "recurrent_dropout=0.5 needs gates that take `keep`"),
+        (
+            {"cell": dataclasses.replace(PLAIN, forget_gate=2)},
+            ValueError,
+            "forget_gate of the cell counts slabs of z from 0 to 1, got 2",
+        ),
+        (
+            {"cell": dataclasses.replace(PLAIN, num_peepholes=1)},
+            ValueError,
+            "the cell's gates do not take `w`, but num_peepholes is 1",
+        ),
+        ({"cell": dataclasses.replace(PLAIN, num_gates=0)}, ValueError, "num_gates of the cell must be at least 1"),
     ],
 )
 def test_configuration(options, error, message):
@@ -153,3 +180,11 @@ def test_what_is_merely_unusual_is_taken():
     assert a == b
     assert hash(a) == hash(b)
     assert lstm.initial_state(2).h.shape == lstm.initial_state((2,)).h.shape == (2, 2, 4)
+
+
+def test_a_learned_state_is_asked_for_with_params():
+    network = jaxlstm.LSTM(3, 4, learned_state=True)
+    with pytest.raises(ValueError, match="initial_state needs params: learned_state=True"):
+        network.initial_state(2)
+    with pytest.raises(ValueError, match=re.escape("params.state.h is missing; expected shape [1, 4]")):
+        network(jaxlstm.LSTM(3, 4).init(jax.random.key(0)), xs)

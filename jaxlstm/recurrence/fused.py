@@ -23,12 +23,14 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 from jax.custom_derivatives import SymbolicZero
-from jax.typing import DTypeLike
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 
 from jaxlstm.cells import Cell
+from jaxlstm.dropout import Noise, Rates, zone_out
 from jaxlstm.recurrence import chunks
+from jaxlstm.recurrence.how import How
 from jaxlstm.recurrence.layout import Layout
+from jaxlstm.step import advance, input_part, slabs
 from jaxlstm.types import Layer, State, Weights
 
 CHUNK = 16  # steps whose tangents are taken together: enough for one large product, few enough to stay in the cache
@@ -39,6 +41,7 @@ class Static(NamedTuple):
 
     cell: Cell
     layout: Layout
+    rates: Rates
     unroll: int
 
 
@@ -47,190 +50,259 @@ class Inputs(NamedTuple):
 
     x: Any  # (T, B, I); None where only the flow of the state matters
     taken: Array | None  # (T, B) bool: where False the state is held
-    zeroed: Array | None  # (T, B) bool: where True the state is zero before the step
+    fresh: Array | None  # (T, B) bool: where True the state starts anew before the step
+    noise: Noise  # (T, B, .)
 
 
 class Saved(NamedTuple):
     """What the derivative needs of a step besides the outputs. Here B stands for either order of axes."""
 
     z: Array  # (T, G*H, B)
+    z_h: Array | None  # (T, G*H, B), with layer normalisation
     c: Array | None  # (T, H, B), as the step saw it
     m: Array | None  # (T, H, B), with a projection
+
+
+class Brackets(NamedTuple):
+    """The brackets of the rule, for many steps; None for one that is zero."""
+
+    z: Array
+    z_h: Array | None  # with layer normalisation
+    h: Array | None
+
+
+class Begin(NamedTuple):
+    """The state of one direction before the first step, and that at a fresh start, zeros where None."""
+
+    state: State
+    fresh: State | None
 
 
 States = tuple[State, ...]  # one for each direction
 
 
 def run(
-    cell: Cell,
-    layer: Layer,
-    xs: Float[Array, "T B I"],
-    state: State,
-    *,
-    mask: Bool[Array, "T B"] | None,
-    resets: Bool[Array, "T B"] | None,
-    reverse: bool,
-    dtype: DTypeLike,
-    unroll: int,
-    remat: int | None,
+    cell: Cell, layer: Layer, xs: Float[Array, "T B I"], state: State, how: How
 ) -> tuple[Float[Array, "T B DP"], State]:
     """One layer over time, its directions side by side. The signature is that of `jaxlstm.recurrence`."""
     directions = range(len(layer.directions))
-    backward = [reverse ^ (d == 1) for d in directions]
+    backward = [how.reverse ^ (d == 1) for d in directions]
     units = layer.forward.w_h.shape[0] // cell.num_gates
-    layout = Layout.choose(xs.shape[1], units, jnp.dtype(dtype), state.h.dtype)
-    static = Static(cell, layout, unroll)
-    inputs = tuple(_inputs(xs, mask, resets, backward[d]) for d in directions)
+    layout = Layout.choose(xs.shape[1], units, jnp.dtype(how.dtype), state.h.dtype)
+    if layer.forward.norm is not None:  # W_x x and W_h h are normalised apart
+        layout = layout._replace(hoisted=True)
+    static = Static(cell, layout, how.rates, how.unroll)
+    inputs = tuple(_inputs(xs, how, d, backward[d]) for d in directions)
     before = tuple(jax.tree.map(lambda a: layout.from_batch_major(a[d]), state) for d in directions)  # noqa: B023
+    fresh = tuple(jax.tree.map(lambda a: a[d], how.start) for d in directions)  # noqa: B023
 
     def over_time(before: States, inputs: tuple[Inputs, ...]) -> tuple[States, tuple[Array, ...]]:
-        return _recurrence(static, layer.directions, inputs, before)
+        return _recurrence(static, layer.directions, inputs, tuple(map(Begin, before, fresh)))
 
-    if remat is None:
+    if how.remat is None:
         after, ys = over_time(before, inputs)
     else:  # between chunks only the state is kept; within one, all is computed again for the derivative
-        after, ys = chunks.over(jax.checkpoint(over_time), before, inputs, size=remat)
-    if resets is not None:  # running backward, a reset on the very first step zeroes the state that is returned
-        after = [_zero_where(layout, resets[0], a) if back else a for a, back in zip(after, backward)]
+        after, ys = chunks.over(jax.checkpoint(over_time), before, inputs, size=how.remat)
+    if how.resets is not None:  # running backward, a reset on the very first step is one of the state that is returned
+        first = how.resets[0]
+        after = [_restart(layout, first, f, a) if back else a for a, f, back in zip(after, fresh, backward)]
     ys = jnp.concatenate([jnp.flip(y, 0) if back else y for y, back in zip(ys, backward)], axis=-1)
     return ys, jax.tree.map(lambda *each: jnp.stack([layout.to_batch_major(a) for a in each]), *after)
 
 
-def _inputs(xs: Array, mask: Array | None, resets: Array | None, backward: bool) -> Inputs:
-    """The inputs of one direction; running backward, a reset zeroes the state before the step that follows it."""
+def _inputs(xs: Array, how: How, direction: int, backward: bool) -> Inputs:
+    """The inputs of one direction; running backward, a reset is a fresh start before the step that follows it."""
+    inputs = Inputs(xs, how.mask, how.resets, jax.tree.map(lambda a: a[direction], how.noise))
     if not backward:
-        return Inputs(xs, mask, resets)
-    flip = partial(jnp.flip, axis=0)
-    zeroed = None if resets is None else jnp.concatenate([jnp.zeros_like(resets[:1]), flip(resets)[:-1]])
-    return Inputs(flip(xs), None if mask is None else flip(mask), zeroed)
+        return inputs
+    inputs = jax.tree.map(partial(jnp.flip, axis=0), inputs)
+    if inputs.fresh is None:
+        return inputs
+    return inputs._replace(fresh=jnp.concatenate([jnp.zeros_like(inputs.fresh[:1]), inputs.fresh[:-1]]))
 
 
-def _zero_where(layout: Layout, rows: Array | None, state: State) -> State:
-    """``state`` with the marked rows of the batch at zero."""
+def _restart(layout: Layout, rows: Array | None, fresh: State | None, state: State) -> State:
+    """``state`` with the marked rows of the batch at ``fresh``, zeros where that is None."""
     if rows is None:
         return state
-    return jax.tree.map(lambda a: jnp.where(layout.along_batch(rows), 0, a), state)
+    at = layout.along_batch(rows)
+    if fresh is None:
+        return jax.tree.map(lambda a: jnp.where(at, 0, a), state)
+    return jax.tree.map(lambda a, b: jnp.where(at, jnp.broadcast_to(layout.along_units(b), a.shape), a), state, fresh)
 
 
-def _hold(layout: Layout, taken: Array | None, after: State, before: State) -> State:
-    """``after`` where a step is taken, else ``before``."""
-    if taken is None:
+def _keep(static: Static, now: Inputs, after: State, before: State) -> State:
+    """The state after a step, but for what zoneout or the mask leaves as it was."""
+    layout = static.layout
+    after = zone_out(static.rates, jax.tree.map(layout.from_batch_major, now.noise), after, before)
+    if now.taken is None:
         return after
-    return jax.tree.map(lambda new, old: jnp.where(layout.along_batch(taken), new, old), after, before)
+    taken = layout.along_batch(now.taken)
+    return jax.tree.map(lambda new, old: jnp.where(taken, new, old), after, before)
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(0,))
 def _recurrence(
-    static: Static, weights: tuple[Weights, ...], inputs: tuple[Inputs, ...], state: States
+    static: Static, weights: tuple[Weights, ...], inputs: tuple[Inputs, ...], begin: tuple[Begin, ...]
 ) -> tuple[States, tuple[Array, ...]]:
     """All directions over time: the states after it, and ``(T, B, P)`` outputs; where no step is taken, the held h."""
-    after, (ys, _) = _forward(static, weights, inputs, state, save=False)
+    after, (ys, _) = _forward(static, weights, inputs, begin, save=False)
     return after, ys
 
 
 def _forward(
-    static: Static, weights: tuple[Weights, ...], inputs: tuple[Inputs, ...], state: States, *, save: bool
+    static: Static, weights: tuple[Weights, ...], inputs: tuple[Inputs, ...], begin: tuple[Begin, ...], *, save: bool
 ) -> tuple[States, tuple[tuple[Array, ...], tuple[Saved | None, ...]]]:
     """The scan over time, with what the derivative needs if ``save``."""
-    cell, layout, _ = static
+    layout = static.layout
 
-    def step(w: Weights, recurrent: Array, before: State, now: Inputs) -> tuple[State, Any]:
-        before = _zero_where(layout, now.zeroed, before)
+    def step(w: Weights, recurrent: Array, begin: Begin, before: State, now: Inputs) -> tuple[State, Any]:
+        start = _restart(layout, now.fresh, begin.fresh, before)
         x = layout.from_batch_major(now.x)
-        if layout.hoisted:
-            z = x + layout.times(recurrent, before.h)
+        z_h = None
+        if w.norm is not None:
+            z, z_h = x, layout.times(recurrent, start.h)
+        elif layout.hoisted:
+            z = x + layout.times(recurrent, start.h)
         else:
-            z = layout.times(recurrent, jnp.concatenate([x.astype(layout.sums), before.h], layout.axis))
+            z = layout.times(recurrent, jnp.concatenate([x.astype(layout.sums), start.h], layout.axis))
             z = _add_bias(layout, w.b, z)
-        c, m = cell.gates(layout.slabs(z, cell.num_gates), before.c)
+        c, m = _advance(static, now.noise, w, z, z_h, start.c)
         h = m if w.w_p is None else layout.times(layout.prepare(w.w_p), m)
-        after = _hold(layout, now.taken, State(h, c), before)
-        saved = Saved(z, before.c, None if w.w_p is None else m) if save else None
+        after = _keep(static, now, State(h, c), start)
+        saved = Saved(z, z_h, start.c, None if w.w_p is None else m) if save else None
         return after, (layout.to_batch_major(after.h), saved)
 
     def body(before: States, now: tuple[Inputs, ...]) -> tuple[States, Any]:
-        after, kept = zip(*map(step, weights, recurrent, before, now))
+        after, kept = zip(*map(step, weights, recurrent, begin, before, now))
         return after, tuple(zip(*kept))
 
     if layout.hoisted:
         recurrent = [layout.prepare(w.w_h) for w in weights]
-        inputs = tuple(i._replace(x=_input_part(layout, w, i.x)) for w, i in zip(weights, inputs))
+        inputs = tuple(i._replace(x=input_part(w, i.x, layout.dtype, layout.sums)) for w, i in zip(weights, inputs))
     else:  # one product for x and h
         recurrent = [layout.prepare(jnp.concatenate([w.w_x, w.w_h], axis=1)) for w in weights]
-    after, (ys, saved) = lax.scan(body, state, inputs, unroll=static.unroll)
+    after, (ys, saved) = lax.scan(body, tuple(b.state for b in begin), inputs, unroll=static.unroll)
     # Rounded here and not in the loop: XLA on a CPU passes over a whole bfloat16 array to write one step into it.
     return after, (tuple(y.astype(layout.dtype) for y in ys), saved)
+
+
+def _advance(
+    static: Static, noise: Noise, w: Weights, z: Array, z_h: Array | None, c: Array | None
+) -> tuple[Array | None, Array]:
+    """`jaxlstm.step.advance` in this layout."""
+    gates, layout = static.cell.num_gates, static.layout
+    kept = None if noise.kept is None else layout.from_batch_major(noise.kept)
+    z_h = None if z_h is None else slabs(z_h, gates, layout.axis)
+    return advance(static.cell, w, slabs(z, gates, layout.axis), z_h, c, kept, static.rates, layout.axis)
 
 
 @partial(_recurrence.defjvp, symbolic_zeros=True)
 def _tangent(static: Static, primals: Any, tangents: Any) -> Any:
     """The rule above, in chunks of time."""
-    weights, inputs, state = primals
+    weights, inputs, begin = primals
     layout = static.layout
     d_weights = _known(tangents[0])
     d_xs = tuple(None if (dx := _known(d.x)) is None else dx.astype(layout.sums) for d in tangents[1])
-    d_before = jax.tree.map(lambda a, d: _dense(d, a), state, tangents[2])
-    after, (ys, saved) = _forward(static, weights, inputs, state, save=True)
+    d_begin = jax.tree.map(lambda a, d: _dense(d, a), begin, tangents[2])
+    # What `advance` uses of the weights goes with the step, the rest into the brackets.
+    inner = tuple(_inner(w, w) for w in weights)
+    d_inner = tuple(
+        jax.tree.map(lambda a, d: _dense(d, a), i, _inner(w, t)) for i, w, t in zip(inner, weights, tangents[0])
+    )
+    after, (ys, saved) = _forward(static, weights, inputs, begin, save=True)
     recurrent = [layout.prepare_for_transpose(w.w_h) for w in weights]
 
     @partial(jax.checkpoint, prevent_cse=False)  # or the partials of all steps would be kept
     def body(before: States, now: Any) -> tuple[States, tuple[Array, ...]]:
-        d_after = tuple(map(partial(_tangent_step, static), weights, recurrent, before, *now))
+        step = partial(_tangent_step, static)
+        d_after = tuple(map(step, weights, inner, d_inner, recurrent, d_begin, before, *now))
         return d_after, tuple(layout.to_batch_major(s.h) for s in d_after)
 
     def over_chunk(carry: Any, chunk: Any) -> tuple[Any, tuple[Array, ...]]:
         before, y = carry
         d_xs, now, saved, ys = chunk
-        brackets = tuple(map(partial(_brackets, layout), weights, d_weights, d_xs, now, saved, ys, y))
+        brackets = tuple(map(partial(_brackets, layout), weights, begin, d_weights, d_xs, now, saved, ys, y))
         now = tuple(i._replace(x=None) for i in now)
         after, d_ys = lax.scan(body, before, (now, saved, brackets), unroll=static.unroll)
         return (after, tuple(each[-1] for each in ys)), d_ys
 
-    y = tuple(layout.to_batch_major(s.h).astype(layout.dtype) for s in state)
-    (d_after, _), d_ys = chunks.over(over_chunk, (d_before, y), (d_xs, inputs, saved, ys), size=CHUNK)
+    y = tuple(layout.to_batch_major(b.state.h).astype(layout.dtype) for b in begin)
+    carry = (tuple(d.state for d in d_begin), y)
+    (d_after, _), d_ys = chunks.over(over_chunk, carry, (d_xs, inputs, saved, ys), size=CHUNK)
     return (after, ys), (d_after, tuple(d.astype(layout.dtype) for d in d_ys))
+
+
+def _inner(w: Weights, like: Weights) -> Weights:
+    """Those of ``like`` that `advance` uses with the weights ``w``."""
+    return Weights(None, None, None if w.norm is None else like.b, None, like.w_c, like.norm)  # pyright: ignore
 
 
 @partial(jax.checkpoint, static_argnums=0)  # or x and h of all steps would be kept side by side
 def _brackets(
-    layout: Layout, w: Weights, dw: Weights, dx: Array | None, now: Inputs, saved: Saved, ys: Array, y: Array
-) -> tuple[Array, Array | None]:
-    """The brackets of a chunk, for z and for h; ``y`` is the output before its first step."""
-    dz = jnp.zeros(saved.z.shape, layout.sums)
+    layout: Layout,
+    w: Weights,
+    begin: Begin,
+    dw: Weights,
+    dx: Array | None,
+    now: Inputs,
+    saved: Saved,
+    ys: Array,
+    y: Array,
+) -> Brackets:
+    """The brackets of a chunk; ``y`` is the output before its first step."""
+    z = jnp.zeros(saved.z.shape, layout.sums)
+    z_h = None
     if dx is not None:
-        dz = dz + layout.times_over_time(w.w_x, layout.from_batch_major(dx))
-    if dw.w_x is not None or dw.w_h is not None:
+        z = z + layout.times_over_time(w.w_x, layout.from_batch_major(dx))
+    h = jnp.concatenate([y[None], ys[:-1]])
+    if now.fresh is not None:
+        fresh = 0 if begin.fresh is None else jnp.broadcast_to(begin.fresh.h.astype(h.dtype), h.shape)
+        h = jnp.where(now.fresh[:, :, None], fresh, h)
+    if w.norm is not None:
+        if dw.w_x is not None:
+            z = z + layout.times_over_time(dw.w_x, layout.from_batch_major(now.x))
+        z_h = jnp.zeros(saved.z.shape, layout.sums)
+        if dw.w_h is not None:
+            z_h = layout.times_over_time(dw.w_h, layout.from_batch_major(h))
+    elif dw.w_x is not None or dw.w_h is not None:
         d_wide = jnp.concatenate([_dense(dw.w_x, w.w_x), _dense(dw.w_h, w.w_h)], axis=1)
-        h = jnp.concatenate([y[None], ys[:-1]])
-        h = h if now.zeroed is None else jnp.where(now.zeroed[:, :, None], 0, h)
         x_and_h = jnp.concatenate([now.x.astype(layout.dtype), h], axis=2)
-        dz = dz + layout.times_over_time(d_wide, layout.from_batch_major(x_and_h))
-    dz = _add_bias(layout, dw.b, dz)
+        z = z + layout.times_over_time(d_wide, layout.from_batch_major(x_and_h))
+    if w.norm is None:
+        z = _add_bias(layout, dw.b, z)
     if saved.m is None or dw.w_p is None:
-        return dz, None
-    return dz, layout.times_over_time(dw.w_p, saved.m)
+        return Brackets(z, z_h, None)
+    return Brackets(z, z_h, layout.times_over_time(dw.w_p, saved.m))
 
 
 def _tangent_step(
-    static: Static, w: Weights, recurrent: Array, before: State, now: Inputs, saved: Saved, brackets: Any
+    static: Static,
+    w: Weights,
+    inner: Weights,
+    d_inner: Weights,
+    recurrent: Array,
+    d_begin: Begin,
+    before: State,
+    now: Inputs,
+    saved: Saved,
+    brackets: Brackets,
 ) -> State:
     """The tangent of the state after a step, from that before it."""
-    cell, layout, _ = static
-    before = _zero_where(layout, now.zeroed, before)
-    dz = brackets[0] + layout.times_in_transpose(recurrent, before.h)
-    z, dz = (layout.slabs(a, cell.num_gates) for a in (saved.z, dz))
-    dc, dh = jax.jvp(cell.gates, (z, saved.c), (dz, before.c))[1]
+    layout = static.layout
+    before = _restart(layout, now.fresh, d_begin.fresh, before)
+    dz, dz_h = brackets.z, brackets.z_h
+    if dz_h is None:
+        dz = dz + layout.times_in_transpose(recurrent, before.h)
+    else:
+        dz_h = dz_h + layout.times_in_transpose(recurrent, before.h)
+    primals = (inner, saved.z, saved.z_h, saved.c)
+    dc, dh = jax.jvp(partial(_advance, static, now.noise), primals, (d_inner, dz, dz_h, before.c))[1]
     if w.w_p is not None:
         dh = layout.times(layout.prepare(w.w_p), dh)
-    if brackets[1] is not None:
-        dh = dh + brackets[1]
-    return _hold(layout, now.taken, State(dh, dc), before)
-
-
-def _input_part(layout: Layout, w: Weights, xs: Array) -> Array:
-    """``W_x x + b`` for all steps, batch-major."""
-    z = Layout(layout.dtype, layout.sums, 1, True).times_over_time(w.w_x, xs)
-    return z if w.b is None else z + jnp.broadcast_to(w.b.astype(z.dtype), z.shape)
+    if brackets.h is not None:
+        dh = dh + brackets.h
+    return _keep(static, now, State(dh, dc), before)
 
 
 def _add_bias(layout: Layout, b: Array | None, z: Array) -> Array:

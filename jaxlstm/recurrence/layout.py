@@ -56,12 +56,6 @@ class Layout(NamedTuple):
         """``(..., B, H)`` from this layout."""
         return jnp.moveaxis(a, a.ndim - 2 + self.axis, -1)
 
-    def slabs(self, z: Array, gates: int) -> Array:
-        """The pre-activations of a step with the gate axis in front: ``(G, H, B)``."""
-        shape = list(z.shape)
-        shape[self.axis : self.axis + 1] = [gates, z.shape[self.axis] // gates]
-        return jnp.moveaxis(z.reshape(shape), self.axis, 0)
-
     def prepare(self, w: Array) -> Array:
         """A matrix for `times`: ``W`` for the left of a feature-major array, or its transpose for the right."""
         return jnp.moveaxis(w, 0, self.axis).astype(self.dtype)
