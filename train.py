@@ -24,9 +24,14 @@ from rich.console import Console
 import jaxlstm
 from jaxlstm import data, training
 from jaxlstm.language_model import LanguageModel, generate
+from jaxlstm.model import RATES
 from jaxlstm.reporting import Report, draw_curves, write_json
 
 CHECKPOINT = "best.msgpack"  # the best parameters, in the folder of a run
+RATE = {"adamw": 4e-3, "asgd": 0.3}  # peak of the learning rate
+OF_THE_MODEL = (  # options that a sample needs, those of training left out; zoneout is a mean at evaluation
+    *("embedding", "hidden", "layers", "cell", "layer_norm", "projection", "tied", "dtype", "zoneout_h", "zoneout_c"),
+)
 
 
 @dataclass(frozen=True)
@@ -51,8 +56,33 @@ class Options:
     """Hidden units of a layer."""
     layers: int = 1
     """Number of layers."""
+    cell: Literal["lstm", "peephole", "cifg", "rnn"] = "lstm"
+    """Kind of cell: LSTM, with peepholes, with coupled input and forget gate, or vanilla."""
+    layer_norm: bool = False
+    """Normalise the layers' pre-activations and cell states."""
+    projection: int | None = None
+    """Size to which each layer's outputs are projected. By default none: the outputs are the hidden units."""
+    tied: bool = False
+    """Softmax weights tied to the embedding, whose size is then that of the outputs (see --projection)."""
+
     dropout: float = 0.4
     """Share of each layer's outputs dropped in training, in [0, 1)."""
+    input_dropout: float = 0.0
+    """Share of the embeddings' elements dropped, by one mask for a whole window, in [0, 1)."""
+    variational: bool = False
+    """One mask for a whole window for --dropout too."""
+    recurrent_dropout: float = 0.0
+    """Share of the candidates dropped, in [0, 1)."""
+    weight_drop: float = 0.0
+    """Share of the recurrent weights dropped at each step of training, in [0, 1)."""
+    zoneout_h: float = 0.0
+    """Share of the units whose output stays as it was, in [0, 1)."""
+    zoneout_c: float = 0.0
+    """Share of the units whose cell state stays as it was, in [0, 1)."""
+    activation: float = 0.0
+    """Weight of the mean square of the outputs in the loss; AWD-LSTM has 2."""
+    temporal_activation: float = 0.0
+    """Weight of the mean square of the outputs' change from step to step in the loss; AWD-LSTM has 1."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Type of matrix products; parameters, sums and state stay float32."""
 
@@ -60,10 +90,12 @@ class Options:
     """Streams of text trained side by side."""
     window: int = 64
     """Characters per stream and step: the span of truncated backpropagation through time."""
-    learning_rate: float = 4e-3
-    """Peak of the learning rate."""
+    optimizer: Literal["adamw", "asgd"] = "adamw"
+    """AdamW, or SGD whose parameters are averaged once validation stops getting better (AWD-LSTM)."""
+    learning_rate: float | None = None
+    """Peak of the learning rate. By default 4e-3 for AdamW and 0.3 for SGD."""
     warmup: float = 0.02
-    """Share of the run in which the learning rate rises to its peak; a cosine takes it down from there."""
+    """Share of the run in which the learning rate rises to its peak; AdamW's goes down from there by a cosine."""
     weight_decay: float = 0.01
     """AdamW's decoupled weight decay, on matrices."""
     clip: float = 1.0
@@ -85,16 +117,16 @@ class Options:
 
     def __post_init__(self) -> None:
         counts = ("embedding", "hidden", "layers", "batch", "window", "log_every", "valid_every", "length")
-        for name in (*counts, "max_steps", "max_seconds", "learning_rate", "clip"):
+        for name in (*counts, "projection", "max_steps", "max_seconds", "learning_rate", "clip"):
             value = getattr(self, name)
             if value is not None and not (value > 0 and math.isfinite(value)):
                 raise ValueError(f"--{name.replace('_', '-')} must be greater than 0, got {value}")
-        for name in ("temperature", "weight_decay", "seed"):
+        for name in ("temperature", "weight_decay", "seed", "activation", "temporal_activation"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"--{name.replace('_', '-')} must not be negative, got {getattr(self, name)}")
-        for name in ("dropout", "warmup"):
+        for name in ("warmup", *(name for name in RATES if name != "output_dropout")):
             if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"--{name} must lie in [0, 1), got {getattr(self, name)}")
+                raise ValueError(f"--{name.replace('_', '-')} must lie in [0, 1), got {getattr(self, name)}")
 
 
 def build(options: Options, vocabulary: data.Vocabulary) -> LanguageModel:
@@ -103,10 +135,19 @@ def build(options: Options, vocabulary: data.Vocabulary) -> LanguageModel:
         options.embedding,
         options.hidden,
         num_layers=options.layers,
-        dropout=options.dropout,
         dtype=jnp.dtype(options.dtype),
+        cell=options.cell,
+        layer_norm=options.layer_norm,
+        proj_size=options.projection,
+        dropout=options.dropout,
+        input_dropout=options.input_dropout,
+        variational=options.variational,
+        recurrent_dropout=options.recurrent_dropout,
+        weight_drop=options.weight_drop,
+        zoneout_h=options.zoneout_h,
+        zoneout_c=options.zoneout_c,
     )
-    return LanguageModel(len(vocabulary), lstm, options.dropout)
+    return LanguageModel(len(vocabulary), lstm, options.dropout, options.tied)
 
 
 def train(options: Options, console: Console) -> None:
@@ -122,11 +163,17 @@ def train(options: Options, console: Console) -> None:
     windows = data.training_windows(train_ids, options.batch, options.window, options.seed)
     model = build(options, vocabulary)
     optimizer = training.optimizer(
-        options.learning_rate, warmup=options.warmup, weight_decay=options.weight_decay, clip=options.clip
+        options.learning_rate or RATE[options.optimizer],
+        warmup=options.warmup,
+        weight_decay=options.weight_decay,
+        clip=options.clip,
+        kind=options.optimizer,
     )
     key = jax.random.key(options.seed)
-    state = training.start(model, optimizer, options.batch, key)
-    step_function = training.make_step(model, optimizer)
+    state = training.start(model, optimizer, options.batch, key, averaged=options.optimizer == "asgd")
+    step_function = training.make_step(
+        model, optimizer, activation=options.activation, temporal_activation=options.temporal_activation
+    )
     parameters = sum(leaf.size for leaf in jax.tree.leaves(state.params))
     device = jax.devices()[0]
 
@@ -151,17 +198,20 @@ def train(options: Options, console: Console) -> None:
     step, progress, valid_seconds = 0, 0.0, 0.0
     best_loss, best_step = math.inf, 0
     losses: list[jax.Array] = []
+    valid_losses: list[float] = []
 
     def validate() -> None:
-        nonlocal best_loss, best_step, valid_seconds
+        nonlocal best_loss, best_step, valid_seconds, state
         start = time.perf_counter()
-        loss = finite(training.evaluate(model, state.params, valid_ids, batch=options.batch), step)
+        loss = finite(training.evaluate(model, state.trained, valid_ids, batch=options.batch), step)
+        valid_losses.append(loss)
         speed = (len(valid_ids) - 1) / (time.perf_counter() - start)
         if best := loss < best_loss:
             best_loss, best_step = loss, step
-            training.save_params(folder / CHECKPOINT, state.params)
-        ids = generate(model, state.params, opening, 200, jax.random.fold_in(key, step), options.temperature)
+            training.save_params(folder / CHECKPOINT, state.trained)
+        ids = generate(model, state.trained, opening, 200, jax.random.fold_in(key, step), options.temperature)
         report.valid(step, loss, speed, best=best, sample=vocabulary.decode(np.asarray(ids)))
+        state = training.begin_average(state, valid_losses)
         valid_seconds = time.perf_counter() - start
 
     opening = jnp.asarray(valid_ids[:1])
@@ -242,9 +292,7 @@ def sample(options: Options, console: Console) -> None:
     path = options.sample / "config.json"
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
-        run = Options(
-            **{name: config["options"][name] for name in ("embedding", "hidden", "layers", "dropout", "dtype")}
-        )
+        run = Options(**{name: config["options"][name] for name in OF_THE_MODEL})
         vocabulary = data.Vocabulary(config["vocabulary"])
     except OSError as error:
         raise ValueError(f"--sample {options.sample} is not the folder of a run: {path}: {error.strerror}") from None

@@ -20,7 +20,7 @@ class LanguageModelParams(NamedTuple):
 
     embedding: Array  # (V, E)
     lstm: Params
-    w_out: Array  # (V, P)
+    w_out: Array | None  # (V, P); None where it is tied to the embedding
     b_out: Array  # (V,)
 
 
@@ -31,23 +31,34 @@ class LanguageModel:
     Args:
       vocabulary_size: V.
       lstm: the recurrent network; its input size is the embedding size E. It runs in one direction.
-      dropout: rate at which the LSTM's outputs are dropped before the softmax when ``key`` is given.
+      dropout: rate at which the LSTM's outputs are dropped before the softmax when ``key`` is given; by one mask for
+        the whole sequence if the LSTM is ``variational``.
+      tied: whether the softmax has the embedding for its weights (Press & Wolf 2017; Inan et al. 2017). E is then P.
+
+    Raises:
+      ValueError: if E and P differ and are to be tied.
     """
 
     vocabulary_size: int
     lstm: LSTM
     dropout: float = 0.0
+    tied: bool = False
+
+    def __post_init__(self) -> None:
+        e, p = self.lstm.input_size, self.lstm.output_size
+        if self.tied and e != p:
+            raise ValueError(f"tied weights need an embedding of the size of the LSTM's outputs, got {e} and {p}")
 
     def init(self, key: Array) -> LanguageModelParams:
-        """Embedding standard normal, softmax weights uniform in ±1/sqrt(P), its bias zero."""
+        """Embedding standard normal, softmax weights uniform in ±1/sqrt(P), its bias zero; tied, both uniform."""
         k_embedding, k_lstm, k_out = jax.random.split(key, 3)
-        dtype, p = self.lstm.param_dtype, self.lstm.output_size
-        bound = p**-0.5
+        dtype, v, p = self.lstm.param_dtype, self.vocabulary_size, self.lstm.output_size
+        w_out = jax.random.uniform(k_out, (v, p), dtype, -(p**-0.5), p**-0.5)
         return LanguageModelParams(
-            embedding=jax.random.normal(k_embedding, (self.vocabulary_size, self.lstm.input_size), dtype),
+            embedding=w_out if self.tied else jax.random.normal(k_embedding, (v, self.lstm.input_size), dtype),
             lstm=self.lstm.init(k_lstm),
-            w_out=jax.random.uniform(k_out, (self.vocabulary_size, p), dtype, -bound, bound),
-            b_out=jnp.zeros(self.vocabulary_size, dtype),
+            w_out=None if self.tied else w_out,
+            b_out=jnp.zeros(v, dtype),
         )
 
     def __call__(
@@ -60,20 +71,35 @@ class LanguageModel:
         key: Array | None = None,
     ) -> tuple[Float[Array, "T *batch V"], State]:
         """Logits of the token after each of ``tokens``, and the state after the last; dropout with a ``key``."""
+        _, dropped, state = self.outputs(params, tokens, state, resets=resets, key=key)
+        return self.logits(params, dropped), state
+
+    def outputs(
+        self,
+        params: LanguageModelParams,
+        tokens: Int[ArrayLike, "T *batch"],
+        state: State | None = None,
+        *,
+        resets: Bool[ArrayLike, "T *batch"] | None = None,
+        key: Array | None = None,
+    ) -> tuple[Float[Array, "T *batch P"], Float[Array, "T *batch P"], State]:
+        """The LSTM's outputs as they are and as `logits` wants them, dropped with a ``key``; and the state."""
         k_lstm, k_out = (None, None) if key is None else jax.random.split(key)
         ys, state = self.lstm(params.lstm, params.embedding[jnp.asarray(tokens)], state, resets=resets, key=k_lstm)
-        return self._logits(params, dropout(k_out, self.dropout, ys)), state
+        return ys, dropout(k_out, self.dropout, ys, over_time=not self.lstm.variational), state
 
     def step(
         self, params: LanguageModelParams, state: State, token: Int[ArrayLike, "*batch"]
     ) -> tuple[State, Float[Array, "*batch V"]]:
         """The state and the logits after one more token."""
         state, y = self.lstm.step(params.lstm, state, params.embedding[jnp.asarray(token)])
-        return state, self._logits(params, y)
+        return state, self.logits(params, y)
 
-    def _logits(self, params: LanguageModelParams, ys: Array) -> Array:
-        sums = sums_dtype(params.w_out.dtype)
-        logits = jnp.einsum("...p,vp->...v", ys, params.w_out.astype(ys.dtype), preferred_element_type=sums)
+    def logits(self, params: LanguageModelParams, ys: Float[Array, "*batch P"]) -> Float[Array, "*batch V"]:
+        """The softmax's logits, in float32 or wider."""
+        w_out = params.embedding if params.w_out is None else params.w_out
+        sums = sums_dtype(w_out.dtype)
+        logits = jnp.einsum("...p,vp->...v", ys, w_out.astype(ys.dtype), preferred_element_type=sums)
         return logits + jnp.broadcast_to(params.b_out.astype(sums), logits.shape)
 
 

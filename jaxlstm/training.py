@@ -1,7 +1,8 @@
 """Training a language model: the optimiser, one compiled step, evaluation, checkpoints."""
 
+import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,11 +16,20 @@ from jax import Array
 from jax.typing import ArrayLike
 from jaxtyping import Bool, Float, Int
 
+from jaxlstm import regularisers
 from jaxlstm.data import evaluation_windows
 from jaxlstm.language_model import LanguageModel, LanguageModelParams
 from jaxlstm.types import State
 
 SCHEDULE_TICKS = 10_000  # a run, however long and whatever bounds it, is this long to the schedule
+
+
+class Average(NamedTuple):
+    """The mean of the parameters since averaging began; until then the parameters themselves."""
+
+    params: LanguageModelParams
+    steps: Array  # int, in the mean; 0 until averaging begins
+    began: Array  # bool
 
 
 class TrainState(NamedTuple):
@@ -29,17 +39,24 @@ class TrainState(NamedTuple):
     opt_state: optax.OptState
     carry: State  # the recurrent state after the last window, (L, B, .)
     key: Array  # PRNG key of the steps to come
+    average: Average | None = None  # of the parameters over steps, for averaged SGD
+
+    @property
+    def trained(self) -> LanguageModelParams:
+        """The parameters to evaluate and to keep."""
+        return self.params if self.average is None else self.average.params
 
 
 Step = Callable[[TrainState, ArrayLike, ArrayLike, ArrayLike, ArrayLike], tuple[TrainState, Array]]
 
 
 def optimizer(
-    learning_rate: float, *, warmup: float, weight_decay: float, clip: float
+    learning_rate: float, *, warmup: float, weight_decay: float, clip: float, kind: str = "adamw"
 ) -> optax.GradientTransformationExtraArgs:
-    """AdamW behind clipping by global norm; warm-up and cosine decay over the progress of the run.
+    """AdamW or SGD behind clipping by global norm, over the progress of the run.
 
-    Its schedule counts in ticks of progress, passed to each update as ``progress``, not in updates: so the same
+    AdamW warms up and decays by a cosine. SGD, which is for averaging (Merity, Keskar & Socher 2018), warms up and
+    stays. The schedule counts in ticks of progress, passed to each update as ``progress``, not in updates: so the same
     schedule serves a run bounded by steps and one bounded by the clock.
 
     Args:
@@ -47,10 +64,15 @@ def optimizer(
       warmup: share of the run in which the rate rises from 0 to its peak.
       weight_decay: decoupled, on matrices only.
       clip: largest global norm of a gradient.
+      kind: ``"adamw"`` or ``"asgd"``.
     """
-    schedule = optax.warmup_cosine_decay_schedule(
-        0.0, learning_rate, round(warmup * SCHEDULE_TICKS), SCHEDULE_TICKS, end_value=0.01 * learning_rate
-    )
+    ticks = round(warmup * SCHEDULE_TICKS)
+    if kind == "asgd":
+        schedule = optax.warmup_constant_schedule(0.0, learning_rate, max(ticks, 1))  # 0 would mean a rate of 0
+    else:
+        schedule = optax.warmup_cosine_decay_schedule(
+            0.0, learning_rate, ticks, SCHEDULE_TICKS, end_value=0.01 * learning_rate
+        )
 
     def matrices(params: Any) -> Any:
         return jax.tree.map(lambda p: p.ndim > 1, params)
@@ -62,42 +84,93 @@ def optimizer(
 
     return optax.chain(
         optax.clip_by_global_norm(clip),
-        optax.scale_by_adam(b2=0.99),
+        optax.identity() if kind == "asgd" else optax.scale_by_adam(b2=0.99),
         optax.add_decayed_weights(weight_decay, matrices),
         optax.GradientTransformationExtraArgs(optax.init_empty_state, scale),
     )
 
 
-def start(model: LanguageModel, optimizer: optax.GradientTransformation, batch: int, key: Array) -> TrainState:
-    """The state before the first step, for ``batch`` streams."""
+def start(
+    model: LanguageModel,
+    optimizer: optax.GradientTransformation,
+    batch: int,
+    key: Array,
+    *,
+    averaged: bool = False,
+) -> TrainState:
+    """The state before the first step, for ``batch`` streams; ``averaged`` makes room for an average of parameters."""
     k_init, k_steps = jax.random.split(key)
     params: Any = model.init(k_init)
-    return TrainState(params, optimizer.init(params), model.lstm.initial_state((batch,)), k_steps)
+    average = Average(jax.tree.map(jnp.copy, params), jnp.zeros((), jnp.int32), jnp.zeros((), bool))
+    carry = model.lstm.initial_state((batch,), params.lstm)
+    return TrainState(params, optimizer.init(params), carry, k_steps, average if averaged else None)
 
 
-def make_step(model: LanguageModel, optimizer: optax.GradientTransformationExtraArgs) -> Step:
+def begin_average(state: TrainState, losses: Sequence[float], *, patience: int = 5) -> TrainState:
+    """``state``, averaging from here on if validation has stopped getting better.
+
+    That is non-monotonic triggering (Merity, Keskar & Socher 2018): the last of the ``losses`` is worse than the best
+    of those more than ``patience`` validations ago.
+    """
+    if state.average is None or len(losses) <= patience or losses[-1] <= min(losses[: -patience - 1], default=math.inf):
+        return state
+    return state._replace(average=state.average._replace(began=jnp.ones((), bool)))
+
+
+def _averaged(average: Average | None, params: Any) -> Average | None:
+    """The average, with one more step in it once it has begun."""
+    if average is None:
+        return None
+    steps = average.steps + average.began.astype(jnp.int32)
+    share = 1.0 / jnp.maximum(steps, 1)  # 1 before it begins and at its first step: the parameters themselves
+    before: Any = average.params
+    mean: Any = optax.incremental_update(params, before, share)
+    return Average(mean, steps, average.began)
+
+
+def make_step(
+    model: LanguageModel,
+    optimizer: optax.GradientTransformationExtraArgs,
+    *,
+    activation: float = 0.0,
+    temporal_activation: float = 0.0,
+) -> Step:
     """One step of truncated backpropagation through time, compiled, its state donated.
+
+    Args:
+      model: the model.
+      optimizer: of its parameters.
+      activation: weight of `jaxlstm.regularisers.activation`, of the dropped outputs.
+      temporal_activation: weight of `jaxlstm.regularisers.temporal_activation`, of the outputs before they are dropped.
 
     Returns:
       ``step(state, inputs, targets, first, progress) -> (state, loss)`` with int ``inputs`` and ``targets`` ``(T, B)``;
       ``first`` says that the streams begin here, so the carried state is dropped; ``progress`` in [0, 1] sets the
-      learning rate; ``loss`` in nats per token.
+      learning rate; ``loss`` in nats per token, without the weighted terms.
     """
 
     def loss(params: LanguageModelParams, carry: State, inputs: ArrayLike, targets: ArrayLike, key: Array):
-        logits, carry = model(params, inputs, carry, key=key)
-        return optax.softmax_cross_entropy_with_integer_labels(logits, targets).mean(), carry
+        ys, dropped, carry = model.outputs(params, inputs, carry, key=key)
+        logits = model.logits(params, dropped)
+        nats = optax.softmax_cross_entropy_with_integer_labels(logits, targets).mean()
+        total = nats
+        if activation:
+            total += activation * regularisers.activation(dropped)
+        if temporal_activation:
+            total += temporal_activation * regularisers.temporal_activation(ys)
+        return total, (nats, carry)
 
     @partial(jax.jit, donate_argnums=0)
     def step(state: TrainState, inputs: ArrayLike, targets: ArrayLike, first: ArrayLike, progress: ArrayLike):
         key, k_step = jax.random.split(state.key)
         # The carried state is an argument, not differentiated: the gradient stops at the window's edge.
         carry = jax.tree.map(lambda a: jnp.where(first, 0, a), state.carry)
-        (value, carry), gradient = jax.value_and_grad(loss, has_aux=True)(state.params, carry, inputs, targets, k_step)
+        slope = jax.grad(loss, has_aux=True)
+        gradient, (value, carry) = slope(state.params, carry, inputs, targets, k_step)
         params: Any = state.params
         updates, opt_state = optimizer.update(gradient, state.opt_state, params, progress=progress)
         params = optax.apply_updates(params, updates)
-        return TrainState(params, opt_state, carry, key), value
+        return TrainState(params, opt_state, carry, key, _averaged(state.average, params)), value
 
     return step
 

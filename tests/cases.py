@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import oracle
+import pytest
 
 import jaxlstm
 from jaxlstm.dropout import Rates, draw, dropout, keep_mask
@@ -48,7 +49,7 @@ CONFIGURATIONS: dict[str, dict[str, Any]] = {
         "dropout": 0.4, "input_dropout": 0.3, "output_dropout": 0.2, "variational": True, "num_layers": 2,
     },
     "all of it": {
-        "cell": "peephole", "layer_norm": True, "learned_state": True, "num_layers": 2, "bidirectional": True,
+        "cell": "peephole", "layer_norm": True, "learned_state": True, "num_layers": 2,
         "proj_size": 2, "remat": 3, "dropout": 0.3, "input_dropout": 0.2, "output_dropout": 0.2, "weight_drop": 0.3,
         "recurrent_dropout": 0.4, "zoneout_h": 0.3, "zoneout_c": 0.2,
     },
@@ -71,6 +72,7 @@ INPUTS: dict[str, tuple[str, ...]] = {
 # Every configuration meets these, and these configurations meet every input.
 EVERY_INPUT = ("one layer", "two layers bidirectional projection")
 EVERY_CONFIGURATION = ("plain", "everything", "everything reverse")
+FAST = ("everything",)  # the others are slow tests, but for the first configuration
 
 
 @dataclass(frozen=True)
@@ -90,11 +92,12 @@ class Case:
 
 
 NAMES = [
-    (configuration, inputs)
+    pytest.param(
+        configuration, inputs, marks=[] if configuration in EVERY_INPUT[:1] or inputs in FAST else [pytest.mark.slow]
+    )
     for configuration in CONFIGURATIONS
     for inputs in INPUTS
-    if configuration in EVERY_INPUT
-    or inputs in EVERY_CONFIGURATION[1 if list(CONFIGURATIONS).index(configuration) > 13 else 0 :]
+    if configuration in EVERY_INPUT or inputs in EVERY_CONFIGURATION
 ]
 
 

@@ -92,6 +92,20 @@ def test_a_sample_goes_on_from_its_prompt_and_is_repeatable(run):
     assert set(first) <= set(TEXT)
 
 
+@pytest.mark.slow
+def test_every_option_of_a_language_modeller(tmp_path):
+    (tmp_path / "text.txt").write_text(TEXT, encoding="utf-8")
+    options = "--cell peephole --layer-norm --projection 8 --tied --layers 2 --dropout 0.1 --input-dropout 0.1"
+    options += " --variational --recurrent-dropout 0.1 --weight-drop 0.2 --zoneout-h 0.1 --zoneout-c 0.1"
+    options += " --activation 2 --temporal-activation 1 --optimizer asgd --learning-rate 2"
+    arguments = ["--data", "text.txt", "--run-dir", "run", "--max-steps", 40, "--valid-every", 5, *options.split()]
+    command(*arguments, *SMALL, cwd=tmp_path)
+    losses = [row["loss"] for row in metrics(tmp_path / "run") if row["split"] == "train"]
+    assert losses[-1] < losses[0]
+    sample = command("--sample", "run", "--length", 20, "--prompt", "The", cwd=tmp_path).stdout
+    assert len(sample) == 24
+
+
 def test_a_seed_makes_a_run_repeatable(run, tmp_path):
     folder, _ = run
     options = ["--data", folder.parent / "text.txt", "--max-steps", 60, "--valid-every", 20, *SMALL]

@@ -114,6 +114,82 @@ def test_a_checkpoint_that_is_not_one_of_this_model(tmp_path):
             training.load_params(path, m)
 
 
+def test_averaging_begins_when_validation_stops_getting_better_and_is_a_mean_over_steps():
+    m = model()
+    optimizer = training.optimizer(0.5, warmup=0.0, weight_decay=0.0, clip=1.0, kind="asgd")
+    state = training.start(m, optimizer, 4, jax.random.key(0), averaged=True)
+    step = training.make_step(m, optimizer)
+    windows = data.training_windows(TEXT, 4, 8, seed=0)
+    state, _ = step(state, *next(windows), 0.1)
+    jax.tree.map(np.testing.assert_array_equal, state.trained, state.params)
+    falling = [9.0, 8.0, 7.0, 6.0, 5.0, 4.0, 3.0]
+    for losses in (falling, [1.0, 2.0, 3.0], [9.0, *falling[2:], 7.5]):  # getting better; too few; still below 9
+        assert not training.begin_average(state, losses).average.began
+    state = training.begin_average(state, [3.0, *falling[1:6], 3.5])
+    assert state.average.began
+    seen = []
+    for n in range(4):
+        state, _ = step(state, *next(windows), 0.2 + 0.1 * n)
+        seen.append(jax.tree.map(np.asarray, state.params))
+    mean = jax.tree.map(lambda *each: np.mean(each, 0), *seen)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), state.trained, mean)
+    assert np.abs(np.asarray(state.trained.embedding - state.params.embedding)).max() > 1e-4
+    # Without averaging there is nothing to begin.
+    plain = training.start(m, optimizer, 4, jax.random.key(0))
+    assert training.begin_average(plain, [3.0, *falling[1:6], 3.5]) is plain
+    assert plain.trained is plain.params
+
+
+def test_sgd_keeps_its_learning_rate_after_the_warm_up():
+    optimizer = training.optimizer(0.5, warmup=0.1, weight_decay=0.0, clip=1e9, kind="asgd")
+    params = jnp.zeros(3, jnp.float32)
+    at_once = training.optimizer(0.5, warmup=0.0, weight_decay=0.0, clip=1e9, kind="asgd")
+    for made, progress, rate in (
+        (optimizer, 0.05, 0.25),
+        (optimizer, 0.1, 0.5),
+        (optimizer, 1.0, 0.5),
+        (at_once, 0.1, 0.5),
+    ):
+        update, _ = made.update(2 * jnp.ones(3, jnp.float32), made.init(params), params, progress=progress)
+        np.testing.assert_allclose(update, -2 * rate, rtol=1e-5)
+
+
+def test_activation_terms_shrink_what_they_weigh_and_stay_out_of_the_reported_loss():
+    m = model()
+    optimizer = adam(0.02)
+    window = next(data.training_windows(TEXT, 4, 8, seed=0))
+
+    def size_after(steps, **weights):
+        state = training.start(m, optimizer, 4, jax.random.key(0))
+        step = training.make_step(m, optimizer, **weights)
+        state, first = step(state, *window, 0.0)
+        for _ in range(steps):
+            state, _ = step(state, *window, 0.5)
+        ys = m.outputs(state.params, window.inputs)[0]
+        return float(first), float((ys**2).mean()), float(((ys[1:] - ys[:-1]) ** 2).mean())
+
+    plain, small, slow = (size_after(20, **w) for w in ({}, {"activation": 50.0}, {"temporal_activation": 50.0}))
+    assert plain[0] == small[0] == slow[0]
+    assert small[1] < 0.3 * plain[1]
+    assert slow[2] < 0.3 * plain[2]
+
+
+def test_tied_weights_are_one_array_with_one_gradient():
+    m = LanguageModel(5, jaxlstm.LSTM(8, 16, proj_size=8), tied=True)
+    params = m.init(jax.random.key(0))
+    assert params.w_out is None
+    tokens = jnp.asarray(TEXT[:9])
+
+    def loss(params, w_out):
+        return (m.logits(params._replace(w_out=w_out), m.outputs(params, tokens)[0]) ** 2).sum()
+
+    tied = jax.grad(loss)(params, None).embedding
+    apart = sum((jax.grad(loss)(params, params.embedding).embedding, jax.grad(loss, 1)(params, params.embedding)))
+    np.testing.assert_allclose(tied, apart, rtol=1e-4, atol=1e-5)
+    with pytest.raises(ValueError, match="embedding of the size of the LSTM's outputs, got 8 and 16"):
+        LanguageModel(5, jaxlstm.LSTM(8, 16), tied=True)
+
+
 def test_temperature_shapes_the_distribution():
     """Logits known from the bias alone: draws at temperature t follow softmax(logits / t)."""
     m = model()
