@@ -67,6 +67,23 @@ def lstm(z: Float[Array, "4 *units"], c: Float[Array, "*units"]) -> tuple[Array,
     return c, o * jnp.tanh(c)
 
 
+def peephole(
+    z: Float[Array, "4 *units"], c: Float[Array, "*units"], w: Float[Array, "3 *#units"]
+) -> tuple[Array, Array]:
+    """The LSTM whose gates see the cell state, the output gate the new one (Gers, Schraudolph & Schmidhuber 2002)::
+
+    i, f = sigmoid(z_i + w_i c), sigmoid(z_f + w_f c)
+    c    = f c + i tanh(z_g)
+    o    = sigmoid(z_o + w_o c)
+    h    = o tanh(c)
+    """
+    (z_i, z_f, z_g, z_o), (w_i, w_f, w_o) = jnp.unstack(z), jnp.unstack(w)
+    i, f = jax.nn.sigmoid(z_i + w_i * c), jax.nn.sigmoid(z_f + w_f * c)
+    c = f * c + i * jnp.tanh(z_g)
+    o = jax.nn.sigmoid(z_o + w_o * c)
+    return c, o * jnp.tanh(c)
+
+
 def rnn_tanh(z: Float[Array, "1 *units"], c: None = None) -> tuple[None, Array]:
     """The vanilla recurrent network (Elman 1990): ``h = tanh(z)``."""
     return c, jnp.tanh(z[0])

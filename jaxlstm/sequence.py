@@ -1,6 +1,8 @@
 """One layer over time: lengths, masks, resets, direction and carry, the same for every implementation."""
 
 import math
+from collections.abc import Callable
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +12,7 @@ from jaxtyping import Bool, Float, Int
 
 from jaxlstm.cells import Cell
 from jaxlstm.recurrence import DEFAULT, IMPLEMENTATIONS
+from jaxlstm.recurrence.scan import along_batch
 from jaxlstm.types import Layer, State
 
 
@@ -59,26 +62,57 @@ def run(
     Returns:
       outputs and the state after the last step taken.
     """
-    num_steps, *batch, _ = xs.shape
-    if num_steps == 0:
-        return jnp.zeros((0, *batch, len(layer.directions) * state.h.shape[-1]), dtype), state
-    rows = math.prod(batch)
-    if mask is not None:
-        xs = jnp.where(mask[..., None], xs, 0)
-        resets = None if resets is None else resets & mask
-    ys, last = IMPLEMENTATIONS[implementation or DEFAULT](
+    over_rows = partial(
+        IMPLEMENTATIONS[implementation or DEFAULT],
         cell,
         layer,
-        xs.reshape(num_steps, rows, xs.shape[-1]),
-        jax.tree.map(lambda a: a.reshape(a.shape[0], rows, a.shape[-1]), state),
-        mask=None if mask is None else mask.reshape(num_steps, rows),
-        resets=None if resets is None else resets.reshape(num_steps, rows),
         reverse=reverse,
         dtype=dtype,
         unroll=unroll,
         remat=remat,
     )
-    ys = ys.reshape(num_steps, *batch, ys.shape[-1])
+    return steps_that_exist(over_rows, xs, state, mask=mask, resets=resets, batch_axes=xs.ndim - 2, dtype=dtype)
+
+
+def steps_that_exist(
+    over_rows: Callable[..., tuple[Array, State]],
+    xs: Float[Array, "T *batch_and_inputs"],
+    state: State,
+    *,
+    mask: Bool[Array, "T *batch"] | None,
+    resets: Bool[Array, "T *batch"] | None,
+    batch_axes: int,
+    dtype: DTypeLike,
+) -> tuple[Float[Array, "T *batch_and_outputs"], State]:
+    """A recurrence over the steps that the mask leaves in, with any number of batch axes in front of its units.
+
+    Args:
+      over_rows: ``(xs, state, mask=, resets=) -> (ys, state)`` with one batch axis. It holds the state where the mask
+        is False, and is free to return anything as outputs there.
+      xs: inputs, ``(T, *batch, *inputs)``.
+      state: initial state, ``(D, *batch, *units)``.
+      mask: steps taken; None for all.
+      resets: first steps of a new sequence; None for none.
+      batch_axes: how many axes the batch has.
+      dtype: of outputs.
+    """
+    batch = xs.shape[1 : 1 + batch_axes]
+    if len(xs) == 0:
+        *_, size = state.h.shape
+        return jnp.zeros((0, *state.h.shape[1:-1], len(state.h) * size), dtype), state
     if mask is not None:
-        ys = jnp.where(mask[..., None], ys, 0)
-    return ys, jax.tree.map(lambda a: a.reshape(a.shape[0], *batch, a.shape[-1]), last)
+        xs = jnp.where(along_batch(mask, xs), xs, 0)
+        resets = None if resets is None else resets & mask
+
+    def fold(a: Array) -> Array:
+        return a.reshape(len(a), math.prod(batch), *a.shape[1 + batch_axes :])
+
+    def unfold(a: Array) -> Array:
+        return a.reshape(len(a), *batch, *a.shape[2:])
+
+    xs, state, mask_of_rows, resets = jax.tree.map(fold, (xs, state, mask, resets))
+    ys, last = over_rows(xs, state, mask=mask_of_rows, resets=resets)
+    ys = unfold(ys)
+    if mask is not None:
+        ys = jnp.where(along_batch(mask, ys), ys, 0)
+    return ys, jax.tree.map(unfold, last)

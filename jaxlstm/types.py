@@ -36,6 +36,7 @@ class Weights(NamedTuple):
     w_h: Array  # (G*H, P), from the step before
     b: Array | None = None  # (G*H,); None without bias
     w_p: Array | None = None  # (P, H), the projection; None without one
+    w_c: Array | None = None  # (3, *units), from the cell state to the gates i, f, o; None without peepholes
 
 
 class Layer(NamedTuple):
