@@ -4,6 +4,7 @@ from jaxlstm import cells as cells
 from jaxlstm import initializers as initializers
 from jaxlstm import regularisers as regularisers
 from jaxlstm.cells import Cell as Cell
+from jaxlstm.convolutional import ConvLSTM as ConvLSTM
 from jaxlstm.model import LSTM as LSTM
 from jaxlstm.types import Layer as Layer
 from jaxlstm.types import Norm as Norm

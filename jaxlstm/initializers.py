@@ -1,7 +1,8 @@
 """Where training starts.
 
 Each function returns an initialiser of the `jax.nn.initializers` form, ``init(key, shape, dtype) -> Array``, for an
-array whose leading axis stacks ``num_gates`` slabs of H rows, and treats every gate as a matrix of its own.
+array with an axis (the leading one unless said otherwise) that stacks ``num_gates`` slabs of H, and treats every gate
+as an array of its own.
 """
 
 from collections.abc import Callable
@@ -16,20 +17,24 @@ from jaxlstm.types import sums_dtype
 Initializer = Callable[..., Array]  # (key, shape, dtype) -> array, as those of jax.nn.initializers
 
 
-def per_gate(initializer: Initializer, num_gates: int = 4) -> Initializer:
-    """``initializer`` applied to each gate's ``(H, n)`` block of a ``(num_gates*H, n)`` array, with a key of its own.
+def per_gate(initializer: Initializer, num_gates: int = 4, axis: int = 0) -> Initializer:
+    """``initializer`` applied to each gate's block of an array that stacks them along ``axis``, each with its own key.
+
+    A ``(num_gates*H, n)`` matrix has blocks ``(H, n)``; along the last axis, a ``(*kernel, n, num_gates*H)``
+    convolution has blocks ``(*kernel, n, H)``.
 
     Drawn in float32 or wider and rounded at the end: the factorisations behind some initialisers know no narrower
     type.
     """
 
     def init(key: Array, shape: tuple[int, ...], dtype: DTypeLike = jnp.float32) -> Array:
-        rows, columns = shape
-        if rows % num_gates:
-            raise ValueError(f"the leading axis stacks {num_gates} gates, but {rows} is no multiple of {num_gates}")
+        block = list(shape)
+        block[axis], left = divmod(shape[axis], num_gates)
+        if left:
+            raise ValueError(f"axis {axis} stacks {num_gates} gates, but {shape[axis]} is no multiple of {num_gates}")
         draw_dtype = sums_dtype(dtype)
-        blocks = [initializer(k, (rows // num_gates, columns), draw_dtype) for k in jax.random.split(key, num_gates)]
-        return jnp.concatenate(blocks).astype(dtype)
+        blocks = [initializer(k, tuple(block), draw_dtype) for k in jax.random.split(key, num_gates)]
+        return jnp.concatenate(blocks, axis).astype(dtype)
 
     return init
 

@@ -266,7 +266,10 @@ class LSTM:
         xs = validation.inputs("xs", xs, self.input_size, "T, *batch")
         num_steps, *axes = xs.shape[:-1]
         batch = tuple(axes)
-        state = self._begin(params, xs) if state is None else validation.state(state, self._state_shapes(batch))
+        if state is None:
+            state = sequence.laid_out_like(xs, self.initial_state(batch, params))
+        else:
+            state = validation.state(state, self._state_shapes(batch))
         if lengths is not None:
             lengths = validation.array("lengths", lengths, jnp.integer, batch)
         if mask is not None:
@@ -413,15 +416,6 @@ class LSTM:
         layers = tuple(Layer(*(weights(i) for _ in range(self.num_directions))) for i in widths)
         state = jax.tree.map(lambda a: array(*a.shape), self._state_shapes(())) if self.learned_state else None
         return Params(layers, state)
-
-    def _begin(self, params: Params, xs: Array) -> State:
-        """The initial state for ``xs``, laid out over devices as its batch is: `jax.lax.scan` insists on that."""
-        num_steps, *batch, _ = xs.shape
-        state = self.initial_state(tuple(batch), params)
-        if num_steps == 0:
-            return state
-        row = jnp.zeros_like(xs[0, ..., :1])
-        return jax.tree.map(lambda a: a + jnp.broadcast_to(row.astype(a.dtype), a.shape), state)
 
     @staticmethod
     def _spread(state: Any, shapes: State) -> State:

@@ -1,6 +1,8 @@
 """One layer over time: lengths, masks, resets, direction and carry, the same for every implementation."""
 
 import math
+from collections.abc import Callable
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +12,7 @@ from jaxtyping import Bool, Float, Int
 from jaxlstm.cells import Cell
 from jaxlstm.recurrence import DEFAULT, IMPLEMENTATIONS
 from jaxlstm.recurrence.how import How
+from jaxlstm.recurrence.scan import along_batch
 from jaxlstm.types import Layer, State
 
 
@@ -22,6 +25,14 @@ def steps_taken(
     step = jnp.arange(num_steps, dtype=lengths.dtype).reshape(num_steps, *[1] * lengths.ndim)
     within = step < lengths[None]
     return within if mask is None else within & mask
+
+
+def laid_out_like(xs: Float[Array, "T *batch_and_inputs"], state: State) -> State:
+    """A state ``(., *batch, *units)`` laid out over devices as the batch of ``xs`` is: `jax.lax.scan` insists on it."""
+    if len(xs) == 0:
+        return state
+    row = jnp.zeros_like(xs[0, ..., :1])
+    return jax.tree.map(lambda a: a + jnp.broadcast_to(row.astype(a.dtype), a.shape), state)
 
 
 def run(
@@ -48,30 +59,47 @@ def run(
     Returns:
       outputs and the state after the last step taken.
     """
-    num_steps, *batch, _ = xs.shape
-    if num_steps == 0:
-        return jnp.zeros((0, *batch, len(layer.directions) * state.h.shape[-1]), how.dtype), state
+    over_rows = partial(IMPLEMENTATIONS[implementation or DEFAULT], cell, layer)
+    return steps_that_exist(over_rows, xs, state, how, batch_axes=xs.ndim - 2)
+
+
+def steps_that_exist(
+    over_rows: Callable[[Array, State, How], tuple[Array, State]],
+    xs: Float[Array, "T *batch_and_inputs"],
+    state: State,
+    how: How,
+    *,
+    batch_axes: int,
+) -> tuple[Float[Array, "T *batch_and_outputs"], State]:
+    """A recurrence over the steps that the mask leaves in, with any number of batch axes in front of its units.
+
+    Args:
+      over_rows: ``(xs, state, how) -> (ys, state)`` with one batch axis. It holds the state where the mask is False,
+        and is free to return anything as outputs there.
+      xs: inputs, ``(T, *batch, *inputs)``.
+      state: initial state, ``(D, *batch, *units)``.
+      how: the rest, with ``*batch`` for B in its arrays.
+      batch_axes: how many axes the batch has.
+    """
+    batch = xs.shape[1 : 1 + batch_axes]
+    if len(xs) == 0:
+        *axes, size = state.h.shape[1:]
+        return jnp.zeros((0, *axes, len(state.h) * size), how.dtype), state
     mask = how.mask
     if mask is not None:
-        xs = jnp.where(mask[..., None], xs, 0)
+        xs = jnp.where(along_batch(mask, xs), xs, 0)
         how = how._replace(resets=None if how.resets is None else how.resets & mask)
-    ys, last = IMPLEMENTATIONS[implementation or DEFAULT](
-        cell,
-        layer,
-        _one_batch_axis(xs, 1, batch),
-        jax.tree.map(lambda a: _one_batch_axis(a, 1, batch), state),
-        how._replace(
-            mask=None if mask is None else _one_batch_axis(mask, 1, batch),
-            resets=None if how.resets is None else _one_batch_axis(how.resets, 1, batch),
-            noise=jax.tree.map(lambda a: _one_batch_axis(a, 2, batch), how.noise),
-        ),
-    )
-    ys = ys.reshape(num_steps, *batch, ys.shape[-1])
+
+    def fold(a: Array, axis: int = 1) -> Array:
+        return a.reshape(*a.shape[:axis], math.prod(batch), *a.shape[axis + batch_axes :])
+
+    def unfold(a: Array) -> Array:
+        return a.reshape(len(a), *batch, *a.shape[2:])
+
+    xs, state, mask_of_rows, resets = jax.tree.map(fold, (xs, state, mask, how.resets))
+    noise = jax.tree.map(partial(fold, axis=2), how.noise)
+    ys, last = over_rows(xs, state, how._replace(mask=mask_of_rows, resets=resets, noise=noise))
+    ys = unfold(ys)
     if mask is not None:
-        ys = jnp.where(mask[..., None], ys, 0)
-    return ys, jax.tree.map(lambda a: a.reshape(a.shape[0], *batch, a.shape[-1]), last)
-
-
-def _one_batch_axis(a: Array, axis: int, batch: list[int]) -> Array:
-    """``a`` with the batch axes, which begin at ``axis``, folded into one."""
-    return a.reshape(*a.shape[:axis], math.prod(batch), *a.shape[axis + len(batch) :])
+        ys = jnp.where(along_batch(mask, ys), ys, 0)
+    return ys, jax.tree.map(unfold, last)

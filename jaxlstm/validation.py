@@ -36,6 +36,26 @@ def sizes(name: str, value: Any) -> tuple[int, ...]:
     return axes
 
 
+def spatial_shape(name: str, value: Any) -> tuple[int, ...]:
+    """Sizes of one to three spatial axes, each at least 1; a single one may come without its tuple."""
+    axes = sizes(name, value)
+    if not 1 <= len(axes) <= 3 or min(axes) < 1:
+        raise ValueError(f"{name} must be 1 to 3 sizes of at least 1, got {axes}")
+    return axes
+
+
+def kernel_shape(name: str, value: Any, spatial: tuple[int, ...]) -> tuple[int, ...]:
+    """Odd sizes of a kernel, one for each spatial axis; a single one is taken for all of them."""
+    kernel = sizes(name, value)
+    if not isinstance(value, tuple | list):
+        kernel *= len(spatial)
+    if len(kernel) != len(spatial):
+        raise ValueError(f"{name} must be one size or one for each of {len(spatial)} spatial axes, got {kernel}")
+    if not all(size % 2 for size in kernel):
+        raise ValueError(f"{name} must be odd, so that a position is the middle of what it sees, got {kernel}")
+    return kernel
+
+
 def flag(name: str, value: Any) -> bool:
     """``value``, which must be True or False."""
     if not isinstance(value, bool):
@@ -127,12 +147,13 @@ def array(name: str, value: Any, kind: Any, shape: tuple[int, ...] | None = None
     return jnp.asarray(value)
 
 
-def inputs(name: str, xs: Any, input_size: int, leading: str) -> Array:
-    """Inputs whose last axis is the input size."""
+def inputs(name: str, xs: Any, input_size: int, leading: str, spatial: tuple[int, ...] = ()) -> Array:
+    """Inputs whose last axes are the spatial ones, where there are any, and the input size."""
     xs = array(name, xs, jnp.floating, why="; token ids are embedded or one-hot encoded first")
-    smallest = 2 if leading.startswith("T") else 1
-    if xs.ndim < smallest or xs.shape[-1] != input_size:
-        raise ValueError(f"{name} must have shape ({leading}, {input_size}), got {list(xs.shape)}")
+    last = (*spatial, input_size)
+    smallest = len(last) + leading.startswith("T")
+    if xs.ndim < smallest or xs.shape[-len(last) :] != last:
+        raise ValueError(f"{name} must have shape ({leading}, {', '.join(map(str, last))}), got {list(xs.shape)}")
     return xs
 
 

@@ -12,7 +12,7 @@ FLOORS = [  # from the ground up; a module imports from floors below its own
     {"step", "validation"},
     {"recurrence"},
     {"sequence"},
-    {"model"},
+    {"model", "convolutional"},
     {"__init__", "language_model"},
     {"training"},
     {"train"},

@@ -14,7 +14,8 @@ def test_python(block):
     names: dict = {}
     with jax.enable_x64(False):
         exec(block, names)
-    assert names["ys"].shape[-1] == 256
+    network = names.get("lstm", names.get("conv"))
+    assert names["ys"].shape[-1] == network.hidden_size
 
 
 def test_there_is_code():

@@ -6,6 +6,9 @@ The tangent rule, for one direction (`jaxlstm.cells` has the equations)::
     (dc_t, dm_t) = d gates(z_t, c_{t-1}) . (dz_t, dc_{t-1})
     dh_t         = [ dW_p m_t ] + W_p dm_t                          with a projection; else dh_t = dm_t
 
+With layer normalisation ``z`` is two arrays, ``W_x x`` and ``W_h h``, each with its bracket; peepholes and gains have
+their tangents inside the step.
+
 The brackets do not wait for the step before. They are matrix products over many steps at once, and so are their
 transposes: the gradient of a weight is one product per chunk of time, not one product and one addition of a
 weight-sized array per step. The rule is linear in the tangents and written in JAX, so JAX transposes it into
