@@ -65,7 +65,7 @@ def draw(path: Path, shapes: Sequence[dict[str, Any]], title: str) -> None:
         axes.set_title(label, fontsize=12, loc="left")
     panels[-1].set_xlabel("shape of the work: T steps, B sequences, I inputs, H hidden units", fontsize=11)
     handles, labels = panels[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=4, fontsize=10, frameon=False)
+    figure.legend(handles, labels, loc="outside lower center", ncols=3, fontsize=10, frameon=False)
     figure.suptitle(title, fontsize=12)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)

@@ -36,8 +36,6 @@ from jaxlstm.recurrence.layout import Layout
 from jaxlstm.step import advance, input_part, slabs
 from jaxlstm.types import Layer, State, Weights
 
-CHUNK = 16  # steps whose tangents are taken together: enough for one large product, few enough to stay in the cache
-
 
 class Static(NamedTuple):
     """What is known when the program is compiled."""
@@ -232,7 +230,7 @@ def _tangent(static: Static, primals: Any, tangents: Any) -> Any:
 
     y = tuple(layout.to_batch_major(b.state.h).astype(layout.dtype) for b in begin)
     carry = (tuple(d.state for d in d_begin), y)
-    (d_after, _), d_ys = chunks.over(over_chunk, carry, (d_xs, inputs, saved, ys), size=CHUNK)
+    (d_after, _), d_ys = chunks.over(over_chunk, carry, (d_xs, inputs, saved, ys), size=layout.chunk)
     return (after, ys), (d_after, tuple(d.astype(layout.dtype) for d in d_ys))
 
 

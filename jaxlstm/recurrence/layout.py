@@ -19,6 +19,7 @@ class Layout(NamedTuple):
     sums: jnp.dtype  # of sums and state
     axis: int  # of the units: 0 feature-major, 1 batch-major
     hoisted: bool  # whether the product of the input is taken before the loop
+    chunk: int = 16  # steps whose tangents are taken together: enough for one large product, few enough for the cache
 
     @classmethod
     def choose(cls, rows: int, units: int, dtype: jnp.dtype, sums: jnp.dtype) -> "Layout":
@@ -26,19 +27,19 @@ class Layout(NamedTuple):
 
         For a CPU by measurement (`benchmarks/README.md`). For the others by what their libraries prefer, unmeasured.
 
-        =========  ========  ==============  =======
-        rows       units     units lead      hoisted
-        =========  ========  ==============  =======
-        up to 8    up to 128 no              yes
-        up to 8    more      yes             yes
-        9 to 16    up to 128 no              no
-        otherwise            yes             no
-        =========  ========  ==============  =======
+        =========  =========  ==========  =======  =====
+        rows       units      units lead  hoisted  chunk
+        =========  =========  ==========  =======  =====
+        up to 8    up to 128  no          yes      64
+        up to 8    more       yes         yes      16
+        9 to 16    up to 128  no          no       64
+        otherwise             yes         no       16
+        =========  =========  ==========  =======  =====
         """
         if jax.default_backend() != "cpu":
-            return cls(dtype, sums, axis=1, hoisted=True)
+            return cls(dtype, sums, axis=1, hoisted=True, chunk=64)
         small = rows <= 16 and units <= 128
-        return cls(dtype, sums, axis=1 if small else 0, hoisted=rows <= 8)
+        return cls(dtype, sums, axis=1 if small else 0, hoisted=rows <= 8, chunk=64 if small else 16)
 
     def along_units(self, a: Array) -> Array:
         """A vector over units, with an axis for the batch."""
