@@ -201,6 +201,7 @@ def test_activation_terms(dtype):
     mask = jnp.array([[True], [True], [False]])
     assert float(regularisers.activation(ys, mask)) == pytest.approx((9 + 16 + 9) / 4)
     assert float(regularisers.temporal_activation(ys, mask)) == pytest.approx(16 / 2)
+    assert float(regularisers.temporal_activation(ys, mask[::-1])) == pytest.approx(9 / 2)  # both steps have to count
     assert float(regularisers.activation(ys, jnp.zeros((3, 1), bool))) == 0
     assert float(regularisers.temporal_activation(ys[:1])) == 0
     slope = jax.grad(lambda y: regularisers.activation(y, mask) + regularisers.temporal_activation(y, mask))
