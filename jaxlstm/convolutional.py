@@ -283,15 +283,10 @@ class ConvLSTM:
             state = sequence.laid_out_like(xs, self.initial_state(batch))
         else:
             state = validation.state(state, self._state_shapes(batch))
-        if lengths is not None:
-            lengths = validation.array("lengths", lengths, jnp.integer, batch)
-        if mask is not None:
-            mask = validation.array("mask", mask, jnp.bool_, (num_steps, *batch))
-        if resets is not None:
-            resets = validation.array("resets", resets, jnp.bool_, (num_steps, *batch))
+        marks = validation.marks(lengths, mask, resets, num_steps, batch)
         if key is not None:
             validation.key(key)
-        return self._run(params, xs, state, lengths, mask, resets, validation.flag("reverse", reverse), key)
+        return self._run(params, xs, state, *marks, validation.flag("reverse", reverse), key)
 
     def step(
         self, params: Params, state: State, x: Float[ArrayLike, "*batch_and_spatial I"]

@@ -38,7 +38,7 @@ class LSTM:
         ys, state = lstm(params, xs)                # xs (T, *batch, 64), ys (T, *batch, 256)
 
     The letters of shapes are in `jaxlstm.types`, the equations in `jaxlstm.cells`. The rates are of regularisers that a
-    ``key`` turns on; what is kept is scaled up by 1 / (1 - rate).
+    ``key`` turns on; what dropout keeps is scaled up by 1 / (1 - rate).
 
     Args:
       input_size: I.
@@ -216,6 +216,9 @@ class LSTM:
 
         Returns:
           h ``(L*D, *batch, P)`` and c ``(L*D, *batch, H)`` (None for a cell without it), float32 or wider.
+
+        Raises:
+          ValueError, TypeError: if the state is learned and ``params`` are missing or not of this configuration.
         """
         self._check_dtypes()
         shapes = self._state_shapes(validation.sizes("batch_shape", batch_shape))
@@ -247,13 +250,13 @@ class LSTM:
         Args:
           params: as made by `init`.
           xs: inputs, cast to ``dtype`` where they enter a product.
-          state: initial state, zeros where None.
+          state: initial state; where None zeros, or the learned one.
           lengths: steps at and past it are not taken; 0 returns the initial state.
           mask: steps where it is False are not taken.
-          resets: True marks the first step of a new sequence: the state is zero before it. In a direction that runs
-            backward, the state is zeroed after it.
+          resets: True marks the first step of a new sequence: the state is zero, or the learned one, before it. In a
+            direction that runs backward, it is so after it.
           reverse: time runs backward, from each sequence's own last step; outputs stay aligned with their inputs.
-          key: PRNG key that turns dropout on; without it the call is deterministic.
+          key: PRNG key that turns the regularisers on; without it the call is deterministic, zoneout by expectation.
 
         Returns:
           ``(ys, state)``: outputs of the last layer in ``dtype``, and the state after the last step taken.
@@ -270,20 +273,15 @@ class LSTM:
             state = sequence.laid_out_like(xs, self.initial_state(batch, params))
         else:
             state = validation.state(state, self._state_shapes(batch))
-        if lengths is not None:
-            lengths = validation.array("lengths", lengths, jnp.integer, batch)
-        if mask is not None:
-            mask = validation.array("mask", mask, jnp.bool_, (num_steps, *batch))
-        if resets is not None:
-            resets = validation.array("resets", resets, jnp.bool_, (num_steps, *batch))
+        marks = validation.marks(lengths, mask, resets, num_steps, batch)
         if key is not None:
             validation.key(key)
-        return self._run(params, xs, state, lengths, mask, resets, validation.flag("reverse", reverse), key)
+        return self._run(params, xs, state, *marks, validation.flag("reverse", reverse), key)
 
     def step(
         self, params: Params, state: State, x: Float[ArrayLike, "*batch I"]
     ) -> tuple[State, Float[Array, "*batch P"]]:
-        """One step of all layers, for streaming and reinforcement learning; for one direction, without dropout.
+        """One step of all layers, for streaming and reinforcement learning; for one direction, as without a key.
 
         Args:
           params: as made by `init`.

@@ -147,6 +147,18 @@ def array(name: str, value: Any, kind: Any, shape: tuple[int, ...] | None = None
     return jnp.asarray(value)
 
 
+def marks(
+    lengths: Any, mask: Any, resets: Any, num_steps: int, batch: tuple[int, ...]
+) -> tuple[Array | None, Array | None, Array | None]:
+    """``lengths (*batch)``, ``mask`` and ``resets`` ``(T, *batch)`` as arrays; None stays None."""
+    over_time = (num_steps, *batch)
+    return (
+        None if lengths is None else array("lengths", lengths, jnp.integer, batch),
+        None if mask is None else array("mask", mask, jnp.bool_, over_time),
+        None if resets is None else array("resets", resets, jnp.bool_, over_time),
+    )
+
+
 def inputs(name: str, xs: Any, input_size: int, leading: str, spatial: tuple[int, ...] = ()) -> Array:
     """Inputs whose last axes are the spatial ones, where there are any, and the input size."""
     xs = array(name, xs, jnp.floating, why="; token ids are embedded or one-hot encoded first")
