@@ -57,7 +57,7 @@ def test_outputs_state_and_gradients(configuration, inputs, implementation):
     assert_close(slopes, gradient, np.float64, terms(case))
 
 
-@pytest.mark.parametrize("configuration", ["two layers bidirectional projection", "rnn", "remat"])
+@pytest.mark.parametrize("configuration", ["two layers bidirectional projection", "rnn", "remat", "all of it"])
 @pytest.mark.parametrize("inputs", ["everything"])
 @pytest.mark.parametrize(("axis", "hoisted"), [(0, False), (0, True), (1, False)])
 def test_fused_in_the_layouts_of_larger_sizes(configuration, inputs, axis, hoisted, monkeypatch):
@@ -114,7 +114,9 @@ def test_any_batch_axes(batch, implementation):
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-@pytest.mark.parametrize("configuration", ["two layers", "projection", "rnn"])
+@pytest.mark.parametrize(
+    "configuration", ["two layers", "projection", "rnn", pytest.param("all of it", marks=pytest.mark.slow)]
+)
 def test_forward_mode_and_second_derivatives(configuration, implementation):
     """jvp, Hessian-vector product and reverse over reverse agree with the oracle's gradient, differenced."""
     inputs = "everything"
