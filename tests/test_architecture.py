@@ -7,7 +7,7 @@ from jaxlstm import cells
 
 ROOT = Path(__file__).parent.parent
 FLOORS = [  # from the ground up; a module imports from floors below its own
-    {"types", "data", "reporting"},
+    {"types", "data", "reporting", "synthetic"},
     {"cells", "initializers", "dropout", "regularisers"},
     {"step", "validation"},
     {"recurrence"},
@@ -17,7 +17,7 @@ FLOORS = [  # from the ground up; a module imports from floors below its own
     {"training"},
     {"train"},
 ]
-STANDS_ALONE = {"data", "reporting"}
+STANDS_ALONE = {"data", "reporting", "synthetic"}
 
 
 def floor(module):
