@@ -17,6 +17,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Float
 
 Gates = Callable[..., tuple[Any, Array]]
@@ -67,6 +68,11 @@ def sigmoid_or_tanh(z: Float[Array, "G *units"], kinds: str) -> Float[Array, "G 
     return jnp.tanh(z * scale) * scale + (1 - scale)
 
 
+def named(slabs: Array, names: str) -> list[Array]:
+    """The slabs one by one, each under its letter for `jaxlstm.diagnostics`; no operation in the compiled program."""
+    return [checkpoint_name(slab, name) for slab, name in zip(jnp.unstack(slabs), names)]
+
+
 def lstm(
     z: Float[Array, "4 *units"], c: Float[Array, "*units"], keep: Any = 1.0, norm: Callable[[Array], Array] = identity
 ) -> tuple[Array, Array]:
@@ -79,7 +85,7 @@ def lstm(
 
     ``keep`` scales g, and ``norm`` is taken of c on its way to h, where a regulariser or layer normalisation says so.
     """
-    i, f, g, o = jnp.unstack(sigmoid_or_tanh(z, "ssts"))
+    i, f, g, o = named(sigmoid_or_tanh(z, "ssts"), "ifgo")
     c = f * c + i * (g * keep)
     return c, o * jnp.tanh(norm(c))
 
@@ -88,7 +94,7 @@ def coupled(
     z: Float[Array, "3 *units"], c: Float[Array, "*units"], keep: Any = 1.0, norm: Callable[[Array], Array] = identity
 ) -> tuple[Array, Array]:
     """The LSTM with coupled input and forget gate, ``i = 1 - f`` (Greff et al. 2017); slabs in the order f, g, o."""
-    f, g, o = jnp.unstack(sigmoid_or_tanh(z, "sts"))
+    f, g, o = named(sigmoid_or_tanh(z, "sts"), "fgo")
     c = f * c + (1 - f) * (g * keep)
     return c, o * jnp.tanh(norm(c))
 
@@ -107,9 +113,9 @@ def peephole(
     o    = sigmoid(z_o + w_o c)
     """
     (z_i, z_f, z_g, z_o), (w_i, w_f, w_o) = jnp.unstack(z), jnp.unstack(w)
-    i, f = jax.nn.sigmoid(z_i + w_i * c), jax.nn.sigmoid(z_f + w_f * c)
-    c = f * c + i * (jnp.tanh(z_g) * keep)
-    o = jax.nn.sigmoid(z_o + w_o * c)
+    i, f = checkpoint_name(jax.nn.sigmoid(z_i + w_i * c), "i"), checkpoint_name(jax.nn.sigmoid(z_f + w_f * c), "f")
+    c = f * c + i * (checkpoint_name(jnp.tanh(z_g), "g") * keep)
+    o = checkpoint_name(jax.nn.sigmoid(z_o + w_o * c), "o")
     return c, o * jnp.tanh(norm(c))
 
 

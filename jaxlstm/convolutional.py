@@ -350,15 +350,17 @@ class ConvLSTM:
 
     def _layer(self, layer: Layer, xs: Array, state: State, how: How) -> tuple[Array, State]:
         """One layer over time, with one batch axis."""
+        if len(xs) == 0:
+            return sequence.no_steps(state, how.dtype)
         convolve = convolution if self.remat is None else convolution_in_loop  # over chunks of time, there is a loop
         directions = [
             scan.Equations(
                 partial(input_part_of_all_steps, weights, dtype=how.dtype, sums=self._state_dtype, convolve=convolve),
-                partial(step, self._cell, weights, dtype=how.dtype),
+                scan.puts_out_h(partial(step, self._cell, weights, dtype=how.dtype)),
             )
             for weights in layer.directions
         ]
-        return scan.over_time(directions, xs, state, how)
+        return scan.side_by_side(*scan.over_time(directions, xs, state, how), how.dtype)
 
     @partial(jax.jit, static_argnums=0)
     def _step(self, params: Params, state: State, x: Array) -> tuple[State, Array]:

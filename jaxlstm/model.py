@@ -1,5 +1,6 @@
 """Layers and directions, stacked."""
 
+from collections.abc import Callable
 from dataclasses import KW_ONLY, dataclass
 from functools import partial
 from typing import Any
@@ -264,19 +265,7 @@ class LSTM:
         Raises:
           ValueError, TypeError: while tracing, for a wrong shape, size, dtype or type.
         """
-        self._check_dtypes()
-        validation.params(params, self._shapes(), self._state_dtype)
-        xs = validation.inputs("xs", xs, self.input_size, "T, *batch")
-        num_steps, *axes = xs.shape[:-1]
-        batch = tuple(axes)
-        if state is None:
-            state = sequence.laid_out_like(xs, self.initial_state(batch, params))
-        else:
-            state = validation.state(state, self._state_shapes(batch))
-        marks = validation.marks(lengths, mask, resets, num_steps, batch)
-        if key is not None:
-            validation.key(key)
-        return self._run(params, xs, state, *marks, validation.flag("reverse", reverse), key)
+        return self._run(*self._checked(params, xs, state, lengths, mask, resets, reverse, key))
 
     def step(
         self, params: Params, state: State, x: Float[ArrayLike, "*batch I"]
@@ -301,9 +290,40 @@ class LSTM:
         x = validation.inputs("x", x, self.input_size, "*batch")
         return self._step(params, validation.state(state, self._state_shapes(x.shape[:-1])), x)
 
-    @partial(jax.jit, static_argnums=(0, 7))
-    def _run(
+    def _checked(
         self,
+        params: Params,
+        xs: Any,
+        state: State | None,
+        lengths: Any,
+        mask: Any,
+        resets: Any,
+        reverse: bool,
+        key: Array | None,
+    ) -> tuple[Params, Array, State, Array | None, Array | None, Array | None, bool, Array | None]:
+        """The arguments of a call as arrays, validated, with the state that it starts from."""
+        self._check_dtypes()
+        validation.params(params, self._shapes(), self._state_dtype)
+        xs = validation.inputs("xs", xs, self.input_size, "T, *batch")
+        num_steps, *axes = xs.shape[:-1]
+        batch = tuple(axes)
+        if state is None:
+            state = sequence.laid_out_like(xs, self.initial_state(batch, params))
+        else:
+            state = validation.state(state, self._state_shapes(batch))
+        marks = validation.marks(lengths, mask, resets, num_steps, batch)
+        if key is not None:
+            validation.key(key)
+        return params, xs, state, *marks, validation.flag("reverse", reverse), key
+
+    @partial(jax.jit, static_argnums=(0, 7))
+    def _run(self, *arguments: Any) -> tuple[Array, State]:
+        # Compiled here, so that a call outside of `jit` compiles once per shape too.
+        return self._over_layers(partial(sequence.run, implementation=self.implementation), *arguments)
+
+    def _over_layers(
+        self,
+        run: Callable[[Cell, Layer, Array, State, How], tuple[Array, State]],
         params: Params,
         xs: Array,
         state: State,
@@ -313,7 +333,7 @@ class LSTM:
         reverse: bool,
         key: Array | None,
     ) -> tuple[Array, State]:
-        # Compiled here, so that a call outside of `jit` compiles once per shape too.
+        """The layers one after the other, each over time by ``run``, with what `_checked` returns."""
         num_steps, *batch, _ = xs.shape
         how = How(
             mask=sequence.steps_taken(num_steps, lengths, mask),
@@ -339,9 +359,7 @@ class LSTM:
             units = self.hidden_size if self._cell.has_cell_state else None
             noise = draw(_part(key, n, 1), self._rates, leading, self.output_size, units)
             layer = self._drop_weights(_part(key, n, 2), layer)
-            ys, after = sequence.run(
-                self._cell, layer, ys, mine, how._replace(start=fresh, noise=noise), self.implementation
-            )
+            ys, after = run(self._cell, layer, ys, mine, how._replace(start=fresh, noise=noise))
             last.append(after)
         ys = dropout(_part(key, 0, 4), self.output_dropout, ys, over_time=False)
         return ys, jax.tree.map(lambda *a: jnp.concatenate(a), *last)

@@ -3,10 +3,12 @@
 import math
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.typing import DTypeLike
 from jaxtyping import Bool, Float, Int
 
 from jaxlstm.cells import Cell
@@ -59,32 +61,40 @@ def run(
     Returns:
       outputs and the state after the last step taken.
     """
+    if len(xs) == 0:
+        return no_steps(state, how.dtype)
     over_rows = partial(IMPLEMENTATIONS[implementation or DEFAULT], cell, layer)
     return steps_that_exist(over_rows, xs, state, how, batch_axes=xs.ndim - 2)
 
 
+def no_steps(state: State, dtype: DTypeLike) -> tuple[Float[Array, "0 *batch_and_outputs"], State]:
+    """What a recurrence over a sequence without steps returns: no outputs, and the state as it was."""
+    directions, *axes, size = state.h.shape
+    return jnp.zeros((0, *axes, directions * size), dtype), state
+
+
 def steps_that_exist(
-    over_rows: Callable[[Array, State, How], tuple[Array, State]],
+    over_rows: Callable[[Array, State, How], tuple[Any, State]],
     xs: Float[Array, "T *batch_and_inputs"],
     state: State,
     how: How,
     *,
     batch_axes: int,
-) -> tuple[Float[Array, "T *batch_and_outputs"], State]:
+) -> tuple[Any, State]:
     """A recurrence over the steps that the mask leaves in, with any number of batch axes in front of its units.
 
     Args:
-      over_rows: ``(xs, state, how) -> (ys, state)`` with one batch axis. It holds the state where the mask is False,
-        and is free to return anything as outputs there.
-      xs: inputs, ``(T, *batch, *inputs)``.
+      over_rows: ``(xs, state, how) -> (outputs, state)`` with one batch axis; the outputs are a tree of arrays
+        ``(T, B, ...)``. It holds the state where the mask is False, and is free to put out anything there.
+      xs: inputs, ``(T, *batch, *inputs)``, T at least 1.
       state: initial state, ``(D, *batch, *units)``.
       how: the rest, with ``*batch`` for B in its arrays.
       batch_axes: how many axes the batch has.
+
+    Returns:
+      outputs ``(T, *batch, ...)``, zero where the mask is False, and the last state.
     """
     batch = xs.shape[1 : 1 + batch_axes]
-    if len(xs) == 0:
-        *axes, size = state.h.shape[1:]
-        return jnp.zeros((0, *axes, len(state.h) * size), how.dtype), state
     mask = how.mask
     if mask is not None:
         xs = jnp.where(along_batch(mask, xs), xs, 0)
@@ -98,8 +108,8 @@ def steps_that_exist(
 
     xs, state, mask_of_rows, resets = jax.tree.map(fold, (xs, state, mask, how.resets))
     noise = jax.tree.map(partial(fold, axis=2), how.noise)
-    ys, last = over_rows(xs, state, how._replace(mask=mask_of_rows, resets=resets, noise=noise))
-    ys = unfold(ys)
+    outputs, last = over_rows(xs, state, how._replace(mask=mask_of_rows, resets=resets, noise=noise))
+    outputs = jax.tree.map(unfold, outputs)
     if mask is not None:
-        ys = jnp.where(along_batch(mask, ys), ys, 0)
-    return ys, jax.tree.map(unfold, last)
+        outputs = jax.tree.map(lambda a: jnp.where(along_batch(mask, a), a, 0), outputs)
+    return outputs, jax.tree.map(unfold, last)

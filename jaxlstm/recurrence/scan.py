@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
+from jax.typing import DTypeLike
 from jaxtyping import Bool, Float
 
 from jaxlstm.cells import Cell
@@ -20,8 +21,9 @@ from jaxlstm.types import Layer, State
 class Equations(NamedTuple):
     """The two halves of a recurrence in one direction: what waits for no step before, and the step."""
 
-    input_part: Callable[[Array], Array]  # xs (T, B, ...) -> z_x (T, B, ...)
-    step: Callable[[Array, State, Noise], State]  # z_x, the state before, the noise of this step -> the state after
+    input_part: Callable[[Array], Any]  # xs (T, B, ...) -> z_x, a tree of arrays (T, B, ...)
+    step: Callable[[Any, State, Noise], tuple[State, Any]]  # z_x, the state before, the noise of this step -> the
+    # state after, and what the step puts out: a tree of arrays (B, ...)
 
 
 def run(
@@ -31,16 +33,32 @@ def run(
     directions = [
         Equations(
             partial(input_part, weights, dtype=how.dtype, sums=state.h.dtype),
-            partial(step, cell, weights, dtype=how.dtype, rates=how.rates),
+            puts_out_h(partial(step, cell, weights, dtype=how.dtype, rates=how.rates)),
         )
         for weights in layer.directions
     ]
-    return over_time(directions, xs, state, how)
+    return side_by_side(*over_time(directions, xs, state, how), how.dtype)
+
+
+def puts_out_h(step: Callable[..., State]) -> Callable[[Any, State, Noise], tuple[State, Array]]:
+    """A step of `Equations`, from one that returns the state after it."""
+
+    def step_and_output(z_x: Any, before: State, noise: Noise) -> tuple[State, Array]:
+        after = step(z_x=z_x, before=before, noise=noise)
+        return after, after.h
+
+    return step_and_output
+
+
+def side_by_side(outputs: Sequence[Array], state: State, dtype: DTypeLike) -> tuple[Array, State]:
+    """The outputs of all directions one after the other along the last axis, in ``dtype``; and the state."""
+    # Rounded here and not in the loop: XLA on a CPU passes over a whole bfloat16 array to write one step into it.
+    return jnp.concatenate(outputs, axis=-1).astype(dtype), state
 
 
 def over_time(
     directions: Sequence[Equations], xs: Float[Array, "T B *inputs"], state: State, how: How
-) -> tuple[Float[Array, "T B *outputs"], State]:
+) -> tuple[list[Any], State]:
     """Any recurrence over time, whatever its equations and the axes of its units, one direction after the other.
 
     Args:
@@ -50,42 +68,40 @@ def over_time(
       how: the rest; ``*units`` for H and P in its arrays.
 
     Returns:
-      outputs, the directions one after the other along the last axis, and the state after the last step taken.
+      what the steps of each direction put out, with a leading axis of time, and the state after the last step taken.
     """
     outputs, states = [], []
     for d, equations in enumerate(directions):
         before, start, noise = jax.tree.map(lambda a: a[d], (state, how.start, how.noise))  # noqa: B023  (called at once)
-        ys, last = _direction(equations, xs, before, start, noise, how._replace(reverse=how.reverse ^ (d == 1)))
-        outputs.append(ys)
+        output, last = _direction(equations, xs, before, start, noise, how._replace(reverse=how.reverse ^ (d == 1)))
+        outputs.append(output)
         states.append(last)
-    return jnp.concatenate(outputs, axis=-1), jax.tree.map(lambda *a: jnp.stack(a), *states)
+    return outputs, jax.tree.map(lambda *a: jnp.stack(a), *states)
 
 
 def _direction(
     equations: Equations, xs: Array, state: State, start: State | None, noise: Noise, how: How
-) -> tuple[Array, State]:
-    """One direction: ``ys (T, B, *units)`` and the last state."""
+) -> tuple[Any, State]:
+    """One direction: what its steps put out, and the last state."""
 
-    def body(before: State, now: Any) -> tuple[State, Array]:
+    def body(before: State, now: Any) -> tuple[State, Any]:
         z_x, taken, first, noise = now
         begin = before if how.reverse else _restart(first, start, before)
-        after = equations.step(z_x, begin, noise=noise)  # pyright: ignore[reportCallIssue]
-        y = after.h
+        after, output = equations.step(z_x, begin, noise)
         if taken is not None:
             after = jax.tree.map(lambda new, old: jnp.where(along_batch(taken, new), new, old), after, before)
-        return (_restart(first, start, after) if how.reverse else after), y
+        return (_restart(first, start, after) if how.reverse else after), output
 
-    def scan(before: State, steps: Any) -> tuple[State, Array]:
+    def scan(before: State, steps: Any) -> tuple[State, Any]:
         xs, *rest = steps
         return lax.scan(body, before, (equations.input_part(xs), *rest), reverse=how.reverse, unroll=how.unroll)
 
     steps = (xs, how.mask, how.resets, noise)
     if how.remat is None:
-        last, ys = scan(state, steps)
+        last, outputs = scan(state, steps)
     else:  # between chunks only the state is kept; within one, all is computed again for the derivative
-        last, ys = chunks.over(jax.checkpoint(scan), state, steps, size=how.remat, reverse=how.reverse)
-    # Rounded here and not in the loop: XLA on a CPU passes over a whole bfloat16 array to write one step into it.
-    return ys.astype(how.dtype), last
+        last, outputs = chunks.over(jax.checkpoint(scan), state, steps, size=how.remat, reverse=how.reverse)
+    return outputs, last
 
 
 def _restart(rows: Array | None, start: State | None, state: State) -> State:
