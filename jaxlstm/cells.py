@@ -95,7 +95,8 @@ def coupled(
 ) -> tuple[Array, Array]:
     """The LSTM with coupled input and forget gate, ``i = 1 - f`` (Greff et al. 2017); slabs in the order f, g, o."""
     f, g, o = named(sigmoid_or_tanh(z, "sts"), "fgo")
-    c = f * c + (1 - f) * (g * keep)
+    i = checkpoint_name(1 - f, "i")
+    c = f * c + i * (g * keep)
     return c, o * jnp.tanh(norm(c))
 
 

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import KW_ONLY, dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -28,6 +28,18 @@ RATES = (
     "zoneout_h",
     "zoneout_c",
 )
+
+
+class Arguments(NamedTuple):
+    """Those of a call, validated."""
+
+    params: Params
+    xs: Array  # (T, *batch, I)
+    state: State  # before the first step
+    lengths: Array | None  # (*batch,) int
+    mask: Array | None  # (T, *batch) bool
+    resets: Array | None  # (T, *batch) bool
+    key: Array | None
 
 
 @dataclass(frozen=True)
@@ -265,7 +277,9 @@ class LSTM:
         Raises:
           ValueError, TypeError: while tracing, for a wrong shape, size, dtype or type.
         """
-        return self._run(*self._checked(params, xs, state, lengths, mask, resets, reverse, key))
+        return self._run(
+            self._checked(params, xs, state, lengths, mask, resets, key), validation.flag("reverse", reverse)
+        )
 
     def step(
         self, params: Params, state: State, x: Float[ArrayLike, "*batch I"]
@@ -294,14 +308,13 @@ class LSTM:
         self,
         params: Params,
         xs: Any,
-        state: State | None,
-        lengths: Any,
-        mask: Any,
-        resets: Any,
-        reverse: bool,
-        key: Array | None,
-    ) -> tuple[Params, Array, State, Array | None, Array | None, Array | None, bool, Array | None]:
-        """The arguments of a call as arrays, validated, with the state that it starts from."""
+        state: State | None = None,
+        lengths: Any = None,
+        mask: Any = None,
+        resets: Any = None,
+        key: Array | None = None,
+    ) -> Arguments:
+        """The arguments of a call, validated."""
         self._check_dtypes()
         validation.params(params, self._shapes(), self._state_dtype)
         xs = validation.inputs("xs", xs, self.input_size, "T, *batch")
@@ -314,26 +327,21 @@ class LSTM:
         marks = validation.marks(lengths, mask, resets, num_steps, batch)
         if key is not None:
             validation.key(key)
-        return params, xs, state, *marks, validation.flag("reverse", reverse), key
+        return Arguments(params, xs, state, *marks, key)
 
-    @partial(jax.jit, static_argnums=(0, 7))
-    def _run(self, *arguments: Any) -> tuple[Array, State]:
+    @partial(jax.jit, static_argnums=(0, 2))
+    def _run(self, arguments: Arguments, reverse: bool) -> tuple[Array, State]:
         # Compiled here, so that a call outside of `jit` compiles once per shape too.
-        return self._over_layers(partial(sequence.run, implementation=self.implementation), *arguments)
+        return self._over_layers(partial(sequence.run, implementation=self.implementation), arguments, reverse)
 
     def _over_layers(
         self,
         run: Callable[[Cell, Layer, Array, State, How], tuple[Array, State]],
-        params: Params,
-        xs: Array,
-        state: State,
-        lengths: Array | None,
-        mask: Array | None,
-        resets: Array | None,
+        arguments: Arguments,
         reverse: bool,
-        key: Array | None,
     ) -> tuple[Array, State]:
-        """The layers one after the other, each over time by ``run``, with what `_checked` returns."""
+        """The layers one after the other, each over time by ``run``."""
+        params, xs, state, lengths, mask, resets, key = arguments
         num_steps, *batch, _ = xs.shape
         how = How(
             mask=sequence.steps_taken(num_steps, lengths, mask),
