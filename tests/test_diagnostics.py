@@ -154,6 +154,7 @@ def test_jacobians_of_the_last_state(kind):
     xs, steps = inputs(B), 3
     marks = {name: a if name == "lengths" else a[:steps] for name, a in MARKS.items()}
     marks["lengths"] = jnp.array([3, 2])
+    marks["resets"] = marks["resets"].at[1, 1].set(True)
     flow = diagnostics.gradient_flow(lstm, params, xs[:steps], lambda ys: (ys**2).sum(), **marks, jacobian=kind)
     mask = marks["mask"] & (np.arange(steps)[:, None] < np.array([3, 2]))
 
