@@ -154,11 +154,18 @@ class Window(NamedTuple):
     first: bool  # True where the streams begin, so that the state carried so far does not belong to them
 
 
-def training_windows(ids: np.ndarray, batch: int, window: int, seed: int) -> Iterator[Window]:
+def training_windows(ids: np.ndarray, batch: int, window: int, seed: int, start: int = 0) -> Iterator[Window]:
     """Windows of ``batch`` contiguous streams, without end: each window goes on where the last one stopped.
 
     An epoch begins with a random shift of less than a window, so that the gradient is not cut at the same places
     every time.
+
+    Args:
+      ids: the text.
+      batch: number of streams, B.
+      window: T.
+      seed: of the shifts.
+      start: the position, in windows from the beginning of training: the number of those already taken.
 
     Raises:
       DataError: if the text is too short for one window of every stream.
@@ -169,14 +176,19 @@ def training_windows(ids: np.ndarray, batch: int, window: int, seed: int) -> Ite
 
     def epochs() -> Iterator[Window]:
         rng = np.random.default_rng(seed)
+        behind = start
         while True:
             shifted = ids[rng.integers(window) :]
             length = (len(shifted) - 1) // batch
+            if behind >= length // window:
+                behind -= length // window
+                continue
             inputs = shifted[: batch * length].reshape(batch, length).T
             targets = shifted[1 : batch * length + 1].reshape(batch, length).T
-            for start in range(0, length - window + 1, window):
-                rows = slice(start, start + window)
-                yield Window(inputs[rows], targets[rows], first=start == 0)
+            for n in range(behind, length // window):
+                rows = slice(n * window, (n + 1) * window)
+                yield Window(inputs[rows], targets[rows], first=n == 0)
+            behind = 0
 
     return epochs()
 
