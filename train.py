@@ -115,7 +115,7 @@ def train(options: Options, console: Console) -> None:
 
     stopped = catch_signals()
     with checkpoints, Report(folder, console, task.counted, task.say, record.rows) as report:
-        batches = task.batches(step)
+        batches = training.prefetch(task.batches(step))
         clock = time.perf_counter()
         report.begin(min(1.0, max(step / max_steps, spent() / max_seconds)))
         while step < max_steps and progress < 1 and not stopped:
@@ -152,8 +152,12 @@ def train(options: Options, console: Console) -> None:
         checkpoints.wait()
 
     # What is left of the run.
+    best = training.load_params(folder / BEST, task.init)
+    tested = task.test(best)
+    task.draw(best, folder)
     summary = {
         "valid_loss": best_loss,
+        **tested,
         "best_step": record.best_step,
         "steps": step,
         "parameters": parameters,
@@ -163,9 +167,9 @@ def train(options: Options, console: Console) -> None:
     write_json(folder / "summary.json", summary)
     title = f"{task.title} of {parameters:,} parameters"
     draw_curves(folder / "curves.png", report.rows, title, task.unit)
-    task.draw(training.load_params(folder / BEST, task.init), folder)
     console.print(
         f"best validation loss {task.say(best_loss)} at step {record.best_step:,}; {spent():.0f} s\n{folder}"
+        + "".join(f"; {name} {value:.4g}" for name, value in tested.items())
         + (f": python train.py --sample {folder}" if hasattr(TASKS[options.task], "write") else ""),
         highlight=False,
         soft_wrap=True,
@@ -282,7 +286,7 @@ def main() -> None:
     try:
         options = parse(sys.argv[1:])
         (train if options.sample is None else sample)(options, console)
-    except (ValueError, OSError, FloatingPointError) as error:
+    except (ValueError, OSError, FloatingPointError, ImportError) as error:
         raise SystemExit(f"train.py: {error}") from None
 
 

@@ -15,10 +15,12 @@ from jaxlstm.model import RATES
 class Options:
     """Train a character language model, an LSTM, on real text."""
 
-    task: Literal["charlm"] = "charlm"
-    """What is learnt: charlm, the next character of a text."""
+    task: Literal["charlm", "wordlm", "adding", "copying", "digits", "forecast"] = "charlm"
+    """What is learnt: the next character or word of a text (charlm, wordlm), memory over --window steps (adding,
+    copying), digits from the rows of their images, or the next --horizon steps of a time series (forecast)."""
     data: str = data.EMBEDDED
-    """Text: python-reference (inside every CPython), tinyshakespeare (fetched once), or the path of a UTF-8 file."""
+    """Text: python-reference (inside every CPython), tinyshakespeare (fetched once), or the path of a UTF-8 file. Of
+    --task forecast: the path of a CSV file with a header and a column of dates."""
     run_dir: Path | None = None
     """Folder for everything the run leaves behind; new or empty. By default runs/ and the time of day."""
     resume: Path | None = None
@@ -40,6 +42,11 @@ class Options:
     """Number of layers."""
     cell: Literal["lstm", "peephole", "cifg", "rnn"] = "lstm"
     """Kind of cell: LSTM, with peepholes, with coupled input and forget gate, or vanilla."""
+    bidirectional: bool = False
+    """A second direction, backward in time; not for language models."""
+    chrono: int | None = None
+    """Longest dependency expected, in steps: draws the biases of forget and input gate for it. By default that of
+    --task adding and copying, and none of the others."""
     layer_norm: bool = False
     """Normalise the layers' pre-activations and cell states."""
     projection: int | None = None
@@ -72,6 +79,10 @@ class Options:
     """Streams of text trained side by side."""
     window: int = 64
     """Characters per stream and step: the span of truncated backpropagation through time."""
+    horizon: int = 26
+    """Steps to forecast at once."""
+    season: int = 52
+    """Steps after which a time series is expected to repeat itself: what a forecast is measured against."""
     optimizer: Literal["adamw", "asgd"] = "adamw"
     """AdamW, or SGD whose parameters are averaged once validation stops getting better (AWD-LSTM)."""
     learning_rate: float | None = None
@@ -102,8 +113,8 @@ class Options:
     """Divides the logits of a sample: lower is safer, 0 takes the likeliest character each time."""
 
     def __post_init__(self) -> None:
-        counts = ("embedding", "hidden", "layers", "batch", "window", "length", *INTERVALS)
-        for name in (*counts, "projection", "max_steps", "max_seconds", "learning_rate", "clip"):
+        counts = ("embedding", "hidden", "layers", "batch", "window", "length", "horizon", "season", *INTERVALS)
+        for name in (*counts, "projection", "chrono", "max_steps", "max_seconds", "learning_rate", "clip"):
             value = getattr(self, name)
             if value is not None and not (value > 0 and math.isfinite(value)):
                 raise ValueError(f"--{name.replace('_', '-')} must be greater than 0, got {value}")

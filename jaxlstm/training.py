@@ -1,8 +1,10 @@
 """Training: the optimiser, one compiled step, and the parameters in a file."""
 
+import collections
+import itertools
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -169,6 +171,21 @@ def make_step(loss: Loss, optimizer: optax.GradientTransformationExtraArgs) -> S
         return TrainState(params, opt_state, carry, key, average), outcome
 
     return step
+
+
+def prefetch(batches: Iterator[Any], place: Callable[[Any], Any] = jax.device_put, ahead: int = 2) -> Iterator[Any]:
+    """The batches, on the devices before they are asked for.
+
+    Args:
+      batches: of host arrays.
+      place: puts one on the devices; it need not wait for that.
+      ahead: how many lie there before they are asked for.
+    """
+    waiting = collections.deque(place(batch) for batch in itertools.islice(batches, ahead))
+    while waiting:
+        batch = waiting.popleft()
+        waiting.extend(place(batch) for batch in itertools.islice(batches, 1))
+        yield batch
 
 
 def save_params(path: Path, params: Any) -> None:

@@ -4,6 +4,15 @@ A task's file has ``DEFAULTS``, its own defaults of `jaxlstm.options.Options`, a
 `jaxlstm.tasks.task.Task`. That of a language model also has ``write``.
 """
 
-from jaxlstm.tasks import charlm
+from types import ModuleType
 
-TASKS = {"charlm": charlm}
+from jaxlstm.tasks import adding, charlm, copying, digits, forecast, wordlm
+
+TASKS: dict[str, ModuleType] = {
+    "charlm": charlm,
+    "wordlm": wordlm,
+    "adding": adding,
+    "copying": copying,
+    "digits": digits,
+    "forecast": forecast,
+}

@@ -16,6 +16,12 @@ def nothing_to_show(params: Any, key: Array) -> str:
     return ""
 
 
+def nothing_to_test(params: Any) -> dict[str, float]:
+    """No figures."""
+    del params
+    return {}
+
+
 def nothing_to_draw(params: Any, folder: Path) -> None:
     """No picture."""
 
@@ -37,5 +43,6 @@ class Task:
     loss: Loss
     evaluate: Callable[[Any], dict[str, float]]  # figures on the validation data; the smaller "loss", the better
     show: Callable[[Any, Array], str] = nothing_to_show  # what the model makes, in lines, after each validation
+    test: Callable[[Any], dict[str, float]] = nothing_to_test  # figures of the best parameters, once, at the end
     draw: Callable[[Any, Path], None] = nothing_to_draw  # pictures of the best parameters, into the folder of the run
     kept: tuple[tuple[str, Any], ...] = ()  # what config.json needs besides the options
