@@ -1,167 +1,59 @@
-"""Train a character language model, an LSTM, on real text.
+"""Train a recurrent network, by default a character language model on real text.
 
 python train.py                                   the Python language reference, about three minutes on two cores
 python train.py --data my.txt --max-seconds 600   a text of your own
 python train.py --data tinyshakespeare --max-seconds 600
+python train.py --resume runs/NAME                go on after a stop, a crash or a power cut
 python train.py --sample runs/NAME --prompt "The " --length 500 --temperature 0.8
 """
 
+import argparse
 import dataclasses
-import json
+import logging
 import math
 import signal
+import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import tyro
 from rich.console import Console
 
-import jaxlstm
-from jaxlstm import data, training
-from jaxlstm.language_model import LanguageModel, generate
-from jaxlstm.model import RATES
+from jaxlstm import options as configuration
+from jaxlstm import training
+from jaxlstm.checkpoints import CheckpointError, Checkpoints
+from jaxlstm.options import Options
 from jaxlstm.reporting import Report, draw_curves, write_json
+from jaxlstm.tasks import TASKS
 
-CHECKPOINT = "best.msgpack"  # the best parameters, in the folder of a run
+BEST = "best.msgpack"  # the best parameters, in the folder of a run
 RATE = {"adamw": 4e-3, "asgd": 0.3}  # peak of the learning rate
-OF_THE_MODEL = (  # options that a sample needs, those of training left out; zoneout is a mean at evaluation
-    *("embedding", "hidden", "layers", "cell", "layer_norm", "projection", "tied", "dtype", "zoneout_h", "zoneout_c"),
-)
 
 
-@dataclass(frozen=True)
-class Options:
-    """Train a character language model, an LSTM, on real text."""
+@dataclass
+class Record:
+    """What the loop knows besides the state of training; part of every checkpoint."""
 
-    data: str = data.EMBEDDED
-    """Text: python-reference (inside every CPython), tinyshakespeare (fetched once), or the path of a UTF-8 file."""
-    run_dir: Path | None = None
-    """Folder for everything the run leaves behind; new or empty. By default runs/ and the time of day."""
-    seed: int = 0
-    """Seed of the initial weights, of dropout and of the order of the data."""
-
-    max_steps: int | None = None
-    """Bound on the run, in steps (updates). Without any bound: 1,200."""
-    max_seconds: float | None = None
-    """Bound on the run, in seconds of wall clock, compilation and validation included."""
-
-    embedding: int = 64
-    """Size of a character's embedding."""
-    hidden: int = 512
-    """Hidden units of a layer."""
-    layers: int = 1
-    """Number of layers."""
-    cell: Literal["lstm", "peephole", "cifg", "rnn"] = "lstm"
-    """Kind of cell: LSTM, with peepholes, with coupled input and forget gate, or vanilla."""
-    layer_norm: bool = False
-    """Normalise the layers' pre-activations and cell states."""
-    projection: int | None = None
-    """Size to which each layer's outputs are projected. By default none: the outputs are the hidden units."""
-    tied: bool = False
-    """Softmax weights tied to the embedding, whose size is then that of the outputs (see --projection)."""
-
-    dropout: float = 0.4
-    """Share of each layer's outputs dropped in training, in [0, 1)."""
-    input_dropout: float = 0.0
-    """Share of the embeddings' elements dropped, by one mask for a whole window, in [0, 1)."""
-    variational: bool = False
-    """One mask for a whole window for --dropout too."""
-    recurrent_dropout: float = 0.0
-    """Share of the candidates dropped, in [0, 1)."""
-    weight_drop: float = 0.0
-    """Share of the recurrent weights dropped at each step of training, in [0, 1)."""
-    zoneout_h: float = 0.0
-    """Share of the units whose output stays as it was, in [0, 1)."""
-    zoneout_c: float = 0.0
-    """Share of the units whose cell state stays as it was, in [0, 1)."""
-    activation: float = 0.0
-    """Weight of the mean square of the outputs in the loss; AWD-LSTM has 2."""
-    temporal_activation: float = 0.0
-    """Weight of the mean square of the outputs' change from step to step in the loss; AWD-LSTM has 1."""
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    """Type of matrix products; parameters, sums and state stay float32."""
-
-    batch: int = 32
-    """Streams of text trained side by side."""
-    window: int = 64
-    """Characters per stream and step: the span of truncated backpropagation through time."""
-    optimizer: Literal["adamw", "asgd"] = "adamw"
-    """AdamW, or SGD whose parameters are averaged once validation stops getting better (AWD-LSTM)."""
-    learning_rate: float | None = None
-    """Peak of the learning rate. By default 4e-3 for AdamW and 0.3 for SGD."""
-    warmup: float = 0.02
-    """Share of the run in which the learning rate rises to its peak; AdamW's goes down from there by a cosine."""
-    weight_decay: float = 0.01
-    """AdamW's decoupled weight decay, on matrices."""
-    clip: float = 1.0
-    """Largest global norm of a gradient; a longer one is scaled down to it."""
-
-    log_every: int = 50
-    """Steps between two records of the training loss."""
-    valid_every: int = 500
-    """Steps between two passes over the whole validation text."""
-
-    sample: Path | None = None
-    """Folder of a finished run: write text with its best parameters instead of training."""
-    prompt: str = "\n"
-    """What a sample goes on from."""
-    length: int = 500
-    """Characters of a sample."""
-    temperature: float = 0.8
-    """Divides the logits of a sample: lower is safer, 0 takes the likeliest character each time."""
-
-    def __post_init__(self) -> None:
-        counts = ("embedding", "hidden", "layers", "batch", "window", "log_every", "valid_every", "length")
-        for name in (*counts, "projection", "max_steps", "max_seconds", "learning_rate", "clip"):
-            value = getattr(self, name)
-            if value is not None and not (value > 0 and math.isfinite(value)):
-                raise ValueError(f"--{name.replace('_', '-')} must be greater than 0, got {value}")
-        for name in ("temperature", "weight_decay", "seed", "activation", "temporal_activation"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise ValueError(f"--{name.replace('_', '-')} must not be negative, got {getattr(self, name)}")
-        for name in ("warmup", *(name for name in RATES if name != "output_dropout")):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"--{name.replace('_', '-')} must lie in [0, 1), got {getattr(self, name)}")
-
-
-def build(options: Options, vocabulary: data.Vocabulary) -> LanguageModel:
-    """The model that the options describe."""
-    lstm = jaxlstm.LSTM(
-        options.embedding,
-        options.hidden,
-        num_layers=options.layers,
-        dtype=jnp.dtype(options.dtype),
-        cell=options.cell,
-        layer_norm=options.layer_norm,
-        proj_size=options.projection,
-        dropout=options.dropout,
-        input_dropout=options.input_dropout,
-        variational=options.variational,
-        recurrent_dropout=options.recurrent_dropout,
-        weight_drop=options.weight_drop,
-        zoneout_h=options.zoneout_h,
-        zoneout_c=options.zoneout_c,
-    )
-    return LanguageModel(len(vocabulary), lstm, options.dropout, options.tied)
+    step: int = 0
+    seconds: float = 0.0  # of wall clock so far
+    rows: int = 0  # of metrics.jsonl
+    best_step: int = 0
+    valid_losses: list[float] = field(default_factory=list)
+    valid_seconds: float = 0.0  # of the last validation
+    losses: list[float] = field(default_factory=list)  # of the steps since the last row
 
 
 def train(options: Options, console: Console) -> None:
-    """One run, from the text to the summary."""
+    """One run, from the data to the summary."""
     began = time.perf_counter()
 
-    # The text, its alphabet, and the model for it.
-    text = data.load_text(options.data)
-    vocabulary = data.Vocabulary.of(text)
-    train_ids, valid_ids = data.split(vocabulary.encode(text))
-    if len(valid_ids) < 2:
-        raise data.DataError(f"{len(text)} characters are too few: the last tenth is for validation")
-    windows = data.training_windows(train_ids, options.batch, options.window, options.seed)
-    model = build(options, vocabulary)
+    # The task, the optimiser, and the state before the first step.
+    task = TASKS[options.task].make(options)
     optimizer = training.optimizer(
         options.learning_rate or RATE[options.optimizer],
         warmup=options.warmup,
@@ -170,23 +62,24 @@ def train(options: Options, console: Console) -> None:
         kind=options.optimizer,
     )
     key = jax.random.key(options.seed)
-    state = training.start(model, optimizer, options.batch, key, averaged=options.optimizer == "asgd")
-    step_function = training.make_step(
-        model, optimizer, activation=options.activation, temporal_activation=options.temporal_activation
-    )
-    parameters = sum(leaf.size for leaf in jax.tree.leaves(state.params))
+    k_init, k_steps = jax.random.split(key)
+    params = task.init(k_init)
+    parameters = sum(leaf.size for leaf in jax.tree.leaves(params))
+    state = training.start(params, optimizer, task.carry(params), k_steps, averaged=options.optimizer == "asgd")
+    step_function = training.make_step(task.loss, optimizer)
     device = jax.devices()[0]
 
-    # The folder of the run.
-    folder = options.run_dir or Path("runs") / time.strftime("%Y-%m-%d-%H%M%S")
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ValueError(f"--run-dir {folder} is not an empty folder; a run never writes over another")
-    folder.mkdir(parents=True, exist_ok=True)
-    config = {name: str(v) if isinstance(v, Path) else v for name, v in dataclasses.asdict(options).items()}
-    write_json(folder / "config.json", {"options": config, "vocabulary": vocabulary.characters})
+    # The folder of the run, and where the run is.
+    folder = options.resume or new_folder(options)
+    checkpoints = Checkpoints(folder / "checkpoints")
+    record = Record()
+    if options.resume and checkpoints.steps():
+        state, record = restore(checkpoints, options, task.about, state)
+    kept = {"options": configuration.to_json(options), "about": task.about}
+    write_json(folder / "config.json", kept | dict(task.kept))
     console.print(
-        f"{len(train_ids):,} characters to train on, {len(valid_ids):,} to validate, {len(vocabulary)} different; "
-        f"{parameters:,} parameters on {device.device_kind} ({device.platform})",
+        f"{task.about}; {parameters:,} parameters on {device.device_kind} ({device.platform})"
+        + (f"; resumed after step {record.step:,}" if options.resume else ""),
         highlight=False,
         soft_wrap=True,
     )
@@ -194,73 +87,123 @@ def train(options: Options, console: Console) -> None:
     # The loop.
     max_steps = options.max_steps or (math.inf if options.max_seconds else 1200)
     max_seconds = options.max_seconds or math.inf
-    per_step = options.batch * options.window
-    step, progress, valid_seconds = 0, 0.0, 0.0
-    best_loss, best_step = math.inf, 0
-    losses: list[jax.Array] = []
-    valid_losses: list[float] = []
+    best_loss = min(record.valid_losses, default=math.inf)
+    step, before, inherited = record.step, record.seconds, len(record.losses)
+    progress, outcomes = 0.0, []
+
+    def spent() -> float:
+        return before + time.perf_counter() - began
 
     def validate() -> None:
-        nonlocal best_loss, best_step, valid_seconds, state
+        nonlocal best_loss, state
         start = time.perf_counter()
-        loss = finite(training.evaluate(model, state.trained, valid_ids, batch=options.batch), step)
-        valid_losses.append(loss)
-        speed = (len(valid_ids) - 1) / (time.perf_counter() - start)
+        figures = task.evaluate(state.trained)
+        speed = task.evaluated / (time.perf_counter() - start)
+        loss = finite(figures["loss"], step)
+        record.valid_losses.append(loss)
         if best := loss < best_loss:
-            best_loss, best_step = loss, step
-            training.save_params(folder / CHECKPOINT, state.trained)
-        ids = generate(model, state.trained, opening, 200, jax.random.fold_in(key, step), options.temperature)
-        report.valid(step, loss, speed, best=best, sample=vocabulary.decode(np.asarray(ids)))
-        state = training.begin_average(state, valid_losses)
-        valid_seconds = time.perf_counter() - start
+            best_loss, record.best_step = loss, step
+            training.save_params(folder / BEST, state.trained)
+        report.valid(step, figures, speed, best=best, sample=task.show(state.trained, jax.random.fold_in(key, step)))
+        state = training.begin_average(state, record.valid_losses)
+        record.valid_seconds = time.perf_counter() - start
 
-    opening = jnp.asarray(valid_ids[:1])
+    def save() -> None:
+        losses = record.losses + [float(outcome.loss) for outcome in outcomes]
+        now = dataclasses.replace(record, step=step, seconds=spent(), rows=len(report.rows), losses=losses)
+        checkpoints.save(step, state, kept | {"loop": dataclasses.asdict(now)})
+
     stopped = catch_signals()
-    with Report(folder, console) as report:
+    with checkpoints, Report(folder, console, task.counted, task.say, record.rows) as report:
+        batches = training.prefetch(task.batches(step))
         clock = time.perf_counter()
-        while progress < 1 and not stopped:
-            window = next(windows)
+        report.begin(min(1.0, max(step / max_steps, spent() / max_seconds)))
+        while step < max_steps and progress < 1 and not stopped:
+            batch = next(batches)
             step += 1
-            spent = time.perf_counter() - began
             # The clock leaves room for the last validation, as long as the one before it.
-            progress = min(1.0, max(step / max_steps, spent / max(max_seconds - valid_seconds, 1e-9)))
-            state, loss = step_function(state, window.inputs, window.targets, window.first, progress)
-            losses.append(loss)
-            if len(losses) > 1:
-                losses[-2].block_until_ready()  # at most one step ahead of the device, so that the clock is true
+            left = max(max_seconds - record.valid_seconds, 1e-9)
+            progress = min(1.0, max(step / max_steps, spent() / left))
+            state, outcome = step_function(state, batch, progress)
+            outcomes.append(outcome)
+            if len(outcomes) > 1:
+                check(outcomes[-2], step - 1, options)  # at most one step ahead of the device: the clock is true
             if step % options.log_every == 0 or progress == 1:
-                mean = finite(float(np.mean(jax.device_get(losses))), step)
-                speed = len(losses) * per_step / (time.perf_counter() - clock)
-                report.train(step, mean, speed, progress)
-                losses, clock = [], time.perf_counter()
+                check(outcome, step, options)
+                losses = np.array(record.losses + [float(outcome.loss) for outcome in outcomes])
+                mean = float(np.mean(losses[np.isfinite(losses)])) if np.isfinite(losses).any() else math.nan
+                speed = (len(losses) - inherited) * task.per_step / (time.perf_counter() - clock)
+                report.train(step, mean, speed, progress, int(outcome.skipped))
+                record.losses, outcomes, inherited, clock = [], [], 0, time.perf_counter()
+            paused = time.perf_counter()
             if step % options.valid_every == 0 or progress == 1:
-                paused = time.perf_counter()
                 validate()
-                clock += time.perf_counter() - paused
+            if step % options.save_every == 0 or progress == 1:
+                save()
+            clock += time.perf_counter() - paused
         if stopped:
-            report.say(f"{stopped[0].name} received; stopped after step {step:,}")
-            if best_step == 0:
-                validate()
+            save()
+            checkpoints.wait()
+            report.say(
+                f"{stopped[0].name} received; stopped after step {step:,}; saved: python train.py --resume {folder}"
+            )
+        if record.best_step == 0:
+            validate()
+        checkpoints.wait()
 
     # What is left of the run.
+    best = training.load_params(folder / BEST, task.init)
+    tested = task.test(best)
+    task.draw(best, folder)
     summary = {
         "valid_loss": best_loss,
-        "best_step": best_step,
+        **tested,
+        "best_step": record.best_step,
         "steps": step,
         "parameters": parameters,
-        "wall_seconds": time.perf_counter() - began,
+        "wall_seconds": spent(),
         "device": f"{device.device_kind} ({device.platform})",
     }
     write_json(folder / "summary.json", summary)
-    draw_curves(folder / "curves.png", report.rows, f"{Path(options.data).stem}: LSTM of {parameters:,} parameters")
+    title = f"{task.title} of {parameters:,} parameters"
+    draw_curves(folder / "curves.png", report.rows, title, task.unit)
     console.print(
-        f"best validation loss {best_loss:.4f} nats ({best_loss / math.log(2):.4f} bits per character) at step "
-        f"{best_step:,}; {summary['wall_seconds']:.0f} s\n{folder}: python train.py --sample {folder}",
+        f"best validation loss {task.say(best_loss)} at step {record.best_step:,}; {spent():.0f} s\n{folder}"
+        + "".join(f"; {name} {value:.4g}" for name, value in tested.items())
+        + (f": python train.py --sample {folder}" if hasattr(TASKS[options.task], "write") else ""),
         highlight=False,
         soft_wrap=True,
     )
     if stopped:
         raise SystemExit(128 + stopped[0])
+
+
+def new_folder(options: Options) -> Path:
+    """The folder of a run that begins."""
+    folder = options.run_dir or Path("runs") / time.strftime("%Y-%m-%d-%H%M%S")
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ValueError(f"--run-dir {folder} is not an empty folder; a run never writes over another")
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def restore(
+    checkpoints: Checkpoints, options: Options, about: str, state: training.TrainState
+) -> tuple[training.TrainState, Record]:
+    """The state and the record in the latest checkpoint, once it is one of this configuration."""
+    step, kept = checkpoints.record()
+    try:
+        others = configuration.differences(options, kept["options"])
+        if kept["about"] != about:
+            others.append(f"the data are {kept['about']}, expected {about}")
+        record = Record(**kept["loop"])
+    except (KeyError, TypeError) as error:
+        raise CheckpointError(
+            f"checkpoint {checkpoints.folder / str(step)} is not one of train.py: {error!r}"
+        ) from None
+    if others:
+        raise CheckpointError(f"checkpoint {checkpoints.folder / str(step)} is of another run: {others[0]}")
+    return checkpoints.restore(state), record
 
 
 def catch_signals() -> list[signal.Signals]:
@@ -279,41 +222,71 @@ def catch_signals() -> list[signal.Signals]:
     return caught
 
 
+def check(outcome: training.Outcome, step: int, options: Options) -> None:
+    """Wait for a step; the end of the run if too many in a row, up to this one, were skipped."""
+    if int(outcome.in_a_row) >= options.max_skipped:
+        raise FloatingPointError(
+            f"loss or gradient was not finite at {int(outcome.in_a_row)} steps in a row, up to step {step:,}; "
+            "they changed nothing, and the best parameters so far are kept"
+        )
+
+
 def finite(loss: float, step: int) -> float:
     """``loss``, or the end of the run if it is not a number."""
     if not math.isfinite(loss):
-        raise FloatingPointError(f"the loss is {loss} at step {step}; the best parameters so far are kept")
+        raise FloatingPointError(f"the validation loss is {loss} at step {step:,}; the best parameters so far are kept")
     return loss
 
 
 def sample(options: Options, console: Console) -> None:
     """Text from the best parameters of a finished run."""
     assert options.sample is not None
-    path = options.sample / "config.json"
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-        run = Options(**{name: config["options"][name] for name in OF_THE_MODEL})
-        vocabulary = data.Vocabulary(config["vocabulary"])
-    except OSError as error:
-        raise ValueError(f"--sample {options.sample} is not the folder of a run: {path}: {error.strerror}") from None
-    except (KeyError, TypeError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path} is not the configuration of a run: {error!r}") from None
+    run, config = configuration.of_run(options.sample, "--sample")
+    task = TASKS[run.task]
+    if not hasattr(task, "write"):
+        raise ValueError(f"--sample needs a run of a language model; {options.sample} is one of --task {run.task}")
     if not options.prompt:
         raise ValueError("--prompt must have at least one character")
-    prompt = jnp.asarray(vocabulary.encode(options.prompt))
-    model = build(run, vocabulary)
-    params = training.load_params(options.sample / CHECKPOINT, model)
-    ids = generate(model, params, prompt, options.length, jax.random.key(options.seed), options.temperature)
-    console.print(options.prompt + vocabulary.decode(np.asarray(ids)), markup=False, highlight=False, soft_wrap=True)
+    text = task.write(
+        run,
+        config,
+        partial(training.load_params, options.sample / BEST),
+        prompt=options.prompt,
+        length=options.length,
+        key=jax.random.key(options.seed),
+        temperature=options.temperature,
+    )
+    console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+def parse(arguments: list[str]) -> Options:
+    """The options of a command line: those typed, and for the rest the task's defaults or what a run to resume had."""
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--task", default="charlm")
+    first.add_argument("--resume", type=Path)
+    known, _ = first.parse_known_args(arguments)
+    if known.resume:
+        default, _ = configuration.of_run(known.resume, "--resume")
+    else:
+        task = TASKS.get(known.task)
+        default = Options(**({"task": known.task} | task.DEFAULTS if task else {}))
+    options: Any = tyro.cli(
+        Annotated[Options, tyro.conf.OmitArgPrefixes], description=__doc__, args=arguments, default=default
+    )
+    if known.resume and (others := configuration.differences(options, configuration.to_json(default))):
+        raise ValueError(f"--resume {known.resume} goes on with the options of that run: {others[0]}")
+    return options
 
 
 def main() -> None:
     """The command line."""
+    for noisy in ("absl", "asyncio"):  # Orbax logs, thread by thread, what is also raised
+        logging.getLogger(noisy).setLevel(logging.CRITICAL)
     console = Console()
     try:
-        options = tyro.cli(Annotated[Options, tyro.conf.OmitArgPrefixes], description=__doc__)
+        options = parse(sys.argv[1:])
         (train if options.sample is None else sample)(options, console)
-    except (ValueError, OSError, FloatingPointError) as error:
+    except (ValueError, OSError, FloatingPointError, ImportError) as error:
         raise SystemExit(f"train.py: {error}") from None
 
 

@@ -8,6 +8,7 @@ import os
 import tempfile
 import urllib.error
 import urllib.request
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -140,6 +141,103 @@ class Vocabulary:
         return "".join(self.characters[i] for i in np.asarray(ids).tolist())
 
 
+LARGE = 2**28  # bytes of a file from which its tokens are kept in a file instead of memory
+
+
+def characters(source: str) -> tuple[np.ndarray, Vocabulary]:
+    """The text of a name or a file as ids, and its vocabulary; see `load_text`.
+
+    The ids of a file of `LARGE` bytes or more lie in a file of the cache folder, mapped into memory, so that a text
+    larger than memory can be trained on.
+
+    Raises:
+      DataError: as `load_text` does.
+    """
+    path = Path(source)
+    if source == EMBEDDED or source in DOWNLOADS or not path.is_file() or path.stat().st_size < LARGE:
+        text = load_text(source)
+        vocabulary = Vocabulary.of(text)
+        return vocabulary.encode(text), vocabulary
+    return mapped(path, cache_folder())
+
+
+def mapped(path: Path, folder: Path) -> tuple[np.ndarray, Vocabulary]:
+    """The characters of a file as ids in a file of ``folder``, mapped into memory, and their vocabulary.
+
+    The file is read a piece at a time, twice: for its alphabet and for its ids. They are found again as long as path,
+    size and time of the text stay the same.
+    """
+    stat = path.stat()
+    known_by = hashlib.sha256(f"{path.resolve()} {stat.st_size} {stat.st_mtime_ns}".encode()).hexdigest()[:16]
+    target = folder / f"{path.stem}-{known_by}.npy"
+    names = target.with_suffix(".txt")
+    if not (target.exists() and names.exists()):
+        alphabet: set[str] = set()
+        length = 0
+        for piece in _pieces(path):
+            alphabet.update(piece)
+            length += len(piece)
+        vocabulary = Vocabulary("".join(sorted(alphabet)))
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            partial = target.with_name(target.name + ".partial")
+            dtype = np.uint16 if len(vocabulary) < 2**16 else np.int32
+            ids = np.lib.format.open_memmap(partial, "w+", dtype, (length,))
+            start = 0
+            for piece in _pieces(path):
+                ids[start : start + len(piece)] = vocabulary.encode(piece)
+                start += len(piece)
+            ids.flush()
+            names.write_text(vocabulary.characters, encoding="utf-8", newline="")
+            os.replace(partial, target)  # whole or not at all
+        except OSError as error:
+            raise DataError(f"cannot write {target}: {error.strerror}") from None
+    with names.open(encoding="utf-8", newline="") as file:
+        return np.load(target, mmap_mode="r"), Vocabulary(file.read())
+
+
+def _pieces(path: Path) -> Iterator[str]:
+    """The text of a file, a million characters at a time."""
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            while piece := file.read(2**20):
+                yield piece
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path} is not UTF-8 text: {error.reason}") from None
+    except OSError as error:
+        raise DataError(f"cannot read {path}: {error.strerror}") from None
+
+
+UNKNOWN, END = "<unk>", "<eos>"  # as in the Penn Treebank's files
+
+
+@dataclass(frozen=True)
+class Words:
+    """The words of a text, the most frequent first; a word's id is its place. Line ends are words, `END`."""
+
+    words: tuple[str, ...]
+
+    @classmethod
+    def of(cls, text: str, least: int = 2) -> "Words":
+        """Every word that occurs at least ``least`` times in ``text``; the others become `UNKNOWN`."""
+        counts = Counter(text.split())
+        known = [word for word, count in counts.most_common() if count >= least and word not in (UNKNOWN, END)]
+        return cls((END, UNKNOWN, *known))
+
+    def __len__(self) -> int:
+        return len(self.words)
+
+    def encode(self, text: str) -> np.ndarray:
+        """``text`` as int32 ids, each line followed by that of `END` but for the last where it is not ended."""
+        place = {word: n for n, word in enumerate(self.words)}
+        unknown = place[UNKNOWN]
+        return np.array([place.get(word, unknown) for word in text.replace("\n", f" {END} ").split()], np.int32)
+
+    def decode(self, ids: np.ndarray) -> str:
+        """The text of an array of ids."""
+        return " ".join(self.words[i] for i in np.asarray(ids).tolist()).replace(f" {END} ", "\n").replace(END, "\n")
+
+
 def split(ids: np.ndarray, fraction: float = 0.9) -> tuple[np.ndarray, np.ndarray]:
     """The first ``fraction`` for training, the rest for validation."""
     cut = int(len(ids) * fraction)
@@ -154,11 +252,18 @@ class Window(NamedTuple):
     first: bool  # True where the streams begin, so that the state carried so far does not belong to them
 
 
-def training_windows(ids: np.ndarray, batch: int, window: int, seed: int) -> Iterator[Window]:
+def training_windows(ids: np.ndarray, batch: int, window: int, seed: int, start: int = 0) -> Iterator[Window]:
     """Windows of ``batch`` contiguous streams, without end: each window goes on where the last one stopped.
 
     An epoch begins with a random shift of less than a window, so that the gradient is not cut at the same places
     every time.
+
+    Args:
+      ids: the text.
+      batch: number of streams, B.
+      window: T.
+      seed: of the shifts.
+      start: the position, in windows from the beginning of training: the number of those already taken.
 
     Raises:
       DataError: if the text is too short for one window of every stream.
@@ -169,14 +274,19 @@ def training_windows(ids: np.ndarray, batch: int, window: int, seed: int) -> Ite
 
     def epochs() -> Iterator[Window]:
         rng = np.random.default_rng(seed)
+        behind = start
         while True:
             shifted = ids[rng.integers(window) :]
             length = (len(shifted) - 1) // batch
+            if behind >= length // window:
+                behind -= length // window
+                continue
             inputs = shifted[: batch * length].reshape(batch, length).T
             targets = shifted[1 : batch * length + 1].reshape(batch, length).T
-            for start in range(0, length - window + 1, window):
-                rows = slice(start, start + window)
-                yield Window(inputs[rows], targets[rows], first=start == 0)
+            for n in range(behind, length // window):
+                rows = slice(n * window, (n + 1) * window)
+                yield Window(inputs[rows].astype(np.int32), targets[rows].astype(np.int32), first=n == 0)
+            behind = 0
 
     return epochs()
 
@@ -199,9 +309,8 @@ def evaluation_windows(ids: np.ndarray, batch: int, window: int) -> Iterator[Sco
     per_stream = -(-predicted // batch)
     begin = np.arange(batch) * per_stream  # (B,) the first position that each stream predicts from
     steps = -(-(window + per_stream) // window) * window
-    at = begin + np.arange(-window, steps - window)[:, None]  # (steps, B) position in the text
-    counted = (at >= begin) & (at < np.minimum(begin + per_stream, predicted))
-    inputs, targets = ids[np.clip(at, 0, predicted)], ids[np.clip(at + 1, 0, predicted)]
-    for start in range(0, steps, window):
-        rows = slice(start, start + window)
-        yield ScoredWindow(inputs[rows], targets[rows], counted[rows], (at == 0)[rows])
+    for start in range(-window, steps - window, window):
+        at = begin + np.arange(start, start + window)[:, None]  # (T, B) position in the text
+        counted = (at >= begin) & (at < np.minimum(begin + per_stream, predicted))
+        inputs, targets = (ids[np.clip(at + ahead, 0, predicted)].astype(np.int32) for ahead in (0, 1))
+        yield ScoredWindow(inputs, targets, counted, at == 0)

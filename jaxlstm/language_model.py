@@ -1,15 +1,19 @@
-"""A language model: embedding, LSTM, softmax."""
+"""A language model: embedding, LSTM, softmax; its loss, its measure, and what it writes."""
 
 from dataclasses import dataclass
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+import optax
 from jax import Array
 from jax.typing import ArrayLike
 from jaxtyping import Bool, Float, Int
 
+from jaxlstm import regularisers
+from jaxlstm.data import Window, evaluation_windows
 from jaxlstm.dropout import dropout
 from jaxlstm.model import LSTM
 from jaxlstm.types import Params, State, sums_dtype
@@ -101,6 +105,61 @@ class LanguageModel:
         sums = sums_dtype(w_out.dtype)
         logits = jnp.einsum("...p,vp->...v", ys, w_out.astype(ys.dtype), preferred_element_type=sums)
         return logits + jnp.broadcast_to(params.b_out.astype(sums), logits.shape)
+
+
+def training_loss(model: LanguageModel, *, activation: float = 0.0, temporal_activation: float = 0.0) -> Any:
+    """The loss of a window of truncated backpropagation through time, for `jaxlstm.training.make_step`.
+
+    Args:
+      model: the model.
+      activation: weight of `jaxlstm.regularisers.activation`, of the dropped outputs.
+      temporal_activation: weight of `jaxlstm.regularisers.temporal_activation`, of the outputs before they are dropped.
+
+    Returns:
+      ``loss(params, carry, window, key) -> (total, (nats, carry))``; ``nats`` per token, without the weighted terms.
+      Where the window's streams begin, the carried state is dropped.
+    """
+
+    def loss(params: Any, carry: State, window: Window, key: Array) -> tuple[Array, tuple[Array, State]]:
+        carry = jax.tree.map(lambda a: jnp.where(window.first, 0, a), carry)
+        ys, dropped, carry = model.outputs(params, window.inputs, carry, key=key)
+        logits = model.logits(params, dropped)
+        nats = optax.softmax_cross_entropy_with_integer_labels(logits, window.targets).mean()
+        total = nats
+        if activation:
+            total += activation * regularisers.activation(dropped)
+        if temporal_activation:
+            total += temporal_activation * regularisers.temporal_activation(ys)
+        return total, (nats, carry)
+
+    return loss
+
+
+@partial(jax.jit, static_argnums=0)
+def _score(
+    model: LanguageModel,
+    params: LanguageModelParams,
+    state: State,
+    inputs: Int[ArrayLike, "T B"],
+    targets: Int[ArrayLike, "T B"],
+    counted: Bool[ArrayLike, "T B"],
+    resets: Bool[ArrayLike, "T B"],
+) -> tuple[Float[Array, ""], State]:
+    logits, state = model(params, inputs, state, resets=resets)
+    losses = optax.softmax_cross_entropy_with_integer_labels(logits, targets)
+    return jnp.where(counted, losses, 0).sum(), state
+
+
+def evaluate(
+    model: LanguageModel, params: LanguageModelParams, ids: np.ndarray, *, batch: int = 32, window: int = 128
+) -> float:
+    """Loss in nats per token over all of ``ids`` but the first, each predicted once; see `evaluation_windows`."""
+    state = model.lstm.initial_state((batch,), params.lstm)
+    total = 0.0
+    for part in evaluation_windows(ids, batch, window):
+        nats, state = _score(model, params, state, *part)
+        total += float(nats)
+    return total / (len(ids) - 1)
 
 
 @partial(jax.jit, static_argnames=("model", "length"))

@@ -4,6 +4,7 @@ import json
 import math
 import os
 import time
+from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -20,17 +21,37 @@ def write_json(path: Path, value: Any) -> None:
     os.replace(partial, path)
 
 
+def keep_rows(path: Path, count: int) -> list[dict[str, Any]]:
+    """The first ``count`` rows of a file of JSON lines, and nothing else left in the file.
+
+    Raises:
+      ValueError: if there are fewer.
+    """
+    lines = path.read_text(encoding="utf-8").splitlines()[:count] if path.exists() else []
+    try:
+        rows = [json.loads(line) for line in lines]
+    except json.JSONDecodeError:
+        raise ValueError(f"{path} is damaged: the first {count:,} lines are not all JSON") from None
+    if len(rows) < count:
+        raise ValueError(f"{path} is damaged: {len(rows):,} lines, expected at least {count:,}")
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
+    os.replace(partial, path)
+    return rows
+
+
 def clock(seconds: float) -> str:
     """Seconds as ``m:ss`` or ``h:mm:ss``."""
+    if math.isinf(seconds):
+        return "-:--"
     minutes, s = divmod(max(0, round(seconds)), 60)
     hours, m = divmod(minutes, 60)
     return f"{hours}:{m:02}:{s:02}" if hours else f"{m}:{s:02}"
 
 
-def figures(step: int, loss: float, characters_per_second: float) -> str:
-    """The figures of a line: step, loss in nats and in bits per character, speed."""
-    bits = loss / math.log(2)
-    return f"step {step:>6,}  loss {loss:.4f} nats  {bits:.4f} bits/char  {characters_per_second:>9,.0f} char/s"
+def short(counted: str) -> str:
+    """What is counted, for a narrow line."""
+    return {"characters": "char", "words": "word"}.get(counted, counted)
 
 
 class _Remaining(ProgressColumn):
@@ -44,16 +65,29 @@ class Report:
     Args:
       folder: of the run; it exists.
       console: where to show; one that is not a terminal gets plain lines.
+      counted: what speed is measured in, as in ``"characters"``.
+      say: a loss, with its unit.
+      rows: number of rows that are in ``metrics.jsonl`` already and to be kept; what a killed run wrote after them is
+        dropped.
     """
 
-    def __init__(self, folder: Path, console: Console) -> None:
+    def __init__(
+        self, folder: Path, console: Console, counted: str, say: Callable[[float], str], rows: int = 0
+    ) -> None:
+        self._counted, self._say = counted, say
         self.console = console
-        self.rows: list[dict[str, Any]] = []
-        self._metrics = (folder / "metrics.jsonl").open("a", encoding="utf-8")
+        path = folder / "metrics.jsonl"
+        self.rows = keep_rows(path, rows)
+        self._metrics = path.open("a", encoding="utf-8")
         columns = (TextColumn("{task.fields[figures]}"), BarColumn(None), _Remaining())
         self._bar = Progress(*columns, console=console, disable=not console.is_terminal, expand=True)
         self._task = self._bar.add_task("", total=1.0, figures="compiling", left="-:--")
-        self._began = time.perf_counter()
+        self._began, self._progress = time.perf_counter(), 0.0
+        self._valid = ""  # the last validation, for the bar
+
+    def begin(self, progress: float) -> None:
+        """The clock of the time left starts here, at this share of the run."""
+        self._began, self._progress = time.perf_counter(), progress
 
     def __enter__(self) -> "Report":
         self._bar.start()
@@ -63,45 +97,63 @@ class Report:
         self._bar.stop()
         self._metrics.close()
 
-    def train(self, step: int, loss: float, characters_per_second: float, progress: float) -> None:
-        """Record the training loss; ``progress`` in [0, 1] gives the time left."""
-        self._write(step, "train", loss, characters_per_second)
-        left = (time.perf_counter() - self._began) * (1 - progress) / progress
-        line = figures(step, loss, characters_per_second)
-        self._bar.update(self._task, completed=progress, figures=line, left=clock(left))
+    def train(self, step: int, loss: float, speed: float, progress: float, skipped: int) -> None:
+        """Record the training loss.
+
+        Args:
+          step: the step it is at.
+          loss: mean since the last record, over steps whose loss was finite; NaN if none was.
+          speed: what is counted, per second.
+          progress: in [0, 1], gives the time left.
+          skipped: steps skipped so far.
+        """
+        self._write(step, "train", {"loss": loss, f"{self._counted}_per_second": speed, "skipped": skipped})
+        done = progress - self._progress
+        left = (time.perf_counter() - self._began) * (1 - progress) / done if done > 0 else math.inf
+        line = f"{self._figures(step, loss)}  {speed:>9,.0f} {short(self._counted)}/s"
+        line += f"  {skipped:,} skipped" if skipped else ""
+        self._bar.update(self._task, completed=progress, figures=line + self._valid, left=clock(left))
         if not self.console.is_terminal:
             self.say(f"{line}  {clock(left)} left")
 
-    def valid(self, step: int, loss: float, characters_per_second: float, *, best: bool, sample: str) -> None:
-        """Record the validation loss and show a sample of what the model writes."""
-        self._write(step, "valid", loss, characters_per_second)
-        self.say(f"{figures(step, loss, characters_per_second)}  validation{', the best so far' if best else ''}")
-        self.say("".join(f"    | {line}\n" for line in sample.splitlines()).rstrip("\n"))
+    def valid(self, step: int, figures: dict[str, float], speed: float, *, best: bool, sample: str) -> None:
+        """Record figures on the validation data, ``loss`` among them, and show what the model makes."""
+        self._write(step, "valid", figures | {f"{self._counted}_per_second": speed})
+        more = "".join(f"  {name} {value:.4g}" for name, value in figures.items() if name != "loss")
+        self._valid = f"  valid {figures['loss']:.4f}{more}"
+        line = f"{self._figures(step, figures['loss'])}{more}  {speed:>9,.0f} {short(self._counted)}/s  validation"
+        self.say(line + (", the best so far" if best else ""))
+        if sample:
+            self.say("".join(f"    | {line}\n" for line in sample.splitlines()).rstrip("\n"))
 
     def say(self, text: str) -> None:
         """A line above the bar, as it is."""
         self.console.print(text, markup=False, highlight=False, soft_wrap=True)
 
-    def _write(self, step: int, split: str, loss: float, characters_per_second: float) -> None:
-        row = {"step": step, "split": split, "loss": loss, "characters_per_second": characters_per_second}
-        self.rows.append(row)
-        self._metrics.write(json.dumps(row) + "\n")
+    def _figures(self, step: int, loss: float) -> str:
+        return f"step {step:>6,}  loss {self._say(loss)}"
+
+    def _write(self, step: int, split: str, figures: dict[str, float]) -> None:
+        values = {name: value if math.isfinite(value) else None for name, value in figures.items()}  # JSON has no NaN
+        self.rows.append({"step": step, "split": split} | values)
+        self._metrics.write(json.dumps(self.rows[-1]) + "\n")
         self._metrics.flush()
 
 
-def draw_curves(path: Path, rows: list[dict[str, Any]], title: str) -> None:
+def draw_curves(path: Path, rows: list[dict[str, Any]], title: str, unit: str) -> None:
     """Training and validation loss over steps, as a PNG."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 4.2), layout="constrained")
     axes = figure.subplots()
     for split, label, color, marker in (("train", "training", "#9ab8d6", ""), ("valid", "validation", "#b3341f", "o")):
-        points = [(row["step"], row["loss"]) for row in rows if row["split"] == split]
+        points = [(row["step"], row["loss"]) for row in rows if row["split"] == split and row["loss"] is not None]
         if points:
             axes.plot(*zip(*points), label=label, color=color, marker=marker, markersize=4, linewidth=1.4)
-    axes.set(xlabel="step", ylabel="loss (nats per character)", title=title)
-    bits = axes.secondary_yaxis("right", functions=(_to_bits, _to_nats))
-    bits.set_ylabel("bits per character")
+    axes.set(xlabel="step", ylabel=f"loss ({unit})", title=title)
+    if unit.startswith("nats"):
+        bits = axes.secondary_yaxis("right", functions=(_to_bits, _to_nats))
+        bits.set_ylabel(unit.replace("nats", "bits"))
     axes.grid(alpha=0.3)
     axes.legend()
     figure.savefig(path, dpi=150)

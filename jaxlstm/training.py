@@ -1,8 +1,10 @@
-"""Training a language model: the optimiser, one compiled step, evaluation, checkpoints."""
+"""Training: the optimiser, one compiled step, and the parameters in a file."""
 
+import collections
+import itertools
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -10,24 +12,20 @@ from typing import Any, NamedTuple
 import flax.serialization
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from jax import Array
 from jax.typing import ArrayLike
-from jaxtyping import Bool, Float, Int
-
-from jaxlstm import regularisers
-from jaxlstm.data import evaluation_windows
-from jaxlstm.language_model import LanguageModel, LanguageModelParams
-from jaxlstm.types import State
 
 SCHEDULE_TICKS = 10_000  # a run, however long and whatever bounds it, is this long to the schedule
+
+# (params, carry, batch, key) -> (what is minimised, (what is reported, the recurrent state after the batch))
+Loss = Callable[[Any, Any, Any, Array], tuple[Array, tuple[Array, Any]]]
 
 
 class Average(NamedTuple):
     """The mean of the parameters since averaging began; until then the parameters themselves."""
 
-    params: LanguageModelParams
+    params: Any  # as those of the model
     steps: Array  # int, in the mean; 0 until averaging begins
     began: Array  # bool
 
@@ -35,19 +33,27 @@ class Average(NamedTuple):
 class TrainState(NamedTuple):
     """All that a step changes."""
 
-    params: LanguageModelParams
-    opt_state: optax.OptState
-    carry: State  # the recurrent state after the last window, (L, B, .)
+    params: Any
+    opt_state: optax.ApplyIfFiniteState
+    carry: Any  # the recurrent state after the last batch, (L, B, .); None where batches do not go on from each other
     key: Array  # PRNG key of the steps to come
     average: Average | None = None  # of the parameters over steps, for averaged SGD
 
     @property
-    def trained(self) -> LanguageModelParams:
+    def trained(self) -> Any:
         """The parameters to evaluate and to keep."""
         return self.params if self.average is None else self.average.params
 
 
-Step = Callable[[TrainState, ArrayLike, ArrayLike, ArrayLike, ArrayLike], tuple[TrainState, Array]]
+class Outcome(NamedTuple):
+    """What a step tells of itself."""
+
+    loss: Array  # as reported by the loss function
+    skipped: Array  # int: steps so far whose loss or gradient was not finite; they changed nothing
+    in_a_row: Array  # int: how many of them came last
+
+
+Step = Callable[[TrainState, Any, ArrayLike], tuple[TrainState, Outcome]]
 
 
 def optimizer(
@@ -58,6 +64,8 @@ def optimizer(
     AdamW warms up and decays by a cosine. SGD, which is for averaging (Merity, Keskar & Socher 2018), warms up and
     stays. The schedule counts in ticks of progress, passed to each update as ``progress``, not in updates: so the same
     schedule serves a run bounded by steps and one bounded by the clock.
+
+    Gradients that are not finite change nothing and are counted.
 
     Args:
       learning_rate: the peak.
@@ -82,28 +90,31 @@ def optimizer(
         rate = schedule(jnp.asarray(progress) * SCHEDULE_TICKS)
         return jax.tree.map(lambda u: -jnp.asarray(rate, u.dtype) * u, updates), state
 
-    return optax.chain(
+    chain = optax.chain(
         optax.clip_by_global_norm(clip),
         optax.identity() if kind == "asgd" else optax.scale_by_adam(b2=0.99),
         optax.add_decayed_weights(weight_decay, matrices),
         optax.GradientTransformationExtraArgs(optax.init_empty_state, scale),
     )
+    never = int(jnp.iinfo(jnp.int32).max)  # they are not let through, however many come in a row
+    return optax.with_extra_args_support(optax.apply_if_finite(chain, max_consecutive_errors=never))
 
 
 def start(
-    model: LanguageModel,
-    optimizer: optax.GradientTransformation,
-    batch: int,
-    key: Array,
-    *,
-    averaged: bool = False,
+    params: Any, optimizer: optax.GradientTransformation, carry: Any, key: Array, *, averaged: bool = False
 ) -> TrainState:
-    """The state before the first step, for ``batch`` streams; ``averaged`` makes room for an average of parameters."""
-    k_init, k_steps = jax.random.split(key)
-    params: Any = model.init(k_init)
+    """The state before the first step.
+
+    Args:
+      params: initial parameters.
+      optimizer: of the parameters.
+      carry: recurrent state before the first batch; None where there is none to carry.
+      key: PRNG key of the steps.
+      averaged: whether to make room for an average of parameters.
+    """
     average = Average(jax.tree.map(jnp.copy, params), jnp.zeros((), jnp.int32), jnp.zeros((), bool))
-    carry = model.lstm.initial_state((batch,), params.lstm)
-    return TrainState(params, optimizer.init(params), carry, k_steps, average if averaged else None)
+    opt_state: Any = optimizer.init(params)
+    return TrainState(params, opt_state, carry, key, average if averaged else None)
 
 
 def begin_average(state: TrainState, losses: Sequence[float], *, patience: int = 5) -> TrainState:
@@ -128,81 +139,56 @@ def _averaged(average: Average | None, params: Any) -> Average | None:
     return Average(mean, steps, average.began)
 
 
-def make_step(
-    model: LanguageModel,
-    optimizer: optax.GradientTransformationExtraArgs,
-    *,
-    activation: float = 0.0,
-    temporal_activation: float = 0.0,
-) -> Step:
-    """One step of truncated backpropagation through time, compiled, its state donated.
+def make_step(loss: Loss, optimizer: optax.GradientTransformationExtraArgs) -> Step:
+    """One step of training, compiled, its state donated.
+
+    Where the loss or its gradient is not finite, only the key moves on: parameters, optimiser, average and recurrent
+    state stay as they were, and the step is counted.
 
     Args:
-      model: the model.
-      optimizer: of its parameters.
-      activation: weight of `jaxlstm.regularisers.activation`, of the dropped outputs.
-      temporal_activation: weight of `jaxlstm.regularisers.temporal_activation`, of the outputs before they are dropped.
+      loss: ``(params, carry, batch, key) -> (what is minimised, (what is reported, carry))``.
+      optimizer: as made by `optimizer`.
 
     Returns:
-      ``step(state, inputs, targets, first, progress) -> (state, loss)`` with int ``inputs`` and ``targets`` ``(T, B)``;
-      ``first`` says that the streams begin here, so the carried state is dropped; ``progress`` in [0, 1] sets the
-      learning rate; ``loss`` in nats per token, without the weighted terms.
+      ``step(state, batch, progress) -> (state, outcome)``; ``progress`` in [0, 1] sets the learning rate.
     """
 
-    def loss(params: LanguageModelParams, carry: State, inputs: ArrayLike, targets: ArrayLike, key: Array):
-        ys, dropped, carry = model.outputs(params, inputs, carry, key=key)
-        logits = model.logits(params, dropped)
-        nats = optax.softmax_cross_entropy_with_integer_labels(logits, targets).mean()
-        total = nats
-        if activation:
-            total += activation * regularisers.activation(dropped)
-        if temporal_activation:
-            total += temporal_activation * regularisers.temporal_activation(ys)
-        return total, (nats, carry)
-
     @partial(jax.jit, donate_argnums=0)
-    def step(state: TrainState, inputs: ArrayLike, targets: ArrayLike, first: ArrayLike, progress: ArrayLike):
+    def step(state: TrainState, batch: Any, progress: ArrayLike) -> tuple[TrainState, Outcome]:
         key, k_step = jax.random.split(state.key)
-        # The carried state is an argument, not differentiated: the gradient stops at the window's edge.
-        carry = jax.tree.map(lambda a: jnp.where(first, 0, a), state.carry)
-        slope = jax.grad(loss, has_aux=True)
-        gradient, (value, carry) = slope(state.params, carry, inputs, targets, k_step)
-        params: Any = state.params
-        updates, opt_state = optimizer.update(gradient, state.opt_state, params, progress=progress)
-        params = optax.apply_updates(params, updates)
-        return TrainState(params, opt_state, carry, key, _averaged(state.average, params)), value
+        # The carried state is an argument, not differentiated: the gradient stops at the batch's edge.
+        slope = jax.value_and_grad(loss, has_aux=True)
+        (total, (value, carry)), gradient = slope(state.params, state.carry, batch, k_step)
+        gradient = jax.tree.map(lambda g: jnp.where(jnp.isfinite(total), g, jnp.nan), gradient)
+        opt_state: Any
+        updates, opt_state = optimizer.update(gradient, state.opt_state, state.params, progress=progress)
+        params = optax.apply_updates(state.params, updates)
+        after = (carry, _averaged(state.average, params))
+        carry, average = jax.tree.map(
+            lambda new, old: jnp.where(opt_state.last_finite, new, old), after, (state.carry, state.average)
+        )
+        outcome = Outcome(value, opt_state.total_notfinite, opt_state.notfinite_count)
+        return TrainState(params, opt_state, carry, key, average), outcome
 
     return step
 
 
-@partial(jax.jit, static_argnums=0)
-def _score(
-    model: LanguageModel,
-    params: LanguageModelParams,
-    state: State,
-    inputs: Int[ArrayLike, "T B"],
-    targets: Int[ArrayLike, "T B"],
-    counted: Bool[ArrayLike, "T B"],
-    resets: Bool[ArrayLike, "T B"],
-) -> tuple[Float[Array, ""], State]:
-    logits, state = model(params, inputs, state, resets=resets)
-    losses = optax.softmax_cross_entropy_with_integer_labels(logits, targets)
-    return jnp.where(counted, losses, 0).sum(), state
+def prefetch(batches: Iterator[Any], place: Callable[[Any], Any] = jax.device_put, ahead: int = 2) -> Iterator[Any]:
+    """The batches, on the devices before they are asked for.
+
+    Args:
+      batches: of host arrays.
+      place: puts one on the devices; it need not wait for that.
+      ahead: how many lie there before they are asked for.
+    """
+    waiting = collections.deque(place(batch) for batch in itertools.islice(batches, ahead))
+    while waiting:
+        batch = waiting.popleft()
+        waiting.extend(place(batch) for batch in itertools.islice(batches, 1))
+        yield batch
 
 
-def evaluate(
-    model: LanguageModel, params: LanguageModelParams, ids: np.ndarray, *, batch: int = 32, window: int = 128
-) -> float:
-    """Loss in nats per token over all of ``ids`` but the first, each predicted once; see `evaluation_windows`."""
-    state = model.lstm.initial_state((batch,))
-    total = 0.0
-    for part in evaluation_windows(ids, batch, window):
-        nats, state = _score(model, params, state, *part)
-        total += float(nats)
-    return total / (len(ids) - 1)
-
-
-def save_params(path: Path, params: LanguageModelParams) -> None:
+def save_params(path: Path, params: Any) -> None:
     """Write parameters to a file, whole or not at all (MessagePack, by Flax)."""
     partial = path.with_name(path.name + ".partial")
     with partial.open("wb") as file:
@@ -212,13 +198,17 @@ def save_params(path: Path, params: LanguageModelParams) -> None:
     os.replace(partial, path)
 
 
-def load_params(path: Path, model: LanguageModel) -> LanguageModelParams:
+def load_params(path: Path, init: Callable[[Array], Any]) -> Any:
     """The parameters in a file that `save_params` wrote.
+
+    Args:
+      path: of the file.
+      init: makes parameters of the same structure from a PRNG key; it is not run.
 
     Raises:
       ValueError: if the file is missing or damaged, or holds the parameters of another model.
     """
-    expected = jax.eval_shape(model.init, jax.random.key(0))
+    expected = jax.eval_shape(init, jax.random.key(0))
     try:
         params: Any = flax.serialization.from_bytes(expected, path.read_bytes())
     except OSError as error:

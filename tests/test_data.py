@@ -1,14 +1,17 @@
 import functools
 import hashlib
 import http.server
+import itertools
 import threading
+import tracemalloc
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tolerance import tolerance
 
-from jaxlstm import data
+from jaxlstm import data, packing
 
 
 def test_the_embedded_text_is_the_language_reference():
@@ -96,6 +99,100 @@ def test_any_script(tmp_path):
     path = tmp_path / "text.txt"
     path.write_bytes("\ufeffпривет, 世界\r\n🎈".encode())
     assert data.load_text(str(path)) == "привет, 世界\r\n🎈"
+
+
+@settings(deadline=None)
+@given(length=st.integers(30, 200), batch=st.integers(1, 4), window=st.integers(1, 6), start=st.integers(0, 150))
+def test_a_position_is_the_number_of_windows_taken(length, batch, window, start):
+    ids = np.arange(length, dtype=np.int32)
+    whole = itertools.islice(data.training_windows(ids, batch, window, 3), start, start + 5)
+    resumed = itertools.islice(data.training_windows(ids, batch, window, 3, start), 5)
+    for a, b in zip(whole, resumed, strict=True):
+        for x, y in zip(a, b):
+            np.testing.assert_array_equal(x, y)
+
+
+def test_a_text_larger_than_memory_is_mapped_and_gives_the_same_windows(tmp_path, monkeypatch):
+    text = "The quick brown fox: Привет, мир! 世界\r\n" * 60_000  # 3 MB
+    path = tmp_path / "text.txt"
+    path.write_text("\ufeff" + text, encoding="utf-8", newline="")
+    wanted, vocabulary = data.characters(str(path))
+    monkeypatch.setattr(data, "LARGE", 1000)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    tracemalloc.start()
+    ids, mapped_vocabulary = data.characters(str(path))
+    window = next(data.training_windows(data.split(ids)[0], 8, 32, 0))
+    scored = next(data.evaluation_windows(data.split(ids)[1], 8, 32))
+    tracemalloc.stop()
+    assert isinstance(ids, np.memmap)
+    assert mapped_vocabulary == vocabulary
+    np.testing.assert_array_equal(ids, wanted)
+    for a, b in zip(window, next(data.training_windows(data.split(wanted)[0], 8, 32, 0))):
+        np.testing.assert_array_equal(a, b)
+    assert window.inputs.dtype == scored.inputs.dtype == np.int32
+    # The second time it is found; a text that has changed is read anew.
+    stamp = next((tmp_path / "cache").rglob("*.npy")).stat().st_mtime_ns
+    data.characters(str(path))
+    assert [p.stat().st_mtime_ns for p in (tmp_path / "cache").rglob("*.npy")] == [stamp]
+    path.write_text(text[:70_000], encoding="utf-8", newline="")
+    assert len(data.characters(str(path))[0]) == 70_000
+    # Windows of a text much larger than what they hold take no more memory than they hold.
+    tracemalloc.start()
+    ids, _ = data.characters(str(path))
+    ids = np.lib.format.open_memmap(tmp_path / "zeros.npy", "w+", np.uint16, (50_000_000,))
+    windows, scored = data.training_windows(ids, 8, 32, 0), data.evaluation_windows(ids, 8, 32)
+    for _ in range(3):
+        next(windows), next(scored)
+    assert tracemalloc.get_traced_memory()[1] < 2**20
+    tracemalloc.stop()
+
+
+def test_words_of_a_treebank_file():
+    text = "the cat sat on the mat \n the cat ran \n"
+    words = data.Words.of(text)
+    assert words.words == ("<eos>", "<unk>", "the", "cat")
+    ids = words.encode("the dog sat\nthe cat\n")
+    assert ids.tolist() == [2, 1, 1, 0, 2, 3, 0]
+    assert ids.dtype == np.int32
+    assert words.decode(ids) == "the <unk> <unk>\nthe cat \n"
+
+
+@settings(deadline=None)
+@given(lengths=st.lists(st.integers(1, 9), min_size=1, max_size=20))
+def test_packing_keeps_every_example_and_marks_where_it_begins(lengths):
+    examples = [np.full((n, 2), k + 1) for k, n in enumerate(lengths)]
+    packed = packing.pack(examples, 9)
+    for example, (first, row) in zip(examples, packed.places):
+        np.testing.assert_array_equal(packed.values[first : first + len(example), row], example)
+        assert packed.resets[first, row]
+    assert packed.resets.sum() == len(examples)
+    assert packed.mask.sum() == sum(lengths)
+    np.testing.assert_array_equal(packed.mask, packed.values[..., 0] > 0)
+    # No two rows could be one.
+    used = sorted(packed.mask.sum(0))
+    assert len(used) == 1 or used[0] + used[1] > 9
+
+
+def test_an_lstm_on_packed_rows_is_an_lstm_on_each_example():
+    import jax
+
+    import jaxlstm
+
+    rng = np.random.default_rng(0)
+    examples = [rng.normal(size=(n, 3)).astype(np.float32) for n in (5, 2, 7, 1, 4)]
+    packed = packing.pack(examples, 7)
+    lstm = jaxlstm.LSTM(3, 4, bidirectional=True)
+    params = lstm.init(jax.random.key(0))
+    ys, _ = lstm(params, packed.values, resets=packed.resets, mask=packed.mask)
+    assert ys.shape[1] == 3
+    for example, (first, row) in zip(examples, packed.places):
+        alone, _ = lstm(params, example)
+        np.testing.assert_allclose(
+            ys[first : first + len(example), row], alone, **tolerance(np.float32, len(example) * 4)
+        )
+    for wrong in ([], [np.zeros((0, 3))], [np.zeros((8, 3))]):
+        with pytest.raises(ValueError, match="must have 1 to 7 steps, got"):
+            packing.pack(wrong, 7)
 
 
 @pytest.fixture

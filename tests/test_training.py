@@ -10,7 +10,7 @@ import pytest
 
 import jaxlstm
 from jaxlstm import data, training
-from jaxlstm.language_model import LanguageModel, generate
+from jaxlstm.language_model import LanguageModel, evaluate, generate, training_loss
 
 
 @pytest.fixture(autouse=True)
@@ -31,6 +31,12 @@ def adam(rate=1e-2):
     return training.optimizer(rate, warmup=0.0, weight_decay=0.0, clip=1.0)
 
 
+def begin(m, optimizer, batch, *, seed=0, averaged=False):
+    k_init, k_steps = jax.random.split(jax.random.key(seed))
+    params = m.init(k_init)
+    return training.start(params, optimizer, m.lstm.initial_state((batch,)), k_steps, averaged=averaged)
+
+
 def nats(logits, targets):
     return np.asarray(optax.softmax_cross_entropy_with_integer_labels(logits, targets))
 
@@ -41,8 +47,8 @@ def test_evaluation_equals_the_mean_over_one_pass_through_the_text():
     ids = TEXT[:150]
     losses = nats(m(params, jnp.asarray(ids[:-1]))[0], ids[1:])
     # One stream: the very same predictions. Several: each is led in by a window, so only the far past is missing.
-    assert training.evaluate(m, params, ids, batch=1, window=8) == pytest.approx(losses.mean(), rel=1e-6)
-    assert training.evaluate(m, params, ids, batch=4, window=64) == pytest.approx(losses.mean(), rel=1e-4)
+    assert evaluate(m, params, ids, batch=1, window=8) == pytest.approx(losses.mean(), rel=1e-6)
+    assert evaluate(m, params, ids, batch=4, window=64) == pytest.approx(losses.mean(), rel=1e-4)
 
 
 def test_the_state_is_carried_and_its_gradient_stops():
@@ -50,38 +56,38 @@ def test_the_state_is_carried_and_its_gradient_stops():
     m = model()
     windows = data.training_windows(TEXT, 4, 8, seed=0)
     optimizer = adam(0.0)
-    state = training.start(m, optimizer, 4, jax.random.key(0))
+    state = begin(m, optimizer, 4, seed=0)
     params = jax.tree.map(jnp.copy, state.params)
-    step = training.make_step(m, optimizer)
+    step = training.make_step(training_loss(m), optimizer)
     first, second = next(windows), next(windows)
     assert first.first
     assert not second.first
     whole = nats(
         m(params, np.concatenate([first.inputs, second.inputs]))[0], np.concatenate([first.targets, second.targets])
     )
-    state, loss = step(state, *first, 0.5)
-    assert float(loss) == pytest.approx(whole[:8].mean(), rel=1e-5)
+    state, outcome = step(state, first, 0.5)
+    assert float(outcome.loss) == pytest.approx(whole[:8].mean(), rel=1e-5)
     carry = jax.tree.map(jnp.copy, state.carry)
-    state, loss = step(state, *second, 0.5)
-    assert float(loss) == pytest.approx(whole[8:].mean(), rel=1e-5)
+    state, outcome = step(state, second, 0.5)
+    assert float(outcome.loss) == pytest.approx(whole[8:].mean(), rel=1e-5)
     # A window that begins the streams does not see what was carried.
     alone = nats(m(params, jnp.asarray(first.inputs))[0], first.targets).mean()
-    state, loss = step(state, *first, 0.5)
-    assert float(loss) == pytest.approx(alone, rel=1e-5)
+    state, outcome = step(state, first, 0.5)
+    assert float(outcome.loss) == pytest.approx(alone, rel=1e-5)
     assert jax.tree.structure(carry) == jax.tree.structure(state.carry)
 
 
 def test_it_learns_and_writes_what_it_has_learnt(tmp_path):
     m = model(dropout=0.1)
     optimizer = adam()
-    state = training.start(m, optimizer, 8, jax.random.key(1))
-    step = training.make_step(m, optimizer)
+    state = begin(m, optimizer, 8, seed=1)
+    step = training.make_step(training_loss(m), optimizer)
     windows = data.training_windows(TEXT, 8, 14, seed=0)
     total = 250
     for n in range(total):
-        state, _ = step(state, *next(windows), (n + 1) / total)
+        state, _ = step(state, next(windows), (n + 1) / total)
     # The text has period 7; after a first 2 or 1, what follows is known from the character before it.
-    loss = training.evaluate(m, state.params, TEXT, batch=2, window=14)
+    loss = evaluate(m, state.params, TEXT, batch=2, window=14)
     assert loss < 0.05
     drawn = generate(m, state.params, jnp.asarray(TEXT[:7]), 70, jax.random.key(0), 0.0)
     np.testing.assert_array_equal(drawn, np.tile(TEXT[:7], 10))
@@ -90,7 +96,7 @@ def test_it_learns_and_writes_what_it_has_learnt(tmp_path):
     training.save_params(path, m.init(jax.random.key(2)))
     training.save_params(path, state.params)
     assert [p.name for p in tmp_path.iterdir()] == ["best.msgpack"]
-    again = training.load_params(path, m)
+    again = training.load_params(path, m.init)
     assert jax.tree.structure(again) == jax.tree.structure(state.params)
     jax.tree.map(np.testing.assert_array_equal, again, state.params)
 
@@ -99,28 +105,62 @@ def test_a_checkpoint_that_is_not_one_of_this_model(tmp_path):
     m = model()
     path = tmp_path / "best.msgpack"
     with pytest.raises(ValueError, match=r"no checkpoint .*best.msgpack: No such file"):
-        training.load_params(path, m)
+        training.load_params(path, m.init)
     training.save_params(path, m.init(jax.random.key(0)))
     other = LanguageModel(6, jaxlstm.LSTM(8, 16, num_layers=2))
     with pytest.raises(ValueError, match=r"of another model: embedding has shape \(5, 8\), expected \(6, 8\)"):
-        training.load_params(path, other)
+        training.load_params(path, other.init)
     for layers in (1, 3):
         with pytest.raises(ValueError, match="is damaged or of another model"):
-            training.load_params(path, LanguageModel(5, jaxlstm.LSTM(8, 16, num_layers=layers)))
+            training.load_params(path, LanguageModel(5, jaxlstm.LSTM(8, 16, num_layers=layers)).init)
     content = path.read_bytes()
     for damaged in (content[:-1], content[:100], b"", b"nonsense"):
         path.write_bytes(damaged)
         with pytest.raises(ValueError, match=r"best.msgpack is damaged or of another model: ."):
-            training.load_params(path, m)
+            training.load_params(path, m.init)
+
+
+def test_a_step_that_is_not_finite_changes_nothing_and_is_counted():
+    m = model()
+    optimizer = training.optimizer(0.5, warmup=0.0, weight_decay=0.0, clip=1.0, kind="asgd")
+
+    def poisoned(params, carry, batch, key):
+        window, factor = batch
+        total, (value, carry) = training_loss(m)(params, carry, window, key)
+        carry = jax.tree.map(lambda a: a * factor, carry)
+        return total * factor, (value * factor, carry)
+
+    def infinite(params, carry, batch, key):
+        """Its loss is infinite, its gradient is not."""
+        window, factor = batch
+        total, aux = training_loss(m)(params, carry, window, key)
+        return total + jax.lax.stop_gradient(factor - 1), aux
+
+    windows = data.training_windows(TEXT, 4, 8, seed=0)
+    for loss, bad in ((poisoned, np.nan), (poisoned, np.inf), (infinite, np.inf)):
+        step = training.make_step(loss, optimizer)
+        state = begin(m, optimizer, 4, averaged=True)
+        state = training.begin_average(state, [3.0, 8.0, 7.0, 6.0, 5.0, 4.0, 3.5])
+        counts = []
+        for factor in (1.0, bad, bad, 1.0, bad):
+            before = jax.device_get((state.params, state.average, state.carry, state.opt_state.inner_state))
+            state, outcome = step(state, (next(windows), np.float32(factor)), 0.5)
+            after = jax.device_get((state.params, state.average, state.carry, state.opt_state.inner_state))
+            same = [np.array_equal(a, b) for a, b in zip(jax.tree.leaves(after), jax.tree.leaves(before))]
+            assert (all(same)) == (factor != 1.0)
+            assert loss is infinite or math.isfinite(outcome.loss) == (factor == 1.0)
+            counts.append((int(outcome.skipped), int(outcome.in_a_row)))
+        assert counts == [(0, 0), (1, 1), (2, 2), (2, 0), (3, 1)]
+        assert int(state.average.steps) == 2
 
 
 def test_averaging_begins_when_validation_stops_getting_better_and_is_a_mean_over_steps():
     m = model()
     optimizer = training.optimizer(0.5, warmup=0.0, weight_decay=0.0, clip=1.0, kind="asgd")
-    state = training.start(m, optimizer, 4, jax.random.key(0), averaged=True)
-    step = training.make_step(m, optimizer)
+    state = begin(m, optimizer, 4, seed=0, averaged=True)
+    step = training.make_step(training_loss(m), optimizer)
     windows = data.training_windows(TEXT, 4, 8, seed=0)
-    state, _ = step(state, *next(windows), 0.1)
+    state, _ = step(state, next(windows), 0.1)
     jax.tree.map(np.testing.assert_array_equal, state.trained, state.params)
     falling = [9.0, 8.0, 7.0, 6.0, 5.0, 4.0, 3.0]
     for losses in (falling, [1.0, 2.0, 3.0], [9.0, *falling[2:], 7.5]):  # getting better; too few; still below 9
@@ -129,13 +169,13 @@ def test_averaging_begins_when_validation_stops_getting_better_and_is_a_mean_ove
     assert state.average.began
     seen = []
     for n in range(4):
-        state, _ = step(state, *next(windows), 0.2 + 0.1 * n)
+        state, _ = step(state, next(windows), 0.2 + 0.1 * n)
         seen.append(jax.tree.map(np.asarray, state.params))
     mean = jax.tree.map(lambda *each: np.mean(each, 0), *seen)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), state.trained, mean)
     assert np.abs(np.asarray(state.trained.embedding - state.params.embedding)).max() > 1e-4
     # Without averaging there is nothing to begin.
-    plain = training.start(m, optimizer, 4, jax.random.key(0))
+    plain = begin(m, optimizer, 4, seed=0)
     assert training.begin_average(plain, [3.0, *falling[1:6], 3.5]) is plain
     assert plain.trained is plain.params
 
@@ -160,13 +200,13 @@ def test_activation_terms_shrink_what_they_weigh_and_stay_out_of_the_reported_lo
     window = next(data.training_windows(TEXT, 4, 8, seed=0))
 
     def size_after(steps, **weights):
-        state = training.start(m, optimizer, 4, jax.random.key(0))
-        step = training.make_step(m, optimizer, **weights)
-        state, first = step(state, *window, 0.0)
+        state = begin(m, optimizer, 4, seed=0)
+        step = training.make_step(training_loss(m, **weights), optimizer)
+        state, first = step(state, window, 0.0)
         for _ in range(steps):
-            state, _ = step(state, *window, 0.5)
+            state, _ = step(state, window, 0.5)
         ys = m.outputs(state.params, window.inputs)[0]
-        return float(first), float((ys**2).mean()), float(((ys[1:] - ys[:-1]) ** 2).mean())
+        return float(first.loss), float((ys**2).mean()), float(((ys[1:] - ys[:-1]) ** 2).mean())
 
     plain, small, slow = (size_after(20, **w) for w in ({}, {"activation": 50.0}, {"temporal_activation": 50.0}))
     assert plain[0] == small[0] == slow[0]

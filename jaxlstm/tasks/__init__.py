@@ -1,0 +1,18 @@
+"""What can be learnt with `train.py --task`: one file per task, named in one table.
+
+A task's file has ``DEFAULTS``, its own defaults of `jaxlstm.options.Options`, and ``make(options)``, a
+`jaxlstm.tasks.task.Task`. That of a language model also has ``write``.
+"""
+
+from types import ModuleType
+
+from jaxlstm.tasks import adding, charlm, copying, digits, forecast, wordlm
+
+TASKS: dict[str, ModuleType] = {
+    "charlm": charlm,
+    "wordlm": wordlm,
+    "adding": adding,
+    "copying": copying,
+    "digits": digits,
+    "forecast": forecast,
+}

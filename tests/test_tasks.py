@@ -1,0 +1,146 @@
+"""Every task learns, short; and reaches its stated result, slow."""
+
+import json
+import sys
+import typing
+
+import numpy as np
+import pytest
+from test_checkpoints import run
+from test_train import ROOT, command, metrics
+
+from jaxlstm import series
+from jaxlstm.data import DataError
+from jaxlstm.options import Options
+from jaxlstm.tasks import TASKS, forecast
+
+sys.path.insert(0, str(ROOT))
+import train
+
+OF_DIGITS = ["--task", "digits", "--hidden", "24", "--max-steps", "120", "--learning-rate", "0.02"]
+STORY = "the cat sat on the mat .\nthe dog lay on the rug .\na bird flew over the mat .\n" * 80
+
+
+def figures(folder, *arguments):
+    """The summary of a run and the figures of its last validation."""
+    run([*map(str, arguments), "--run-dir", str(folder / "run"), "--log-every", "1000"])
+    last = [row for row in metrics(folder / "run") if row["split"] == "valid"][-1]
+    return json.loads((folder / "run" / "summary.json").read_text()), last
+
+
+def test_the_table_is_what_the_option_takes():
+    assert set(typing.get_args(typing.get_type_hints(Options)["task"])) == set(TASKS)
+    for name, task in TASKS.items():
+        options = train.parse(["--task", name])
+        assert options.task == name
+        assert all(getattr(options, field) == value for field, value in task.DEFAULTS.items())
+    assert train.parse(["--task", "adding", "--window", "30"]).window == 30
+
+
+def test_adding(tmp_path):
+    options = "--task adding --window 8 --hidden 16 --batch 64 --max-steps 250 --learning-rate 0.02"
+    summary, last = figures(tmp_path, *options.split())
+    assert summary["valid_loss"] < 0.03  # always answering 1 costs 0.167
+    assert last["loss"] == pytest.approx(summary["valid_loss"], rel=0.5)
+
+
+def test_copying(tmp_path):
+    options = "--task copying --window 2 --hidden 32 --batch 64 --max-steps 250 --learning-rate 0.03"
+    _, last = figures(tmp_path, *options.split())
+    assert last["accuracy"] > 0.2  # an eighth by chance
+    assert last["loss"] < 0.93 * 10 * np.log(8) / 22
+
+
+def test_digits(tmp_path):
+    summary, last = figures(tmp_path, *OF_DIGITS)
+    assert last["accuracy"] > 0.6
+    assert summary["test_accuracy"] > 0.6
+
+
+def test_wordlm(tmp_path):
+    (tmp_path / "text.txt").write_text(STORY)
+    options = "--task wordlm --embedding 8 --projection 8 --hidden 16 --batch 4 --window 8 --max-steps 150"
+    options += " --optimizer adamw --learning-rate 0.02 --clip 1 --activation 0 --temporal-activation 0"
+    options += " --input-dropout 0 --weight-drop 0.1 --dropout 0.1 --prompt x"
+    summary, _ = figures(tmp_path, *options.split(), "--data", tmp_path / "text.txt")
+    assert summary["valid_loss"] < 0.6 * np.log(15)
+    text = command("--sample", "run", "--prompt", "the cat", "--length", 12, cwd=tmp_path).stdout
+    assert text.startswith("the cat ")
+    assert set(text.split()) <= set(STORY.split())
+
+
+def test_wordlm_takes_a_folder_of_parts(tmp_path):
+    (tmp_path / "ptb.train.txt").write_text(STORY)
+    (tmp_path / "ptb.valid.txt").write_text("the cat lay on a penguin .\n")
+    task = TASKS["wordlm"].make(train.parse(["--task", "wordlm", "--data", str(tmp_path), "--window", "9"]))
+    assert task.about == "1,920 words to train on, 8 to validate, 15 different"
+    (tmp_path / "ptb.valid.txt").unlink()
+    with pytest.raises(DataError, match=r"must hold one file \*train\* and one \*valid\*"):
+        TASKS["wordlm"].make(train.parse(["--task", "wordlm", "--data", str(tmp_path)]))
+
+
+def test_forecast_of_two_columns_and_its_picture(tmp_path):
+    t = np.arange(400)
+    rng = np.random.default_rng(0)
+    two = np.stack([np.sin(2 * np.pi * t / 12) + 0.02 * t, np.cos(2 * np.pi * t / 12) - 0.03 * t], -1)
+    two += 0.02 * rng.normal(size=two.shape)
+    rows = [f"{a!s},2000-{n},{b!s}" if n % 50 else f",2000-{n},{b!s}" for n, (a, b) in enumerate(two)]
+    (tmp_path / "two.csv").write_text("up,date,down\n" + "\n".join(rows) + "\n")
+    options = "--task forecast --window 24 --season 12 --horizon 6 --hidden 16 --max-steps 200 --learning-rate 0.02"
+    summary, last = figures(tmp_path, *options.split(), "--data", tmp_path / "two.csv")
+    assert summary["test_error"] < 0.8 * summary["test_seasonal_naive_error"]
+    # A trend of 0.02 and 0.03 a step is a change of 1 a season: the season before is wrong by about that.
+    assert last["seasonal_naive_error"] == pytest.approx(1, rel=0.1)
+    assert (tmp_path / "run" / "forecast.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_series_from_a_file(tmp_path):
+    path = tmp_path / "s.csv"
+    path.write_text("a,Date,b\n1,x,\n,y,4\n3,z,5\n\n")
+    names, dates, values = series.read(path)
+    assert (names, dates) == (("a", "b"), ("x", "y", "z"))
+    np.testing.assert_array_equal(values, [[1, 4], [2, 4], [3, 5]])
+    assert series.read(forecast.weekly_carbon_dioxide()).values.shape == (2284, 1)
+    for content, message in (
+        ("", "is empty"),
+        ("date,a\nx,1\ny\n", "row 3 has 1 cells, the header 2"),
+        ("date,a\nx,one\n", "row 2, a: 'one' is not a number"),
+        ("date,a\nx,\n", "a has no number"),
+    ):
+        path.write_text(content)
+        with pytest.raises(DataError, match=message):
+            series.read(path)
+
+
+def test_batches_depend_on_their_position_alone():
+    for name in ("adding", "copying", "digits", "forecast"):
+        task = TASKS[name].make(train.parse(["--task", name]))
+        whole, later = task.batches(0), task.batches(3)
+        for _ in range(3):
+            next(whole)
+        for a, b, c in zip(next(whole), next(later), next(later)):
+            np.testing.assert_array_equal(a, b)
+            assert not np.array_equal(b, c)
+
+
+@pytest.mark.slow
+def test_digits_as_stated(tmp_path):
+    command("--task", "digits", "--run-dir", "run", cwd=tmp_path)
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["test_accuracy"] >= 0.97
+
+
+@pytest.mark.slow
+def test_forecast_as_stated(tmp_path):
+    command("--task", "forecast", "--run-dir", "run", cwd=tmp_path)
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["test_error"] < 0.5 * summary["test_seasonal_naive_error"]
+
+
+@pytest.mark.slow
+def test_adding_over_400_steps_is_solved_by_the_lstm_alone(tmp_path):
+    losses = {}
+    for cell in ("lstm", "rnn"):
+        run(["--task", "adding", "--cell", cell, "--run-dir", str(tmp_path / cell)])
+        losses[cell] = json.loads((tmp_path / cell / "summary.json").read_text())["valid_loss"]
+    assert losses["lstm"] < 0.01
+    assert losses["rnn"] > 0.1
