@@ -27,11 +27,11 @@ from rich.console import Console
 from jaxlstm import options as configuration
 from jaxlstm import training
 from jaxlstm.checkpoints import CheckpointError, Checkpoints
+from jaxlstm.diagnostics import watch
 from jaxlstm.options import Options
 from jaxlstm.reporting import Report, draw_curves, write_json
 from jaxlstm.tasks import TASKS
 
-BEST = "best.msgpack"  # the best parameters, in the folder of a run
 RATE = {"adamw": 4e-3, "asgd": 0.3}  # peak of the learning rate
 
 
@@ -67,6 +67,7 @@ def train(options: Options, console: Console) -> None:
     parameters = sum(leaf.size for leaf in jax.tree.leaves(params))
     state = training.start(params, optimizer, task.carry(params), k_steps, averaged=options.optimizer == "asgd")
     step_function = training.make_step(task.loss, optimizer)
+    look_inside = watch.saturation(task.lstm, task.reads)
     device = jax.devices()[0]
 
     # The folder of the run, and where the run is.
@@ -103,7 +104,7 @@ def train(options: Options, console: Console) -> None:
         record.valid_losses.append(loss)
         if best := loss < best_loss:
             best_loss, record.best_step = loss, step
-            training.save_params(folder / BEST, state.trained)
+            training.save_params(folder / training.BEST, state.trained)
         report.valid(step, figures, speed, best=best, sample=task.show(state.trained, jax.random.fold_in(key, step)))
         state = training.begin_average(state, record.valid_losses)
         record.valid_seconds = time.perf_counter() - start
@@ -124,8 +125,12 @@ def train(options: Options, console: Console) -> None:
             # The clock leaves room for the last validation, as long as the one before it.
             left = max(max_seconds - record.valid_seconds, 1e-9)
             progress = min(1.0, max(step / max_steps, spent() / left))
+            diagnosing = options.diagnose > 0 and step % options.diagnose == 0
+            seen = look_inside(state.params, state.carry, batch) if diagnosing else {}
             state, outcome = step_function(state, batch, progress)
             outcomes.append(outcome)
+            if diagnosing:
+                report.diagnosis(step, watch.figures(seen, outcome.gradient))
             if len(outcomes) > 1:
                 check(outcomes[-2], step - 1, options)  # at most one step ahead of the device: the clock is true
             if step % options.log_every == 0 or progress == 1:
@@ -152,7 +157,7 @@ def train(options: Options, console: Console) -> None:
         checkpoints.wait()
 
     # What is left of the run.
-    best = training.load_params(folder / BEST, task.init)
+    best = training.load_params(folder / training.BEST, task.init)
     tested = task.test(best)
     task.draw(best, folder)
     summary = {
@@ -250,7 +255,7 @@ def sample(options: Options, console: Console) -> None:
     text = task.write(
         run,
         config,
-        partial(training.load_params, options.sample / BEST),
+        partial(training.load_params, options.sample / training.BEST),
         prompt=options.prompt,
         length=options.length,
         key=jax.random.key(options.seed),

@@ -107,6 +107,11 @@ class LanguageModel:
         return logits + jnp.broadcast_to(params.b_out.astype(sums), logits.shape)
 
 
+def carried(carry: State, window: Window) -> State:
+    """The state that a window goes on from: that after the window before it, or zeros where the streams begin."""
+    return jax.tree.map(lambda a: jnp.where(window.first, 0, a), carry)
+
+
 def training_loss(model: LanguageModel, *, activation: float = 0.0, temporal_activation: float = 0.0) -> Any:
     """The loss of a window of truncated backpropagation through time, for `jaxlstm.training.make_step`.
 
@@ -121,8 +126,7 @@ def training_loss(model: LanguageModel, *, activation: float = 0.0, temporal_act
     """
 
     def loss(params: Any, carry: State, window: Window, key: Array) -> tuple[Array, tuple[Array, State]]:
-        carry = jax.tree.map(lambda a: jnp.where(window.first, 0, a), carry)
-        ys, dropped, carry = model.outputs(params, window.inputs, carry, key=key)
+        ys, dropped, carry = model.outputs(params, window.inputs, carried(carry, window), key=key)
         logits = model.logits(params, dropped)
         nats = optax.softmax_cross_entropy_with_integer_labels(logits, window.targets).mean()
         total = nats

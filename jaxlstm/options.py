@@ -103,6 +103,9 @@ class Options:
     max_skipped: int = 10
     """Steps in a row whose loss or gradient is not finite, each skipped and counted, after which the run gives up."""
 
+    diagnose: int = 250
+    """Steps between two records of saturated gates and gradient norms, layer by layer; 0 for none."""
+
     sample: Path | None = None
     """Folder of a finished run: write text with its best parameters instead of training."""
     prompt: str = "\n"
@@ -118,7 +121,7 @@ class Options:
             value = getattr(self, name)
             if value is not None and not (value > 0 and math.isfinite(value)):
                 raise ValueError(f"--{name.replace('_', '-')} must be greater than 0, got {value}")
-        for name in ("temperature", "weight_decay", "seed", "activation", "temporal_activation"):
+        for name in ("temperature", "weight_decay", "seed", "activation", "temporal_activation", "diagnose"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"--{name.replace('_', '-')} must not be negative, got {getattr(self, name)}")
         for name in ("warmup", *(name for name in RATES if name != "output_dropout")):
@@ -127,7 +130,7 @@ class Options:
 
 
 INTERVALS = ("log_every", "valid_every", "save_every", "max_skipped")
-MAY_CHANGE = ("max_steps", "max_seconds", *INTERVALS)  # in a resumed run
+MAY_CHANGE = ("max_steps", "max_seconds", "diagnose", *INTERVALS)  # in a resumed run
 NOT_KEPT = ("run_dir", "resume", "sample", "prompt", "length", "temperature")  # have no part in training
 
 

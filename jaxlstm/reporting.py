@@ -126,6 +126,10 @@ class Report:
         if sample:
             self.say("".join(f"    | {line}\n" for line in sample.splitlines()).rstrip("\n"))
 
+    def diagnosis(self, step: int, figures: dict[str, float]) -> None:
+        """Record what was seen inside the network."""
+        self._write(step, "diagnosis", figures)
+
     def say(self, text: str) -> None:
         """A line above the bar, as it is."""
         self.console.print(text, markup=False, highlight=False, soft_wrap=True)

@@ -16,6 +16,9 @@ import optax
 from jax import Array
 from jax.typing import ArrayLike
 
+from jaxlstm.types import Layer
+
+BEST = "best.msgpack"  # the best parameters, in the folder of a run
 SCHEDULE_TICKS = 10_000  # a run, however long and whatever bounds it, is this long to the schedule
 
 # (params, carry, batch, key) -> (what is minimised, (what is reported, the recurrent state after the batch))
@@ -51,6 +54,9 @@ class Outcome(NamedTuple):
     loss: Array  # as reported by the loss function
     skipped: Array  # int: steps so far whose loss or gradient was not finite; they changed nothing
     in_a_row: Array  # int: how many of them came last
+    gradient: dict[
+        str, Array
+    ]  # its norm before clipping: of each layer of the recurrent network, and of each other array
 
 
 Step = Callable[[TrainState, Any, ArrayLike], tuple[TrainState, Outcome]]
@@ -167,10 +173,17 @@ def make_step(loss: Loss, optimizer: optax.GradientTransformationExtraArgs) -> S
         carry, average = jax.tree.map(
             lambda new, old: jnp.where(opt_state.last_finite, new, old), after, (state.carry, state.average)
         )
-        outcome = Outcome(value, opt_state.total_notfinite, opt_state.notfinite_count)
+        outcome = Outcome(value, opt_state.total_notfinite, opt_state.notfinite_count, norms(gradient))
         return TrainState(params, opt_state, carry, key, average), outcome
 
     return step
+
+
+def norms(gradient: Any) -> dict[str, Array]:
+    """The Euclidean norm of each `jaxlstm.Layer`, and of each array outside of one, by its path."""
+    parts = jax.tree_util.tree_flatten_with_path(gradient, is_leaf=lambda part: isinstance(part, Layer))[0]
+    name = partial(jax.tree_util.keystr, simple=True, separator=".")
+    return {name(path): optax.tree.norm(part) for path, part in parts}
 
 
 def prefetch(batches: Iterator[Any], place: Callable[[Any], Any] = jax.device_put, ahead: int = 2) -> Iterator[Any]:

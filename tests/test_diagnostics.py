@@ -1,5 +1,9 @@
 """What is seen of a run is the run; what is said of its gradients is exact."""
 
+import subprocess
+import sys
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,6 +13,7 @@ from tolerance import tolerance
 
 import jaxlstm
 from jaxlstm import diagnostics
+from jaxlstm.diagnostics import pictures, trained, vanishing, watch
 from jaxlstm.diagnostics.look import look
 
 STEPS, B, INPUT, H = 5, 2, 3, 4
@@ -300,3 +305,132 @@ def test_wrong_input_is_one_clear_error():
     conv = jaxlstm.ConvLSTM(1, 2, (3, 3), kernel_size=3)
     with pytest.raises(TypeError, match=r"must be a jaxlstm.LSTM, got ConvLSTM"):
         diagnostics.trace(conv, conv.init(jax.random.key(0)), jnp.ones((2, 3, 3, 1)))
+
+
+def test_saturated_gates_of_a_training_run():
+    lstm, params = network(num_layers=2, bidirectional=True)
+
+    class Model(NamedTuple):
+        lstm: jaxlstm.Params
+
+    xs = inputs(B) * 9
+    shares = watch.saturation(lstm, lambda params, carry, batch: (batch, carry))(Model(params), None, xs)
+    layers, total = diagnostics.memory(diagnostics.trace(lstm, params, xs)).layers, 0.0
+    for n, layer in enumerate(layers):
+        for direction in ("forward", "backward"):
+            units = getattr(layer, direction)
+            for gate in "ifo":
+                for word in ("shut", "open"):
+                    wanted = getattr(units, word)[gate].mean()
+                    np.testing.assert_allclose(shares.pop(f"gates.{n}.{direction}.{gate}.{word}"), wanted, rtol=1e-6)
+                    total += wanted
+    assert not shares
+    assert total > 1
+    row = watch.figures({"a": jnp.ones(())}, {"b": jnp.zeros(())})
+    assert row == {"a": 1.0, "gradient.b": 0.0}
+
+
+def texts(axes):
+    return [text.get_text() for text in axes.texts]
+
+
+def test_pictures_of_gates_and_cell_states():
+    lstm, params = network()
+    text = "a\nb c"
+    steps = diagnostics.trace(lstm, params, inputs()).layers[0].forward
+    figure = pictures.draw_gates(steps, text, units=[2, 0])
+    panels = [axes for axes in figure.axes if axes.get_ylabel()]
+    assert [axes.get_ylabel() for axes in panels][:2] == ["input gate i", "forget gate f"]
+    np.testing.assert_allclose(panels[1].images[0].get_array(), np.asarray(steps.gates["f"])[:, [2, 0]].T)
+    assert [tick.get_text() for tick in panels[-1].get_xticklabels()] == ["a", "↵", "b", "·", "c"]
+
+    figure = pictures.draw_cell_states(steps.c, text, {3: "counts"}, width=2)
+    grid = figure.axes[0].images[0].get_array()
+    c = np.tanh(steps.c)[:, 3]
+    wanted = [[c[0], c[1]], [c[2], c[3]], [c[4], np.nan]]  # a line ends a row, so does its width
+    np.testing.assert_allclose(np.ma.filled(grid, np.nan), wanted)
+    assert texts(figure.axes[0]) == ["a", "↵", "b", "·", "c"]
+    with pytest.raises(ValueError, match=r"c must have shape \(2, H\), a row per character, got \[5, 4\]"):
+        pictures.draw_cell_states(steps.c, "ab", [0])
+
+
+@pytest.mark.parametrize("options", [{}, {"proj_size": 2}, {"cell": "rnn"}, {"cell": "cifg"}], ids=str)
+def test_pictures_of_eigenvalues(options):
+    lstm, params = network(**options)
+    w = params.layers[0].forward
+    square = np.asarray(w.w_h if w.w_p is None else w.w_h @ w.w_p)
+    figure = pictures.draw_eigenvalues(lstm, params)
+    assert len(figure.axes) == len(square) // H
+    for block, axes in zip(np.split(square, len(square) // H), figure.axes):
+        drawn = axes.collections[0].get_offsets() @ [1, 1j]
+        np.testing.assert_allclose(np.sort_complex(drawn), np.sort_complex(np.linalg.eigvals(block)), atol=1e-9)
+
+
+def test_vanishing():
+    """A few updates: the pieces fit, the numbers in the sentence are those of the curves."""
+    with jax.numpy_dtype_promotion("standard"):  # Optax relies on it
+        learners = {
+            name: vanishing.learn(lstm, steps=12, updates=60, batch=4, learning_rate=rate, seed=0)
+            for name, (lstm, rate) in vanishing.contestants(4).items()
+        }
+    for one in learners.values():
+        assert one.updates.tolist() == [50, 100]
+        assert one.before.shape == one.after.shape == (12,)
+        assert (one.before > 0).all()
+        assert not np.allclose(one.before, one.after)
+    zero, forgets_nothing = (learners[f"LSTM, forget bias {b}"].before for b in (0, 1))
+    assert zero[0] / zero[-1] < 0.1 * forgets_nothing[0] / forgets_nothing[-1]
+    figure = pictures.draw_vanishing(learners)
+    for axes, field in zip(figure.axes, ("before", "after")):
+        for line, one in zip(axes.lines, learners.values()):
+            values = getattr(one, field)
+            np.testing.assert_allclose(line.get_ydata(), values / values[-1], rtol=1e-5)
+    words = vanishing.sentence(learners, 12)
+    assert "After 100 updates on the adding task over 12 steps" in words
+    assert f"vanilla RNN: mean squared error {learners['vanilla RNN'].errors[-1]:.4f}" in words
+
+
+@pytest.mark.slow
+def test_the_lstm_learns_what_the_vanilla_network_does_not():
+    """With the defaults of ``python -m jaxlstm.diagnostics vanishing``."""
+    with jax.numpy_dtype_promotion("standard"):  # Optax relies on it
+        errors = {
+            name: vanishing.learn(lstm, steps=100, updates=1600, batch=32, learning_rate=rate, seed=0).errors[-1]
+            for name, (lstm, rate) in vanishing.contestants(64).items()
+        }
+    assert errors["LSTM, forget bias 1"] < 0.01
+    assert errors["LSTM, forget bias 0"] < 0.01
+    assert errors["vanilla RNN"] > 0.1
+
+
+def command(*arguments):
+    run = subprocess.run(
+        [sys.executable, "-m", "jaxlstm.diagnostics", *map(str, arguments)], capture_output=True, text=True
+    )
+    assert "Traceback" not in run.stderr
+    return run
+
+
+@pytest.mark.slow
+def test_the_command_draws_the_question_and_the_answer(tmp_path):
+    small = ["--steps", "10", "--hidden", "4", "--updates", "50", "--batch", "2"]
+    run = command("vanishing", "--out", tmp_path / "v.png", *small)
+    assert run.returncode == 0, run.stderr
+    assert "After 50 updates on the adding task over 10 steps" in run.stdout
+    assert (tmp_path / "v.png").read_bytes().startswith(b"\x89PNG")
+    again = command("vanishing", "--out", tmp_path / "v.png")
+    assert again.returncode != 0
+    assert "exists; a picture never replaces another file" in again.stderr
+
+
+def test_what_a_unit_may_follow():
+    text = 'ab (c\n"d" e'
+    found = trained.signals(text)
+    assert found["position in the line"].tolist() == [0, 1, 2, 3, 4, 5, 0, 1, 2, 3, 4]
+    assert found["inside quotes"].tolist() == [0] * 6 + [1, 1, 0, 0, 0]
+    assert found["inside brackets"].tolist() == [0] * 3 + [1] * 8
+    assert found["position in the word"].tolist() == [0, 1, -1, -1, 0, -1, -1, 0, -1, -1, 0]
+    c = np.random.default_rng(0).standard_normal((len(text), 3))
+    c[:, 1] = -found["inside quotes"]
+    assert trained.telling_units(c, text)[1].startswith("unit 1: inside quotes (correlation -1.00)")
+    assert trained.telling_units(np.ones((1, 3)), "a") == {0: "unit 0"}

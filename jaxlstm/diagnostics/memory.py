@@ -1,6 +1,6 @@
 """What the gates of a run say about memory: time constants, saturation, units that do nothing."""
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from jax.typing import ArrayLike
@@ -129,16 +129,3 @@ def _words(where: str, units: Units, taken: np.ndarray) -> list[str]:
         if count > total / 10:
             say("  the network is larger than its task, or training drove it there: try fewer units or a lower rate.")
     return lines
-
-
-def summary(trace: Trace) -> list[dict[str, Any]]:
-    """Shares of saturated gates per layer and direction, for a log: ``{"layer", "direction", "shut", "open"}``."""
-    rows = []
-    for n, layer in enumerate(memory(trace).layers):
-        for direction, units in zip(("forward", "backward"), layer.all):
-            shares = {
-                name: {gate: float(share.mean()) for gate, share in getattr(units, name).items()}
-                for name in ("shut", "open")
-            }
-            rows.append({"layer": n, "direction": direction, **shares})
-    return rows

@@ -83,10 +83,10 @@ def trace(
     """
     arguments = checked(lstm, params, xs, state, lengths, mask, resets)
     found = _trace(lstm, arguments, validation.flag("reverse", reverse))
-    return found._replace(layers=tuple(Directions(*map(_in_order, layer.all)) for layer in found.layers))
+    return found._replace(layers=tuple(Directions(*map(in_order, layer.all)) for layer in found.layers))
 
 
-def _in_order(steps: Steps) -> Steps:
+def in_order(steps: Steps) -> Steps:
     """The gates in the order of `jaxlstm.cells`, others behind: a compiled function returns them by the alphabet."""
     return steps._replace(gates=dict(sorted(steps.gates.items(), key=lambda item: (ORDER + item[0]).index(item[0]))))
 

@@ -56,5 +56,7 @@ def make(options: Options) -> Task:
         carry=lambda params: None,
         batches=batches,
         loss=loss,
+        lstm=model.lstm,
+        reads=lambda params, carry, batch: (batch.inputs, None),
         evaluate=lambda params: {"loss": float(score(params))},
     )

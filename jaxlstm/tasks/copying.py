@@ -69,5 +69,7 @@ def make(options: Options) -> Task:
         carry=lambda params: None,
         batches=batches,
         loss=loss,
+        lstm=model.lstm,
+        reads=lambda params, carry, batch: (params.embedding[batch.inputs], None),
         evaluate=evaluate,
     )

@@ -83,6 +83,8 @@ def make(options: Options) -> Task:
         carry=lambda params: None,
         batches=batches,
         loss=loss,
+        lstm=model.lstm,
+        reads=lambda params, carry, batch: (batch.rows, None),
         evaluate=lambda params: figures(params, valid),
         test=lambda params: {f"test_{name}": value for name, value in figures(params, test).items()},
     )

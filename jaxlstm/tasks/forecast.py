@@ -138,6 +138,8 @@ def make(options: Options) -> Task:
         carry=lambda params: None,
         batches=batches,
         loss=loss,
+        lstm=model.lstm,
+        reads=lambda params, carry, batch: (batch.before, None),
         evaluate=evaluate,
         test=lambda params: {f"test_{name}": value for name, value in figures(params, part(2)).items()},
         draw=draw,

@@ -8,7 +8,7 @@ import numpy as np
 from jax import Array
 
 from jaxlstm import data
-from jaxlstm.language_model import LanguageModel, evaluate, generate, training_loss
+from jaxlstm.language_model import LanguageModel, carried, evaluate, generate, training_loss
 from jaxlstm.options import Options
 from jaxlstm.tasks.recurrent import network
 from jaxlstm.tasks.task import Task
@@ -69,6 +69,8 @@ def task(options: Options, alphabet: Alphabet, train_ids: np.ndarray, valid_ids:
         carry=lambda params: model.lstm.initial_state((options.batch,), params.lstm),
         batches=batches,
         loss=training_loss(model, activation=options.activation, temporal_activation=options.temporal_activation),
+        lstm=model.lstm,
+        reads=lambda params, carry, window: (params.embedding[window.inputs], carried(carry, window)),
         evaluate=lambda params: {"loss": evaluate(model, params, valid_ids, batch=options.batch)},
         show=show,
         **described,

@@ -7,7 +7,9 @@ from typing import Any
 
 from jax import Array
 
+from jaxlstm.model import LSTM
 from jaxlstm.training import Loss
+from jaxlstm.types import State
 
 
 def nothing_to_show(params: Any, key: Array) -> str:
@@ -41,6 +43,8 @@ class Task:
     carry: Callable[[Any], Any]  # recurrent state before the first batch; None where nothing is carried
     batches: Callable[[int], Iterator[Any]]  # endless, from a position: the number of batches already taken
     loss: Loss
+    lstm: LSTM  # the recurrent network, whose parameters are those of the model under ``lstm``
+    reads: Callable[[Any, Any, Any], tuple[Array, State | None]]  # (params, carry, batch) -> its inputs and first state
     evaluate: Callable[[Any], dict[str, float]]  # figures on the validation data; the smaller "loss", the better
     show: Callable[[Any, Array], str] = nothing_to_show  # what the model makes, in lines, after each validation
     test: Callable[[Any], dict[str, float]] = nothing_to_test  # figures of the best parameters, once, at the end
