@@ -168,7 +168,7 @@ def inputs(name: str, xs: Any, input_size: int, leading: str, spatial: tuple[int
     """Inputs whose last axes are the spatial ones, where there are any, and the input size."""
     xs = array(name, xs, jnp.floating, why="; token ids are embedded or one-hot encoded first")
     last = (*spatial, input_size)
-    smallest = len(last) + leading.startswith("T")
+    smallest = len(last) + ("T" in leading)
     if xs.ndim < smallest or xs.shape[-len(last) :] != last:
         raise ValueError(f"{name} must have shape ({leading}, {', '.join(map(str, last))}), got {list(xs.shape)}")
     return xs
