@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 from jaxtyping import Bool, Float, Int
@@ -216,7 +217,8 @@ def _params(lstm: model.LSTM, params: Params | None, rngs: nnx.Rngs | None, shar
 
     def wrap(array: Any, axes: tuple[str | None, ...] | None) -> nnx.Param:
         metadata: Mapping[str, Any] = {} if axes is None else {"out_sharding": axes}
-        return nnx.Param(jax.numpy.asarray(array), **metadata)
+        # A copy lies on the mesh in use, if there is one; Flax lays out nothing that lies elsewhere.
+        return nnx.Param(jnp.array(array), **metadata)
 
     return nnx.data(shared.place(params, sharding, wrap))
 
