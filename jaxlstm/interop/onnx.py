@@ -73,6 +73,7 @@ def to_onnx(lstm: LSTM, params: Params, *, with_state: bool = False, with_length
     """
     onnx = _package()
     operator = _operator(lstm)
+    _check_arithmetic(lstm)
     validation.params(params, _expected(lstm), jnp.dtype(lstm.param_dtype))
     make, kind = onnx.helper, onnx.helper.np_dtype_to_tensor_dtype(np.dtype(lstm.param_dtype))
     rows, width = lstm.num_layers * lstm.num_directions, lstm.num_directions * lstm.hidden_size
@@ -126,8 +127,8 @@ def from_onnx(lstm: LSTM, model: Any) -> Params:
       parameters in ``param_dtype``; the operators' two biases are added.
 
     Raises:
-      ValueError, TypeError: for an operator or an array that is missing, one too many or not as the configuration has
-        it, or whose dtype is wider than ``param_dtype``.
+      ValueError, TypeError: for an option that has no place in the operator, for an operator or an array that is
+        missing, one too many or not as the configuration has it, or for a dtype that ``param_dtype`` does not hold.
       ImportError: where onnx is not installed.
     """
     onnx = _package()
@@ -163,20 +164,26 @@ def _package() -> Any:
 
 
 def _operator(lstm: LSTM) -> Operator:
-    """The operator that holds the cell; whatever it cannot hold is refused."""
+    """The operator that holds the cell; parameters that it has no place for are refused."""
     if not isinstance(lstm.cell, str):
         raise ValueError("ONNX has no operator for a cell of your own")
-    operator = OPERATORS[lstm.cell]
-    for name in ("proj_size", "layer_norm", "learned_state", "zoneout_h", "zoneout_c"):
+    for name in ("proj_size", "layer_norm", "learned_state"):
         if getattr(lstm, name):
-            raise ValueError(f"{name}={getattr(lstm, name)!r} has no place in ONNX's operator {operator.name}")
+            raise ValueError(f"ONNX has no place for {name}={getattr(lstm, name)!r}")
+    return OPERATORS[lstm.cell]
+
+
+def _check_arithmetic(lstm: LSTM) -> None:
+    """Refuse options that have no parameters, but by which something else than the operator's result is computed."""
+    for name in ("zoneout_h", "zoneout_c"):
+        if getattr(lstm, name):
+            raise ValueError(f"ONNX has no place for {name}={getattr(lstm, name)!r}, which acts without a key too")
     if lstm.param_dtype not in (jnp.float32, jnp.float64):
         name = jnp.dtype(lstm.param_dtype).name
         raise ValueError(f"param_dtype={name}: ONNX's operators sum in it, which takes float32 or float64")
     if output_dtype(lstm.dtype, lstm.param_dtype) != lstm.param_dtype:
         dtypes = f"dtype={jnp.dtype(lstm.dtype).name}, param_dtype={jnp.dtype(lstm.param_dtype).name}"
         raise ValueError(f"{dtypes}: ONNX's operators have one dtype")
-    return operator
 
 
 def _expected(lstm: LSTM) -> Params:
@@ -251,10 +258,11 @@ def _from_operator(lstm: LSTM, label: str, arrays: dict[str, np.ndarray], expect
     def weights(d: int) -> Weights:
         held: dict[str, Any] = {"w_x": rows(arrays["W"][d]), "w_h": rows(arrays["R"][d])}
         if "B" in arrays:
-            held["b"] = rows(np.add(*np.split(arrays["B"][d], 2)))
+            first, second = np.split(arrays["B"][d], 2)
+            held["b"] = rows(np.where(second == 0, first, first + second))  # a negative zero stays one
         if "P" in arrays:
             held["w_c"] = _reorder(_inverse(operator.peepholes), arrays["P"][d].reshape(-1, size))
-        return Weights(**jax.tree.map(lambda a: jnp.asarray(a, lstm.param_dtype), held))
+        return Weights(**jax.tree.map(lambda a: jnp.array(a, lstm.param_dtype), held))
 
     return Layer(*(weights(d) for d in range(lstm.num_directions)))
 
@@ -277,7 +285,8 @@ def _check_arrays(lstm: LSTM, label: str, arrays: dict[str, np.ndarray], expecte
         if list(given.shape) != wanted:
             raise ValueError(f"{label}: {name} must have shape {wanted}, got {list(given.shape)}")
         if not np.can_cast(given.dtype, lstm.param_dtype):
-            raise TypeError(f"{label}: {name} is {given.dtype}, wider than param_dtype={jnp.dtype(lstm.param_dtype)}")
+            dtypes = f"{given.dtype}, which param_dtype={jnp.dtype(lstm.param_dtype)} does not hold exactly"
+            raise TypeError(f"{label}: {name} is {dtypes}; cast it beforehand")
 
 
 def _check_attributes(lstm: LSTM, label: str, attributes: dict[str, Any]) -> None:
