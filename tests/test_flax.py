@@ -131,15 +131,17 @@ both = pytest.mark.parametrize("kind", [Nnx(), Linen()], ids=["nnx", "linen"])
 def test_a_network_gives_the_numbers_of_the_configuration(kind):
     params, state = random_params(DEEP), random_state(DEEP)
     rnn = kind.network(DEEP, params)
-    equal(kind.run(rnn, INPUTS), DEEP(params, XS)[0].swapaxes(0, 1))
     ys, last = DEEP(params, XS, state, lengths=LENGTHS)
     options = {"initial_carry": state, "seq_lengths": LENGTHS}
     equal(kind.run(rnn, INPUTS, return_carry=True, **options), (last, ys.swapaxes(0, 1)))
     equal(kind.run(rnn, XS, time_major=True, **options), ys)
-    equal(kind.run(rnn, INPUTS[0]), DEEP(params, XS[:, 0])[0])
+    params = random_params(ONE)
+    rnn = kind.network(ONE, params)
+    equal(kind.run(rnn, INPUTS), ONE(params, XS)[0].swapaxes(0, 1))
+    equal(kind.run(rnn, INPUTS[0]), ONE(params, XS[:, 0])[0])
     rng = np.random.default_rng(1)
     marks = {"mask": rng.random((STEPS, BATCH)) < 0.7, "resets": rng.random((STEPS, BATCH)) < 0.3}
-    ys, _ = DEEP(params, XS, **marks)
+    ys, _ = ONE(params, XS, **marks)
     equal(kind.run(rnn, XS, time_major=True, **marks), ys)
     equal(kind.run(rnn, INPUTS, **{name: a.T for name, a in marks.items()}), ys.swapaxes(0, 1))
 
@@ -199,6 +201,7 @@ def test_gradients_agree(kind):
     close(sorted(kind.gradient(ours, loss), key=jnp.shape), wanted)
 
 
+@pytest.mark.slow
 @both
 def test_both_directions_by_flax(kind):
     """Flax's Bidirectional around networks, and around cells, is one network in two directions."""
@@ -336,17 +339,17 @@ SHARDING = {"w_x": ("model", None), "norm.c": ("model",)}
 
 
 def test_sharding():
-    lstm = jaxlstm.LSTM(INPUT, 4, num_layers=2, layer_norm=True, param_dtype="float64")
+    lstm = jaxlstm.LSTM(INPUT, 4, layer_norm=True, param_dtype="float64")
     params = random_params(lstm)
     wanted = PartitionSpec("model", None), PartitionSpec("model"), PartitionSpec()
     with jax.set_mesh(jax.make_mesh((2,), ("model",), axis_types=(AxisType.Auto,))):
         rnn = jaxlstm.flax.LSTM(lstm, params=params, sharding=SHARDING)
-        cell = jaxlstm.flax.LSTMCell(jaxlstm.LSTM(INPUT, 4), rngs=nnx.Rngs(0), sharding={"b": ("model",)})
+        cell = jaxlstm.flax.LSTMCell(lstm, params=params, sharding={"b": ("model",)})
     for layer in nnx.get_partition_spec(nnx.state(rnn))["params"]["layers"].values():
         w = layer["forward"]
         assert (w["w_x"].get_value(), w["norm"]["c"].get_value()) == wanted[:2]
         assert not w["w_h"].get_value()
-    w = rnn.params.layers[1].forward.w_x[...]
+    w = rnn.params.layers[0].forward.w_x[...]
     assert w.sharding.spec == wanted[0]
     assert len(w.sharding.device_set) == 2
     assert cell.params.layers[0].forward.b[...].sharding.spec == wanted[1]

@@ -74,8 +74,12 @@ def test_recorded(name):
     compare(lstm, jaxlstm.Params(tuple(layers)), arrays, arrays)
 
 
+FAST = ("everything", "peephole", "cifg", "rnn relu")
+LIVE = [pytest.param(name, marks=[] if name in FAST else [pytest.mark.slow]) for name in onnx_cases.CASES]
+
+
 @installed("onnx", "onnxruntime")
-@pytest.mark.parametrize("name", onnx_cases.CASES)
+@pytest.mark.parametrize("name", LIVE)
 def test_live(name):
     import onnx
 

@@ -29,7 +29,7 @@ def pair(name):
     library, function = NEEDS[name]
     there = importlib.util.find_spec(library) is not None and hasattr(jaxlstm.interop, function)
     marks = [pytest.mark.skipif(not there, reason=f"{library} or jaxlstm.interop.{function} is not there")]
-    return pytest.param(name, marks=marks if library == "flax" else [*marks, pytest.mark.slow])
+    return pytest.param(name, marks=[*marks, pytest.mark.slow])
 
 
 def test_every_section_has_both_sides_and_ends_with_both():
