@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import DTypeLike
 
-from jaxlstm.types import State
+from jaxlstm.types import Size, State
 
 
 class Rates(NamedTuple):
@@ -29,7 +29,7 @@ class Noise(NamedTuple):
     held_c: Array | None = None  # (H,) bool: where True c stays as it was
 
 
-def draw(key: Array | None, rates: Rates, leading: tuple[int, ...], h: int, c: int | None) -> Noise:
+def draw(key: Array | None, rates: Rates, leading: tuple[Size, ...], h: int, c: int | None) -> Noise:
     """The masks of one layer; ``leading`` is ``(D, T, *batch)``, ``h`` and ``c`` the sizes of the state."""
     if key is None:
         return Noise()

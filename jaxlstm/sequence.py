@@ -15,11 +15,11 @@ from jaxlstm.cells import Cell
 from jaxlstm.recurrence import DEFAULT, IMPLEMENTATIONS
 from jaxlstm.recurrence.how import How
 from jaxlstm.recurrence.scan import along_batch
-from jaxlstm.types import Layer, State
+from jaxlstm.types import Layer, Size, State
 
 
 def steps_taken(
-    num_steps: int, lengths: Int[Array, "*batch"] | None, mask: Bool[Array, "T *batch"] | None
+    num_steps: Size, lengths: Int[Array, "*batch"] | None, mask: Bool[Array, "T *batch"] | None
 ) -> Bool[Array, "T *batch"] | None:
     """Which steps are taken, ``(T, *batch)``: those before the length and under the mask. None means all."""
     if lengths is None:
@@ -31,7 +31,7 @@ def steps_taken(
 
 def laid_out_like(xs: Float[Array, "T *batch_and_inputs"], state: State) -> State:
     """A state ``(., *batch, *units)`` laid out over devices as the batch of ``xs`` is: `jax.lax.scan` insists on it."""
-    if len(xs) == 0:
+    if xs.shape[0] == 0:
         return state
     row = jnp.zeros_like(xs[0, ..., :1])
     return jax.tree.map(lambda a: a + jnp.broadcast_to(row.astype(a.dtype), a.shape), state)
@@ -95,6 +95,12 @@ def steps_that_exist(
       outputs ``(T, *batch, ...)``, zero where the mask is False, and the last state.
     """
     batch = xs.shape[1 : 1 + batch_axes]
+<<<<<<< HEAD
+=======
+    if xs.shape[0] == 0:
+        *axes, size = state.h.shape[1:]
+        return jnp.zeros((0, *axes, len(state.h) * size), how.dtype), state
+>>>>>>> flaxonnx
     mask = how.mask
     if mask is not None:
         xs = jnp.where(along_batch(mask, xs), xs, 0)
@@ -104,7 +110,7 @@ def steps_that_exist(
         return a.reshape(*a.shape[:axis], math.prod(batch), *a.shape[axis + batch_axes :])
 
     def unfold(a: Array) -> Array:
-        return a.reshape(len(a), *batch, *a.shape[2:])
+        return a.reshape(a.shape[0], *batch, *a.shape[2:])
 
     xs, state, mask_of_rows, resets = jax.tree.map(fold, (xs, state, mask, how.resets))
     noise = jax.tree.map(partial(fold, axis=2), how.noise)

@@ -11,11 +11,13 @@
 | L, D   | layers, directions (1 or 2)                                        |
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from jax import Array
 from jax.typing import DTypeLike
+
+Size = Any  # of an axis: an int, or a symbol while `jax.export` makes a program for any size
 
 
 class State(NamedTuple):

@@ -7,9 +7,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.export import is_symbolic_dim
 
 from jaxlstm.cells import Cell
-from jaxlstm.types import Params, State
+from jaxlstm.types import Params, Size, State
 
 
 def positive_int(name: str, value: Any) -> int:
@@ -25,13 +26,17 @@ def positive_int(name: str, value: Any) -> int:
     return number
 
 
-def sizes(name: str, value: Any) -> tuple[int, ...]:
-    """Sizes of axes as a tuple of ints of at least 0; a single one may come without its tuple."""
+def sizes(name: str, value: Any) -> tuple[Size, ...]:
+    """Sizes of axes as a tuple of ints of at least 0, or of sizes that are symbols while a program is exported.
+
+    A single one may come without its tuple.
+    """
+    given = value if isinstance(value, tuple | list) else (value,)
     try:
-        axes = tuple(operator.index(size) for size in (value if isinstance(value, tuple | list) else (value,)))
+        axes = tuple(size if is_symbolic_dim(size) else operator.index(size) for size in given)
     except TypeError:
         raise TypeError(f"{name} must be an int or a tuple of ints, got {value!r}") from None
-    if min(axes, default=0) < 0:
+    if any(isinstance(size, int) and size < 0 for size in axes):
         raise ValueError(f"{name} must be sizes of at least 0, got {axes}")
     return axes
 
@@ -163,7 +168,7 @@ def inputs(name: str, xs: Any, input_size: int, leading: str, spatial: tuple[int
     """Inputs whose last axes are the spatial ones, where there are any, and the input size."""
     xs = array(name, xs, jnp.floating, why="; token ids are embedded or one-hot encoded first")
     last = (*spatial, input_size)
-    smallest = len(last) + leading.startswith("T")
+    smallest = len(last) + ("T" in leading)
     if xs.ndim < smallest or xs.shape[-len(last) :] != last:
         raise ValueError(f"{name} must have shape ({leading}, {', '.join(map(str, last))}), got {list(xs.shape)}")
     return xs

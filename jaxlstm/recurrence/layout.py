@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
+from jaxlstm.types import Size
+
 
 class Layout(NamedTuple):
     """The two axes of a step's arrays, units and batch, in one order or the other; which products wait for the loop.
@@ -22,7 +24,7 @@ class Layout(NamedTuple):
     chunk: int = 16  # steps whose tangents are taken together: enough for one large product, few enough for the cache
 
     @classmethod
-    def choose(cls, rows: int, units: int, dtype: jnp.dtype, sums: jnp.dtype) -> "Layout":
+    def choose(cls, rows: Size, units: int, dtype: jnp.dtype, sums: jnp.dtype) -> "Layout":
         """The layout for a batch of ``rows`` and a hidden size of ``units``.
 
         For a CPU by measurement (`benchmarks/README.md`). For the others by what their libraries prefer, unmeasured.
@@ -35,11 +37,14 @@ class Layout(NamedTuple):
         9 to 16    up to 128  no          no       64
         otherwise             yes         no       16
         =========  =========  ==========  =======  =====
+
+        A batch whose size is a symbol, while a program is exported for batches of any size, is laid out as a large one.
         """
         if jax.default_backend() != "cpu":
             return cls(dtype, sums, axis=1, hoisted=True, chunk=64)
-        small = rows <= 16 and units <= 128
-        return cls(dtype, sums, axis=1 if small else 0, hoisted=rows <= 8, chunk=64 if small else 16)
+        few, some = (isinstance(rows, int) and rows <= limit for limit in (8, 16))
+        small = some and units <= 128
+        return cls(dtype, sums, axis=1 if small else 0, hoisted=few, chunk=64 if small else 16)
 
     def along_units(self, a: Array) -> Array:
         """A vector over units, with an axis for the batch."""
