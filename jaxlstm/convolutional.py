@@ -350,7 +350,7 @@ class ConvLSTM:
 
     def _layer(self, layer: Layer, xs: Array, state: State, how: How) -> tuple[Array, State]:
         """One layer over time, with one batch axis."""
-        if len(xs) == 0:
+        if xs.shape[0] == 0:
             return sequence.no_steps(state, how.dtype)
         convolve = convolution if self.remat is None else convolution_in_loop  # over chunks of time, there is a loop
         directions = [

@@ -61,7 +61,7 @@ def run(
     Returns:
       outputs and the state after the last step taken.
     """
-    if len(xs) == 0:
+    if xs.shape[0] == 0:
         return no_steps(state, how.dtype)
     over_rows = partial(IMPLEMENTATIONS[implementation or DEFAULT], cell, layer)
     return steps_that_exist(over_rows, xs, state, how, batch_axes=xs.ndim - 2)
@@ -95,12 +95,6 @@ def steps_that_exist(
       outputs ``(T, *batch, ...)``, zero where the mask is False, and the last state.
     """
     batch = xs.shape[1 : 1 + batch_axes]
-<<<<<<< HEAD
-=======
-    if xs.shape[0] == 0:
-        *axes, size = state.h.shape[1:]
-        return jnp.zeros((0, *axes, len(state.h) * size), how.dtype), state
->>>>>>> flaxonnx
     mask = how.mask
     if mask is not None:
         xs = jnp.where(along_batch(mask, xs), xs, 0)
