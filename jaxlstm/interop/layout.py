@@ -1,0 +1,144 @@
+"""Where another framework keeps what `Weights` holds; the one way in and the one way out."""
+
+from collections.abc import Callable, Collection, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxlstm import validation
+from jaxlstm.model import LSTM
+from jaxlstm.types import Layer, Params, Weights, state_dtype
+
+Place = Callable[[int, int, str], str]  # layer, direction, name within it -> name within the whole
+
+# What every framework's LSTM is; a layout adds the values of these options that its framework has beyond.
+PLAIN: dict[str, Collection[Any]] = {
+    "cell": ("lstm",),
+    "proj_size": (None,),
+    "use_bias": (True,),
+    "layer_norm": (False,),
+    "learned_state": (False,),
+}
+
+
+class Layout(NamedTuple):
+    """The arrays of one layer in one direction, by the names of their framework.
+
+    Args:
+      owner: the framework, as messages name it.
+      write: `Weights` to named arrays, in the framework's order; None for an array that there is not.
+      read: the way back, to the fields of `Weights`.
+      also: values of options, beyond those in `PLAIN`, that the arrays have a place for.
+    """
+
+    owner: str
+    write: Callable[[Weights], dict[str, Any]]
+    read: Callable[[Mapping[str, Any]], dict[str, Any]]
+    also: Callable[[LSTM], Mapping[str, Collection[Any]]] = lambda lstm: {}
+
+
+def shapes(lstm: LSTM, layout: Layout, place: Place) -> dict[str, tuple[int, ...]]:
+    """The shape of every array of this configuration, in the framework's order.
+
+    Raises:
+      ValueError: naming the option, if the framework has no place for one.
+    """
+    return {place(n, d, name): shape for n, d, own in _directions(lstm, layout) for name, shape in own.items()}
+
+
+def read(lstm: LSTM, layout: Layout, arrays: Mapping[str, Any], place: Place) -> Params:
+    """Parameters in ``param_dtype`` from a framework's arrays.
+
+    Raises:
+      ValueError: naming the option or the array, if the framework has no place for an option, an array is missing or
+        of the wrong shape, or there is one too many.
+      TypeError: naming the array, if it is none, or of a dtype that ``param_dtype`` does not hold exactly.
+    """
+    expected = shapes(lstm, layout, place)
+    for name, shape in expected.items():
+        if name not in arrays:
+            raise ValueError(f"{layout.owner} weight {name!r} of shape {list(shape)} is missing")
+    for name, value in arrays.items():
+        if name not in expected:
+            received = validation.describe(value)
+            raise ValueError(f"{layout.owner} weight {name!r} is not one of this configuration, got {received}")
+    found = {
+        name: _checked(f"{layout.owner} weight {name!r}", arrays[name], shape, jnp.dtype(lstm.param_dtype))
+        for name, shape in expected.items()
+    }
+    weights = [
+        Weights(**layout.read({name: found[place(n, d, name)] for name in own}))
+        for n, d, own in _directions(lstm, layout)
+    ]
+    width = lstm.num_directions
+    layers = tuple(Layer(*weights[k : k + width]) for k in range(0, len(weights), width))
+    return jax.tree.map(jnp.array, Params(layers))  # copies: what becomes of the framework's own memory is its affair
+
+
+def write(lstm: LSTM, layout: Layout, params: Params, place: Place) -> dict[str, np.ndarray]:
+    """A framework's arrays, contiguous and writable, in the dtypes of the parameters.
+
+    Raises:
+      ValueError, TypeError: if the framework has no place for an option, or ``params`` are not of this configuration.
+    """
+    _refuse(lstm, layout)
+    expected = jax.eval_shape(lstm.init, jax.random.key(0))
+    validation.params(params, expected, state_dtype(lstm.dtype, lstm.param_dtype))
+    return {
+        place(n, d, name): np.array(array, order="C")
+        for n, layer in enumerate(jax.tree.map(np.asarray, params).layers)
+        for d, weights in enumerate(layer.directions)
+        for name, array in layout.write(weights).items()
+        if array is not None
+    }
+
+
+def reorder(array: Any, have: str, want: str) -> np.ndarray:
+    """The slabs of the leading axis, one per gate in the order ``have``, in the order ``want``."""
+    slabs = dict(zip(have, np.split(array, len(have))))
+    return np.concatenate([slabs[gate] for gate in want])
+
+
+def one_bias(first: np.ndarray | None, second: np.ndarray | None) -> np.ndarray | None:
+    """The sum of a framework's two biases; one that is zero leaves the other as it is, a negative zero too."""
+    return first if first is None or second is None else np.where(second == 0, first, first + second)
+
+
+def _refuse(lstm: LSTM, layout: Layout) -> None:
+    """Refuse options that the framework has no place for."""
+    if not isinstance(lstm, LSTM):
+        raise TypeError(f"lstm must be a jaxlstm.LSTM, got {validation.describe(lstm)}")
+    for option, values in {**PLAIN, **layout.also(lstm)}.items():
+        value = getattr(lstm, option)
+        if value not in values:
+            raise ValueError(f"{layout.owner} has no place for {option}={value!r}")
+
+
+def _directions(lstm: LSTM, layout: Layout) -> list[tuple[int, int, dict[str, tuple[int, ...]]]]:
+    """Layer, direction, and the shapes of the arrays there."""
+    _refuse(lstm, layout)
+    # A single zero, spread over the shape: what is written of it has the framework's shapes and takes no memory.
+    zeros = jax.tree.map(
+        lambda a: np.broadcast_to(np.zeros((), a.dtype), a.shape), jax.eval_shape(lstm.init, jax.random.key(0))
+    )
+    return [
+        (n, d, {name: array.shape for name, array in layout.write(weights).items() if array is not None})
+        for n, layer in enumerate(zeros.layers)
+        for d, weights in enumerate(layer.directions)
+    ]
+
+
+def _checked(name: str, value: Any, shape: tuple[int, ...], dtype: jnp.dtype) -> np.ndarray:
+    """``value`` as a NumPy array of this shape, cast to this dtype, which must hold it exactly."""
+    if not (hasattr(value, "shape") and hasattr(value, "dtype")):
+        raise TypeError(f"{name} must be an array, got {validation.describe(value)}")
+    array = np.asarray(value)
+    if array.shape != shape:
+        raise ValueError(f"{name} must have shape {list(shape)}, got {list(array.shape)}")
+    if not jnp.issubdtype(array.dtype, jnp.floating):
+        raise TypeError(f"{name} must be floating-point, got {validation.describe(array)}")
+    if not np.can_cast(array.dtype, dtype):
+        raise TypeError(f"{name} is {array.dtype}, which param_dtype={dtype} does not hold exactly; cast it beforehand")
+    return array.astype(dtype)
