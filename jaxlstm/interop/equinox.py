@@ -25,8 +25,8 @@ def from_equinox(lstm: LSTM, cells: Any) -> Params:
 
     Raises:
       ValueError: naming what is wrong, if the LSTM has an option that the cell has not (a projection, peepholes,
-        coupled gates, layer normalisation, a learned state), if there are not as many cells as layers and directions, or
-        if an array is missing, unexpected or of the wrong shape.
+        coupled gates, layer normalisation, a learned state), if there are not as many cells as layers and directions,
+        or if an array is missing, unexpected or of the wrong shape.
       TypeError: naming the array, if ``param_dtype`` does not hold its dtype exactly.
     """
     found = stack.find(lstm, LAYOUT.owner, stack.flatten(cells), r"(?P<cell>(.*/)?)weight_ih")

@@ -44,7 +44,7 @@ def from_flax_nnx(lstm: LSTM, module: Any) -> Params:
 
 
 def to_flax_nnx(lstm: LSTM, params: Params, cell: str = "LSTMCell") -> Any:
-    """The `nnx.State` of an `RNN`, or for two directions of a `Bidirectional`; for several layers a list of them.
+    """The state of an `RNN`, or for two directions of a `Bidirectional`, as `nnx.update` takes it; of each layer one.
 
         nnx.update(rnn, to_flax_nnx(lstm, params, cell="OptimizedLSTMCell"))
 
@@ -54,13 +54,13 @@ def to_flax_nnx(lstm: LSTM, params: Params, cell: str = "LSTMCell") -> Any:
       cell: ``"LSTMCell"`` or ``"OptimizedLSTMCell"``, whose parameters have other names. It must be that of the module:
         `nnx.update` puts names that the module does not know beside its own, and says nothing.
 
+    Returns:
+      Dictionaries of JAX arrays, nested; for several layers a list of them.
+
     Raises:
       ValueError, TypeError: if the LSTM has an option that the cells have not, or ``params`` are not of this LSTM.
     """
-    from flax import nnx
-
     kind = LAYOUTS[validation.choice("cell", cell, LAYOUTS)]
     arrays = layout.write(lstm, kind, params, lambda n, d, name: f"{n}/{within_layer(lstm, d)}{name}")
-    layers = stack.nested(jax.tree.map(lambda array: nnx.Param(jnp.asarray(array)), arrays))
-    states = [nnx.State(layer) for layer in layers.values()]
-    return states if lstm.num_layers > 1 else states[0]
+    layers = list(stack.nested(jax.tree.map(jnp.array, arrays)).values())
+    return layers if lstm.num_layers > 1 else layers[0]

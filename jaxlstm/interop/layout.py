@@ -13,6 +13,8 @@ from jaxlstm.types import Layer, Params, Weights, state_dtype
 
 Place = Callable[[int, int, str], str]  # layer, direction, name within it -> name within the whole
 
+Direction = tuple[int, int, dict[str, tuple[int, ...]]]  # layer, direction, name within it -> shape
+
 # What every framework's LSTM is; a layout adds the values of these options that its framework has beyond.
 PLAIN: dict[str, Collection[Any]] = {
     "cell": ("lstm",),
@@ -45,7 +47,7 @@ def shapes(lstm: LSTM, layout: Layout, place: Place) -> dict[str, tuple[int, ...
     Raises:
       ValueError: naming the option, if the framework has no place for one.
     """
-    return {place(n, d, name): shape for n, d, own in _directions(lstm, layout) for name, shape in own.items()}
+    return _named(_directions(lstm, layout), place)
 
 
 def read(lstm: LSTM, layout: Layout, arrays: Mapping[str, Any], place: Place) -> Params:
@@ -53,10 +55,12 @@ def read(lstm: LSTM, layout: Layout, arrays: Mapping[str, Any], place: Place) ->
 
     Raises:
       ValueError: naming the option or the array, if the framework has no place for an option, an array is missing or
-        of the wrong shape, or there is one too many.
+        of the wrong shape, or there is one too many; or if ``param_dtype`` needs to be switched on.
       TypeError: naming the array, if it is none, or of a dtype that ``param_dtype`` does not hold exactly.
     """
-    expected = shapes(lstm, layout, place)
+    directions = _directions(lstm, layout)
+    validation.available("param_dtype", jnp.dtype(lstm.param_dtype))
+    expected = _named(directions, place)
     for name, shape in expected.items():
         if name not in arrays:
             raise ValueError(f"{layout.owner} weight {name!r} of shape {list(shape)} is missing")
@@ -68,10 +72,7 @@ def read(lstm: LSTM, layout: Layout, arrays: Mapping[str, Any], place: Place) ->
         name: _checked(f"{layout.owner} weight {name!r}", arrays[name], shape, jnp.dtype(lstm.param_dtype))
         for name, shape in expected.items()
     }
-    weights = [
-        Weights(**layout.read({name: found[place(n, d, name)] for name in own}))
-        for n, d, own in _directions(lstm, layout)
-    ]
+    weights = [Weights(**layout.read({name: found[place(n, d, name)] for name in own})) for n, d, own in directions]
     width = lstm.num_directions
     layers = tuple(Layer(*weights[k : k + width]) for k in range(0, len(weights), width))
     return jax.tree.map(jnp.array, Params(layers))  # copies: what becomes of the framework's own memory is its affair
@@ -84,8 +85,7 @@ def write(lstm: LSTM, layout: Layout, params: Params, place: Place) -> dict[str,
       ValueError, TypeError: if the framework has no place for an option, or ``params`` are not of this configuration.
     """
     _refuse(lstm, layout)
-    expected = jax.eval_shape(lstm.init, jax.random.key(0))
-    validation.params(params, expected, state_dtype(lstm.dtype, lstm.param_dtype))
+    validation.params(params, lstm._shapes(), state_dtype(lstm.dtype, lstm.param_dtype))
     return {
         place(n, d, name): np.array(array, order="C")
         for n, layer in enumerate(jax.tree.map(np.asarray, params).layers)
@@ -116,18 +116,21 @@ def _refuse(lstm: LSTM, layout: Layout) -> None:
             raise ValueError(f"{layout.owner} has no place for {option}={value!r}")
 
 
-def _directions(lstm: LSTM, layout: Layout) -> list[tuple[int, int, dict[str, tuple[int, ...]]]]:
-    """Layer, direction, and the shapes of the arrays there."""
+def _directions(lstm: LSTM, layout: Layout) -> list[Direction]:
+    """Layer, direction, and the shapes of the arrays there by name."""
     _refuse(lstm, layout)
     # A single zero, spread over the shape: what is written of it has the framework's shapes and takes no memory.
-    zeros = jax.tree.map(
-        lambda a: np.broadcast_to(np.zeros((), a.dtype), a.shape), jax.eval_shape(lstm.init, jax.random.key(0))
-    )
+    zeros = jax.tree.map(lambda a: np.broadcast_to(np.zeros((), a.dtype), a.shape), lstm._shapes())
     return [
         (n, d, {name: array.shape for name, array in layout.write(weights).items() if array is not None})
         for n, layer in enumerate(zeros.layers)
         for d, weights in enumerate(layer.directions)
     ]
+
+
+def _named(directions: list[Direction], place: Place) -> dict[str, tuple[int, ...]]:
+    """The shapes by the names within the whole."""
+    return {place(n, d, name): shape for n, d, own in directions for name, shape in own.items()}
 
 
 def _checked(name: str, value: Any, shape: tuple[int, ...], dtype: jnp.dtype) -> np.ndarray:
