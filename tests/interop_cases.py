@@ -47,6 +47,7 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "cudnn deep": ("cudnn", {"num_layers": 3}, {}),
     "cudnn both deep": ("cudnn", {**BOTH, **DEEP}, {}),
 }
+ZEROS = {"kernel_init": jax.nn.initializers.zeros, "recurrent_kernel_init": jax.nn.initializers.zeros}  # quickly made
 NOT_INSTALLED = {"haiku": "haiku", "equinox": "equinox", "keras": "keras"}  # by the tests: library and its module
 
 
@@ -166,7 +167,7 @@ def flax_linen(cell, num_layers=1, bidirectional=False):
     import flax.linen as nn
 
     def rnn():
-        return nn.RNN(getattr(nn, cell)(HIDDEN, param_dtype=jnp.float64))
+        return nn.RNN(getattr(nn, cell)(HIDDEN, param_dtype=jnp.float64, **ZEROS))
 
     modules = [nn.Bidirectional(rnn(), rnn()) if bidirectional else rnn() for _ in range(num_layers)]
 
@@ -197,8 +198,8 @@ def flax_nnx(cell, num_layers=1, bidirectional=False):
     from flax import nnx
 
     def rnn(inputs):
-        drawn = getattr(nnx, cell)(inputs, HIDDEN, param_dtype=jnp.float64, rngs=nnx.Rngs(0))
-        return nnx.RNN(drawn, rngs=False)
+        zeros = getattr(nnx, cell)(inputs, HIDDEN, param_dtype=jnp.float64, rngs=nnx.Rngs(0), **ZEROS)
+        return nnx.RNN(zeros, rngs=False)
 
     def module(n):
         inputs = (1 + bidirectional) * HIDDEN if n else INPUT

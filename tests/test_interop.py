@@ -26,17 +26,23 @@ from jaxlstm import interop
 RECORDED = np.load(interop_cases.RECORDED)
 ROOT = Path(__file__).parent.parent
 FORMATS = ("torch", "keras", "flax_nnx", "flax_linen", "haiku", "equinox", "cudnn")
-# Of the others, these differ in less than they share.
-SLOW = ("haiku deep", "keras deep", "keras both", "linen", "nnx deep", "nnx optimized both deep", "cudnn", "cudnn deep")
-NAMES = {name: pytest.param(name, marks=[pytest.mark.slow] if name in SLOW else []) for name in interop_cases.CASES}
-RECORDED_CASES = [NAMES[name] for name in NAMES if interop_cases.CASES[name][0] in interop_cases.NOT_INSTALLED]
-LIVE_CASES = [NAMES[name] for name in NAMES if interop_cases.CASES[name][0] not in interop_cases.NOT_INSTALLED]
+RECORDED_CASES = [name for name, case in interop_cases.CASES.items() if case[0] in interop_cases.NOT_INSTALLED]
+LIVE_CASES = [name for name in interop_cases.CASES if name not in RECORDED_CASES]
+# The others are slow tests.
+FAST = (
+    "haiku both deep", "equinox both deep", "keras both deep", "keras rnn", "linen both deep", "nnx both", "nnx optimized",
+    "cudnn both deep",
+)  # fmt: skip
 OPTIONS = {
     "one layer": {},
     "deep": {"num_layers": 3},
     "both": {"bidirectional": True},
     "both deep": {"bidirectional": True, "num_layers": 2},
 }
+
+
+def mark(names):
+    return [pytest.param(name, marks=[] if name in FAST else [pytest.mark.slow]) for name in names]
 
 
 def installed(name):
@@ -105,21 +111,21 @@ def same(a, b):
 # What the other libraries compute
 
 
-@pytest.mark.parametrize("name", RECORDED_CASES)
+@pytest.mark.parametrize("name", mark(RECORDED_CASES))
 def test_another_library_computes_the_same_as_recorded(name):
     lstm, there, _ = network(name)
     weights, gradient, arrays = recorded(name)
     compare(lstm, there, weights, gradient, arrays)
 
 
-@pytest.mark.parametrize("name", LIVE_CASES)
+@pytest.mark.parametrize("name", mark(LIVE_CASES))
 def test_another_library_computes_the_same(name):
     lstm, there, _ = network(name)
     weights, gradient, arrays, _ = computed(name)
     compare(lstm, there, weights, gradient, arrays, biases=2 if name.startswith("cudnn") else 1)
 
 
-@pytest.mark.parametrize("name", LIVE_CASES)
+@pytest.mark.parametrize("name", mark(LIVE_CASES))
 def test_another_library_takes_what_goes_out(name):
     _, there, back = network(name)
     weights, _, arrays, run = computed(name)
