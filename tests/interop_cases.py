@@ -48,7 +48,7 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "cudnn both deep": ("cudnn", {**BOTH, **DEEP}, {}),
 }
 ZEROS = {"kernel_init": jax.nn.initializers.zeros, "recurrent_kernel_init": jax.nn.initializers.zeros}  # quickly made
-NOT_INSTALLED = {"haiku": "haiku", "equinox": "equinox", "keras": "keras"}  # by the tests: library and its module
+NOT_INSTALLED = ("haiku", "equinox", "keras")  # by the tests
 
 
 def layers(run_layer, num_layers, state, xs):
