@@ -29,7 +29,7 @@ def from_equinox(lstm: LSTM, cells: Any) -> Params:
         or if an array is missing, unexpected or of the wrong shape.
       TypeError: naming the array, if ``param_dtype`` does not hold its dtype exactly.
     """
-    found = stack.find(lstm, LAYOUT.owner, stack.flatten(cells), r"(?P<cell>(.*/)?)weight_ih")
+    found = stack.find(lstm, LAYOUT, stack.flatten(cells), r"(?P<cell>(.*/)?)weight_ih")
     return layout.read(lstm, LAYOUT, *found)
 
 
@@ -40,6 +40,7 @@ def to_equinox(lstm: LSTM, params: Params) -> Any:
       ImportError: if Equinox is not installed.
       ValueError, TypeError: if the LSTM has an option that the cell has not, or ``params`` are not of this LSTM.
     """
+    arrays = layout.write(lstm, LAYOUT, params, lambda n, d, name: f"{n}/{d}/{name}")
     try:
         import equinox
     except ImportError:
@@ -52,7 +53,6 @@ def to_equinox(lstm: LSTM, params: Params) -> Any:
             lambda cell: [getattr(cell, name) for name in arrays], drawn, [jnp.asarray(a) for a in arrays.values()]
         )
 
-    arrays = layout.write(lstm, LAYOUT, params, lambda n, d, name: f"{n}/{d}/{name}")
     layers = [tuple(cell(own) for own in layer.values()) for layer in stack.nested(arrays).values()]
     entries = layers if lstm.bidirectional else [layer[0] for layer in layers]
     return entries if lstm.num_layers > 1 else entries[0]

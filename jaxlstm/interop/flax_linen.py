@@ -30,7 +30,7 @@ def from_flax_linen(lstm: LSTM, variables: Any) -> Params:
         directions, or if an array is missing, unexpected or of the wrong shape.
       TypeError: naming the array, if ``param_dtype`` does not hold its dtype exactly.
     """
-    return layout.read(lstm, LAYOUT, *stack.find(lstm, LAYOUT.owner, stack.flatten(variables), CELL))
+    return layout.read(lstm, LAYOUT, *stack.find(lstm, LAYOUT, stack.flatten(variables), CELL))
 
 
 def to_flax_linen(lstm: LSTM, params: Params) -> dict[str, Any]:

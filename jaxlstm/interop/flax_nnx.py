@@ -40,7 +40,7 @@ def from_flax_nnx(lstm: LSTM, module: Any) -> Params:
     arrays = {name: array for name, array in stack.flatten(module).items() if "rngs" not in name.split("/")}
     optimized = any("dense_i/" in name for name in arrays)
     kind = LAYOUTS["OptimizedLSTMCell" if optimized else "LSTMCell"]
-    return layout.read(lstm, kind, *stack.find(lstm, kind.owner, arrays, CELL))
+    return layout.read(lstm, kind, *stack.find(lstm, kind, arrays, CELL))
 
 
 def to_flax_nnx(lstm: LSTM, params: Params, cell: str = "LSTMCell") -> Any:

@@ -38,7 +38,7 @@ def from_haiku(lstm: LSTM, params: Mapping[str, Mapping[str, Any]], name: str = 
       TypeError: naming the array, if ``param_dtype`` does not hold its dtype exactly.
     """
     cell = rf"(?P<cell>(.*/)?{re.escape(name)}(_\d+)?/linear/)[wb]"
-    return layout.read(lstm, LAYOUT, *stack.find(lstm, LAYOUT.owner, stack.flatten(params), cell))
+    return layout.read(lstm, LAYOUT, *stack.find(lstm, LAYOUT, stack.flatten(params), cell))
 
 
 def to_haiku(lstm: LSTM, params: Params, name: str = "lstm") -> dict[str, dict[str, np.ndarray]]:

@@ -12,7 +12,6 @@ from jaxlstm.model import LSTM
 from jaxlstm.types import Layer, Params, Weights, state_dtype
 
 Place = Callable[[int, int, str], str]  # layer, direction, name within it -> name within the whole
-
 Direction = tuple[int, int, dict[str, tuple[int, ...]]]  # layer, direction, name within it -> shape
 
 # What every framework's LSTM is; a layout adds the values of these options that its framework has beyond.
@@ -84,7 +83,7 @@ def write(lstm: LSTM, layout: Layout, params: Params, place: Place) -> dict[str,
     Raises:
       ValueError, TypeError: if the framework has no place for an option, or ``params`` are not of this configuration.
     """
-    _refuse(lstm, layout)
+    refuse(lstm, layout)
     validation.params(params, lstm._shapes(), state_dtype(lstm.dtype, lstm.param_dtype))
     return {
         place(n, d, name): np.array(array, order="C")
@@ -106,8 +105,13 @@ def one_bias(first: np.ndarray | None, second: np.ndarray | None) -> np.ndarray 
     return first if first is None or second is None else np.where(second == 0, first, first + second)
 
 
-def _refuse(lstm: LSTM, layout: Layout) -> None:
-    """Refuse options that the framework has no place for."""
+def refuse(lstm: LSTM, layout: Layout) -> None:
+    """Refuse options that the framework has no place for.
+
+    Raises:
+      ValueError: naming the option.
+      TypeError: if it is no `LSTM`.
+    """
     if not isinstance(lstm, LSTM):
         raise TypeError(f"lstm must be a jaxlstm.LSTM, got {validation.describe(lstm)}")
     for option, values in {**PLAIN, **layout.also(lstm)}.items():
@@ -118,7 +122,7 @@ def _refuse(lstm: LSTM, layout: Layout) -> None:
 
 def _directions(lstm: LSTM, layout: Layout) -> list[Direction]:
     """Layer, direction, and the shapes of the arrays there by name."""
-    _refuse(lstm, layout)
+    refuse(lstm, layout)
     # A single zero, spread over the shape: what is written of it has the framework's shapes and takes no memory.
     zeros = jax.tree.map(lambda a: np.broadcast_to(np.zeros((), a.dtype), a.shape), lstm._shapes())
     return [

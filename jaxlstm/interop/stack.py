@@ -6,7 +6,7 @@ from typing import Any
 
 import jax
 
-from jaxlstm.interop.layout import Place
+from jaxlstm.interop.layout import Layout, Place, refuse
 from jaxlstm.model import LSTM
 
 
@@ -29,7 +29,7 @@ def nested(arrays: Mapping[str, Any]) -> dict[str, Any]:
     return tree
 
 
-def find(lstm: LSTM, owner: str, arrays: Mapping[str, Any], cell: str) -> tuple[dict[str, Any], Place]:
+def find(lstm: LSTM, layout: Layout, arrays: Mapping[str, Any], cell: str) -> tuple[dict[str, Any], Place]:
     """The arrays of the cells in a tree, and where among them those of a layer and direction are.
 
     Cells of one stack have one path, but for the numbers in it, which count layers and directions, and for forward and
@@ -37,19 +37,21 @@ def find(lstm: LSTM, owner: str, arrays: Mapping[str, Any], cell: str) -> tuple[
 
     Args:
       lstm: says how many cells there are to be.
-      owner: the framework, as messages name it.
+      layout: the framework's.
       arrays: by path.
       cell: regular expression of an array's path that tells a cell; the group ``cell`` is the path of the cell.
 
     Raises:
-      ValueError: naming the cells found, if they are not as many as layers and directions, or not of one stack.
+      ValueError: naming the option, if the framework has no place for one; naming the cells found, if they are not as
+        many as layers and directions, or not of one stack.
     """
+    refuse(lstm, layout)
     found = {match["cell"] for name in arrays if (match := re.fullmatch(cell, name))}
     wanted = lstm.num_layers * lstm.num_directions
     if len(found) != wanted or len({_stem(path, lstm.bidirectional) for path in found}) != 1:
         names = ", ".join(repr(path.rstrip("/")) for path in _ordered(found)) or "none"
         raise ValueError(
-            f"{owner} weights must be the cells of one stack, {wanted} of them for num_layers={lstm.num_layers} and "
+            f"{layout.owner} weights must be the cells of one stack, {wanted} of them for num_layers={lstm.num_layers} and "
             f"bidirectional={lstm.bidirectional}; found {names}"
         )
     cells = _ordered(found)

@@ -38,8 +38,9 @@ def from_torch(lstm: LSTM, state_dict: Mapping[str, Any], prefix: str | None = N
     """
     if not isinstance(state_dict, Mapping):
         raise TypeError(f"state_dict must be a mapping of names to arrays, got {validation.describe(state_dict)}")
-    arrays = {name: _array(state_dict[name]) for name in own_names(state_dict, prefix)}
+    layout.refuse(lstm, LAYOUT)
     prefix = _prefix(state_dict, prefix)
+    arrays = {name: _array(state_dict[name]) for name in own_names(state_dict, prefix)}
     return layout.read(lstm, LAYOUT, arrays, lambda n, d, name: prefix + _place(n, d, name))
 
 
