@@ -51,8 +51,8 @@ def find(lstm: LSTM, layout: Layout, arrays: Mapping[str, Any], cell: str) -> tu
     if len(found) != wanted or len({_stem(path, lstm.bidirectional) for path in found}) != 1:
         names = ", ".join(repr(path.rstrip("/")) for path in _ordered(found)) or "none"
         raise ValueError(
-            f"{layout.owner} weights must be the cells of one stack, {wanted} of them for num_layers={lstm.num_layers} and "
-            f"bidirectional={lstm.bidirectional}; found {names}"
+            f"{layout.owner} weights must be the cells of one stack, {wanted} of them for "
+            f"num_layers={lstm.num_layers} and bidirectional={lstm.bidirectional}; found {names}"
         )
     cells = _ordered(found)
     own = {name: array for name, array in arrays.items() if name.startswith(tuple(cells))}

@@ -14,7 +14,7 @@ from jaxlstm.model import LSTM
 from jaxlstm.types import Params, Weights
 
 FIRST = "weight_ih_l0"  # every nn.LSTM has it
-OWN = re.compile(r"(weight|bias)_(ih|hh|hr)_\w+")
+OWN = re.compile(r"(weight|bias)_(ih|hh|hr)_\w+")  # also what is none of its arrays and only looks like one
 
 
 def from_torch(lstm: LSTM, state_dict: Mapping[str, Any], prefix: str | None = None) -> Params:
