@@ -540,6 +540,12 @@ def test_a_narrower_dtype_comes_in_exactly_and_a_wider_one_where_it_is_asked_for
     assert layer.forward.w_x.dtype == jnp.float64
 
 
+def test_float64_comes_in_only_where_it_is_switched_on():
+    wide = jaxlstm.LSTM(3, 4, param_dtype=jnp.float64)
+    with jax.enable_x64(False), pytest.raises(ValueError, match=r"param_dtype is float64, which needs jax\.config"):
+        interop.from_torch(wide, TORCH)
+
+
 @pytest.mark.parametrize("name", ["torch", "keras", "haiku", "cudnn"])
 def test_memory_is_not_shared(name):
     out = getattr(interop, f"to_{name}")(lstm, params)

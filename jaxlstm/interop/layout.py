@@ -74,7 +74,7 @@ def read(lstm: LSTM, layout: Layout, arrays: Mapping[str, Any], place: Place) ->
     weights = [Weights(**layout.read({name: found[place(n, d, name)] for name in own})) for n, d, own in directions]
     width = lstm.num_directions
     layers = tuple(Layer(*weights[k : k + width]) for k in range(0, len(weights), width))
-    return jax.tree.map(jnp.array, Params(layers))  # copies: what becomes of the framework's own memory is its affair
+    return jax.tree.map(jnp.asarray, Params(layers))
 
 
 def write(lstm: LSTM, layout: Layout, params: Params, place: Place) -> dict[str, np.ndarray]:
@@ -148,4 +148,4 @@ def _checked(name: str, value: Any, shape: tuple[int, ...], dtype: jnp.dtype) ->
         raise TypeError(f"{name} must be floating-point, got {validation.describe(array)}")
     if not np.can_cast(array.dtype, dtype):
         raise TypeError(f"{name} is {array.dtype}, which param_dtype={dtype} does not hold exactly; cast it beforehand")
-    return array.astype(dtype)
+    return array.astype(dtype)  # a copy: what becomes of the framework's memory is its own affair

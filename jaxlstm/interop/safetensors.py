@@ -21,6 +21,7 @@ def load_safetensors(lstm: LSTM, path: str | os.PathLike[str], prefix: str | Non
 
     Raises:
       ImportError: if safetensors is not installed.
+      FileNotFoundError, safetensors.SafetensorError: if there is no file, or it is of another format.
       ValueError, TypeError: as `from_torch`.
     """
     safe_open = _library().safe_open
