@@ -47,7 +47,7 @@ def save_safetensors(lstm: LSTM, params: Params, path: str | os.PathLike[str], *
     data = _library().numpy.save(to_torch(lstm, params), {"format": "pt"})  # which makes it PyTorch's to other readers
     if path.exists() and not overwrite:
         raise FileExistsError(f"{path} is there already; overwrite=True replaces it")
-    partial = path.with_name(f"{path.name}.partial")
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     try:
         with partial.open("wb") as file:
             file.write(data)
