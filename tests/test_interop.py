@@ -596,13 +596,35 @@ def test_a_file_gives_back_what_was_saved(tmp_path, dtype):
 
 
 @needs("safetensors")
-def test_of_a_file_only_what_is_the_lstms_is_read(tmp_path):
+def test_of_a_file_only_what_is_the_lstms_is_read(tmp_path, monkeypatch):
+    import safetensors
     from safetensors.numpy import save_file
+
+    class Watched:
+        def __init__(self, *arguments, **options):
+            self.file = opened(*arguments, **options)
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            pass
+
+        def keys(self):
+            return self.file.keys()
+
+        def get_tensor(self, name):
+            read.append(name)
+            return self.file.get_tensor(name)
+
+    opened, read = safetensors.safe_open, []
+    monkeypatch.setattr(safetensors, "safe_open", Watched)
 
     path = tmp_path / "model.safetensors"
     tensors = {f"{prefix}.{name}": array for prefix in ("encoder", "decoder") for name, array in TORCH.items()}
     save_file({**tensors, "embed.weight": np.zeros((7, 3), np.float32)}, path)
     same(interop.load_safetensors(lstm, path, prefix="decoder"), params)
+    assert sorted(read) == sorted(f"decoder.{name}" for name in TORCH)
     with pytest.raises(ValueError, match=r"state_dict has 2 LSTMs, choose one of them: prefix='\w+\.', '\w+\.'"):
         interop.load_safetensors(lstm, path)
 
@@ -619,16 +641,19 @@ def test_a_file_that_is_there_stays_unless_it_is_to_be_replaced(tmp_path):
 
 
 @needs("safetensors")
-def test_a_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
+@pytest.mark.parametrize("call", ["fsync", "replace"])
+def test_a_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch, call):
     path = tmp_path / "weights.safetensors"
+    path.write_text("what was there")
 
-    def full(descriptor):
+    def full(*_):
         raise OSError("no space left on device")
 
-    monkeypatch.setattr(os, "fsync", full)
+    monkeypatch.setattr(os, call, full)
     with pytest.raises(OSError, match="no space left"):
-        interop.save_safetensors(lstm, params, path)
-    assert not list(tmp_path.iterdir())
+        interop.save_safetensors(lstm, params, path, overwrite=True)
+    assert list(tmp_path.iterdir()) == [path]
+    assert path.read_text() == "what was there"
 
 
 @needs("safetensors")
