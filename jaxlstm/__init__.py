@@ -2,6 +2,7 @@
 
 from jaxlstm import cells as cells
 from jaxlstm import initializers as initializers
+from jaxlstm import interop as interop
 from jaxlstm import regularisers as regularisers
 from jaxlstm.cells import Cell as Cell
 from jaxlstm.convolutional import ConvLSTM as ConvLSTM

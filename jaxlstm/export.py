@@ -13,6 +13,7 @@ suits the machine it is made on. How long a file stays loadable is JAX's to say:
 """
 
 import dataclasses
+import importlib.util
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -106,7 +107,10 @@ def save(program: Exported, path: str | Path, *, overwrite: bool = False) -> Non
 
     Raises:
       FileExistsError: if there is one and it may not.
+      ImportError: where flatbuffers, by which JAX writes programs, is not installed: ``pip install 'jaxlstm[export]'``.
     """
+    if importlib.util.find_spec("flatbuffers") is None:
+        raise ImportError("a program is written with flatbuffers, which is not installed: pip install 'jaxlstm[export]'")
     path = Path(path)
     if path.exists() and not overwrite:
         raise FileExistsError(f"{path} exists; overwrite=True replaces it")

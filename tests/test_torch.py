@@ -2,14 +2,14 @@
 
 import importlib.util
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch_cases
-from tolerance import tolerance
+from foreign import compare
 
 import jaxlstm
+from jaxlstm.interop import from_torch
 from jaxlstm.recurrence import IMPLEMENTATIONS
 
 RECORDED = np.load(torch_cases.RECORDED)
@@ -20,18 +20,7 @@ def recorded(name):
     return {key.split("/")[1]: RECORDED[key] for key in RECORDED.files if key.startswith(f"{name}/")}
 
 
-def weights(arrays, suffix, prefix):
-    """One direction of one layer under PyTorch's names; its two biases only ever appear as a sum."""
-    w_x, w_h, b_x, b_h, w_p = (
-        arrays.get(f"{prefix}{kind}_{suffix}") for kind in ("weight_ih", "weight_hh", "bias_ih", "bias_hh", "weight_hr")
-    )
-    if b_x is not None:
-        # The gradient of a sum is the gradient of either summand.
-        b_x = b_x if prefix else b_x + b_h
-    return jaxlstm.Weights(w_x, w_h, b_x, w_p)
-
-
-def compare(name, arrays, implementation):
+def check(name, arrays, implementation):
     case = torch_cases.CASES[name]
     kind = {"cell": "rnn", "activation": case["nonlinearity"]} if "nonlinearity" in case else {}
     lstm = jaxlstm.LSTM(
@@ -45,41 +34,22 @@ def compare(name, arrays, implementation):
         implementation=implementation,
         **kind,
     )
-
-    def tree(prefix):
-        layers = [
-            jaxlstm.Layer(*(weights(arrays, f"l{n}{d}", prefix) for d in ("", "_reverse")[: lstm.num_directions]))
-            for n in range(lstm.num_layers)
-        ]
-        return jaxlstm.Params(tuple(layers))
-
+    gradient = {key.removeprefix("grad."): value for key, value in arrays.items() if key.startswith("grad.")}
     lengths = np.array(torch_cases.LENGTHS) if case.get("packed") else None
-    cotangents = arrays["dys"], jaxlstm.State(arrays["dh"], arrays.get("dc"))
-
-    def run(params, xs, state):
-        return lstm(params, xs, state, lengths=lengths)
-
-    state = jaxlstm.State(arrays["h0"], arrays.get("c0"))
-    result, transpose = jax.vjp(run, tree(""), arrays["xs"], state)
-    params, xs, state = transpose(cotangents)
-    bound = tolerance(np.float64, 100)
-    wanted = arrays["ys"], jaxlstm.State(arrays["h"], arrays.get("c"))
-    for a, b in zip(jax.tree.leaves(result), jax.tree.leaves(wanted), strict=True):
-        np.testing.assert_allclose(a, b, **bound)
-    wanted = tree("grad."), arrays["grad.xs"], jaxlstm.State(arrays["grad.h0"], arrays.get("grad.c0"))
-    for a, b in zip(jax.tree.leaves((params, xs, state)), jax.tree.leaves(wanted), strict=True):
-        np.testing.assert_allclose(a, b, **bound)
+    compare(
+        lstm, lambda arrays: from_torch(lstm, arrays, prefix=""), arrays, gradient, arrays, biases=2, lengths=lengths
+    )
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("name", torch_cases.CASES)
 def test_recorded(name, implementation):
-    compare(name, recorded(name), implementation)
+    check(name, recorded(name), implementation)
 
 
 @live
 @pytest.mark.parametrize("name", torch_cases.CASES)
 def test_live(name):
-    compare(name, torch_cases.compute(name), None)
+    check(name, torch_cases.compute(name), None)
     for key, value in torch_cases.compute(name).items():
         np.testing.assert_allclose(value, recorded(name)[key], rtol=1e-10, atol=1e-12)
