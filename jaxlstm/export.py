@@ -110,7 +110,9 @@ def save(program: Exported, path: str | Path, *, overwrite: bool = False) -> Non
       ImportError: where flatbuffers, by which JAX writes programs, is not installed: ``pip install 'jaxlstm[export]'``.
     """
     if importlib.util.find_spec("flatbuffers") is None:
-        raise ImportError("a program is written with flatbuffers, which is not installed: pip install 'jaxlstm[export]'")
+        raise ImportError(
+            "a program is written with flatbuffers, which is not installed: pip install 'jaxlstm[export]'"
+        )
     path = Path(path)
     if path.exists() and not overwrite:
         raise FileExistsError(f"{path} exists; overwrite=True replaces it")
