@@ -8,11 +8,13 @@ python train.py --sample runs/NAME --prompt "The " --length 500 --temperature 0.
 """
 
 import argparse
+import contextlib
 import dataclasses
 import logging
 import math
 import signal
 import sys
+import tempfile
 import time
 from dataclasses import dataclass, field
 from functools import partial
@@ -24,8 +26,8 @@ import numpy as np
 import tyro
 from rich.console import Console
 
+from jaxlstm import devices, training
 from jaxlstm import options as configuration
-from jaxlstm import training
 from jaxlstm.checkpoints import CheckpointError, Checkpoints
 from jaxlstm.options import Options
 from jaxlstm.reporting import Report, draw_curves, write_json
@@ -51,6 +53,8 @@ class Record:
 def train(options: Options, console: Console) -> None:
     """One run, from the data to the summary."""
     began = time.perf_counter()
+    mesh = devices.begin(options.mesh, options.coordinator, options.processes, options.process)
+    first = jax.process_index() == 0  # the one of many processes that shows and writes
 
     # The task, the optimiser, and the state before the first step.
     task = TASKS[options.task].make(options)
@@ -66,19 +70,23 @@ def train(options: Options, console: Console) -> None:
     params = task.init(k_init)
     parameters = sum(leaf.size for leaf in jax.tree.leaves(params))
     state = training.start(params, optimizer, task.carry(params), k_steps, averaged=options.optimizer == "asgd")
+    state = devices.place_state(mesh, state)
     step_function = training.make_step(task.loss, optimizer)
-    device = jax.devices()[0]
+    device, count = jax.devices()[0], 1 if mesh is None else mesh.size
 
     # The folder of the run, and where the run is.
-    folder = options.resume or new_folder(options)
+    folder = options.resume or new_folder(options, first)
     checkpoints = Checkpoints(folder / "checkpoints")
+    if not first:
+        folder, console = Path(tempfile.mkdtemp()), Console(quiet=True)
     record = Record()
     if options.resume and checkpoints.steps():
         state, record = restore(checkpoints, options, task.about, state)
     kept = {"options": configuration.to_json(options), "about": task.about}
     write_json(folder / "config.json", kept | dict(task.kept))
     console.print(
-        f"{task.about}; {parameters:,} parameters on {device.device_kind} ({device.platform})"
+        f"{task.about}; {parameters:,} parameters on {f'{count} x ' if count > 1 else ''}"
+        f"{device.device_kind} ({device.platform})"
         + (f"; resumed after step {record.step:,}" if options.resume else ""),
         highlight=False,
         soft_wrap=True,
@@ -89,7 +97,7 @@ def train(options: Options, console: Console) -> None:
     max_seconds = options.max_seconds or math.inf
     best_loss = min(record.valid_losses, default=math.inf)
     step, before, inherited = record.step, record.seconds, len(record.losses)
-    progress, outcomes = 0.0, []
+    progress, stop, outcomes = 0.0, 0, []
 
     def spent() -> float:
         return before + time.perf_counter() - began
@@ -97,14 +105,15 @@ def train(options: Options, console: Console) -> None:
     def validate() -> None:
         nonlocal best_loss, state
         start = time.perf_counter()
-        figures = task.evaluate(state.trained)
+        trained = devices.everywhere(state.trained)
+        figures = task.evaluate(trained)
         speed = task.evaluated / (time.perf_counter() - start)
         loss = finite(figures["loss"], step)
         record.valid_losses.append(loss)
         if best := loss < best_loss:
             best_loss, record.best_step = loss, step
-            training.save_params(folder / BEST, state.trained)
-        report.valid(step, figures, speed, best=best, sample=task.show(state.trained, jax.random.fold_in(key, step)))
+            training.save_params(folder / BEST, trained)
+        report.valid(step, figures, speed, best=best, sample=task.show(trained, jax.random.fold_in(key, step)))
         state = training.begin_average(state, record.valid_losses)
         record.valid_seconds = time.perf_counter() - start
 
@@ -115,16 +124,20 @@ def train(options: Options, console: Console) -> None:
 
     stopped = catch_signals()
     with checkpoints, Report(folder, console, task.counted, task.say, record.rows) as report:
-        batches = training.prefetch(task.batches(step))
+        batches = training.prefetch(task.batches(step), devices.place_batch(mesh))
         clock = time.perf_counter()
         report.begin(min(1.0, max(step / max_steps, spent() / max_seconds)))
-        while step < max_steps and progress < 1 and not stopped:
+        while step < max_steps and progress < 1:
+            now, stop = devices.agreed(spent(), stopped[0] if stopped else 0)
+            if stop:
+                break
             batch = next(batches)
             step += 1
             # The clock leaves room for the last validation, as long as the one before it.
             left = max(max_seconds - record.valid_seconds, 1e-9)
-            progress = min(1.0, max(step / max_steps, spent() / left))
-            state, outcome = step_function(state, batch, progress)
+            progress = min(1.0, max(step / max_steps, now / left))
+            with contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh):
+                state, outcome = step_function(state, batch, progress)
             outcomes.append(outcome)
             if len(outcomes) > 1:
                 check(outcomes[-2], step - 1, options)  # at most one step ahead of the device: the clock is true
@@ -141,12 +154,11 @@ def train(options: Options, console: Console) -> None:
             if step % options.save_every == 0 or progress == 1:
                 save()
             clock += time.perf_counter() - paused
-        if stopped:
+        if stop:
             save()
             checkpoints.wait()
-            report.say(
-                f"{stopped[0].name} received; stopped after step {step:,}; saved: python train.py --resume {folder}"
-            )
+            name = signal.Signals(stop).name
+            report.say(f"{name} received; stopped after step {step:,}; saved: python train.py --resume {folder}")
         if record.best_step == 0:
             validate()
         checkpoints.wait()
@@ -174,13 +186,17 @@ def train(options: Options, console: Console) -> None:
         highlight=False,
         soft_wrap=True,
     )
-    if stopped:
-        raise SystemExit(128 + stopped[0])
+    if stop:
+        raise SystemExit(128 + stop)
 
 
-def new_folder(options: Options) -> Path:
-    """The folder of a run that begins."""
+def new_folder(options: Options, first: bool) -> Path:
+    """The folder of a run that begins; the first of many processes makes it."""
     folder = options.run_dir or Path("runs") / time.strftime("%Y-%m-%d-%H%M%S")
+    if options.processes > 1 and options.run_dir is None:
+        raise ValueError("--processes needs --run-dir or --resume: one folder for all of them")
+    if not first:
+        return folder
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(f"--run-dir {folder} is not an empty folder; a run never writes over another")
     folder.mkdir(parents=True, exist_ok=True)

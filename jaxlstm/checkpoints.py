@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from jax import Array
+from jax.experimental import multihost_utils
 
 MANIFEST = "manifest.json"
 DATES = "_CHECKPOINT_METADATA"  # Orbax's, completed after the manifest is written; not needed to read the arrays
@@ -74,6 +75,8 @@ class Checkpoints:
             self.folder.mkdir(parents=True, exist_ok=True)
             for unfinished in self.folder.glob(UNFINISHED):
                 shutil.rmtree(unfinished)
+        if jax.process_count() > 1:
+            multihost_utils.sync_global_devices("the folder of the checkpoints is there")
 
     def __enter__(self) -> "Checkpoints":
         return self

@@ -15,7 +15,7 @@ FLOORS = [  # from the ground up; a module imports from floors below its own
     {"sequence"},
     {"model", "convolutional"},
     {"__init__", "language_model", "options", "readout"},
-    {"training", "checkpoints"},
+    {"training", "checkpoints", "devices"},
     {"tasks"},
     {"train"},
 ]
