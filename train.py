@@ -29,12 +29,16 @@ from rich.console import Console
 from jaxlstm import devices, training
 from jaxlstm import options as configuration
 from jaxlstm.checkpoints import CheckpointError, Checkpoints
+from jaxlstm.data import cache_folder
 from jaxlstm.options import Options
 from jaxlstm.reporting import Report, draw_curves, write_json
 from jaxlstm.tasks import TASKS
 
 BEST = "best.msgpack"  # the best parameters, in the folder of a run
 RATE = {"adamw": 4e-3, "asgd": 0.3}  # peak of the learning rate
+
+
+TRACED_FROM = 3  # the step: those before it are compiled, or wait for that
 
 
 @dataclass
@@ -123,7 +127,9 @@ def train(options: Options, console: Console) -> None:
         checkpoints.save(step, state, kept | {"loop": dataclasses.asdict(now)})
 
     stopped = catch_signals()
-    with checkpoints, Report(folder, console, task.counted, task.say, record.rows) as report:
+    report = Report(folder, console, task.counted, task.say, record.rows, tensorboard=options.tensorboard)
+    with checkpoints, report:
+        trace = Trace(folder / "profile", options.profile)
         batches = training.prefetch(task.batches(step), devices.place_batch(mesh))
         clock = time.perf_counter()
         report.begin(min(1.0, max(step / max_steps, spent() / max_seconds)))
@@ -136,6 +142,7 @@ def train(options: Options, console: Console) -> None:
             # The clock leaves room for the last validation, as long as the one before it.
             left = max(max_seconds - record.valid_seconds, 1e-9)
             progress = min(1.0, max(step / max_steps, now / left))
+            trace.at(step - record.step)
             with contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh):
                 state, outcome = step_function(state, batch, progress)
             outcomes.append(outcome)
@@ -154,6 +161,7 @@ def train(options: Options, console: Console) -> None:
             if step % options.save_every == 0 or progress == 1:
                 save()
             clock += time.perf_counter() - paused
+        trace.end()
         if stop:
             save()
             checkpoints.wait()
@@ -188,6 +196,29 @@ def train(options: Options, console: Console) -> None:
     )
     if stop:
         raise SystemExit(128 + stop)
+
+
+@dataclass
+class Trace:
+    """A profile of some steps, in a folder."""
+
+    folder: Path
+    steps: int | None  # None for no profile
+    running: bool = False
+
+    def at(self, step: int) -> None:
+        """Begin or end before this step, counted from the first one of the process."""
+        if self.steps and step == TRACED_FROM:
+            jax.profiler.start_trace(self.folder, create_perfetto_trace=True)
+            self.running = True
+        elif self.steps and step == TRACED_FROM + self.steps:
+            self.end()
+
+    def end(self) -> None:
+        """Write what was traced."""
+        if self.running:
+            jax.profiler.stop_trace()
+            self.running = False
 
 
 def new_folder(options: Options, first: bool) -> Path:
@@ -298,6 +329,8 @@ def main() -> None:
     """The command line."""
     for noisy in ("absl", "asyncio"):  # Orbax logs, thread by thread, what is also raised
         logging.getLogger(noisy).setLevel(logging.CRITICAL)
+    jax.config.update("jax_compilation_cache_dir", str(cache_folder() / "compiled"))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
     console = Console()
     try:
         options = parse(sys.argv[1:])

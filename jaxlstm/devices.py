@@ -100,9 +100,12 @@ def place_state(mesh: Mesh | None, state: Any) -> Any:
         even = all(name is None or size % mesh.shape[name] == 0 for size, name in zip(a.shape, wanted))
         return wanted if even else PartitionSpec()
 
-    return jax.tree_util.tree_map_with_path(
-        lambda path, a: jax.device_put(a, NamedSharding(mesh, spec(path, a))), state
-    )
+    def put(path: Any, a: Any) -> Any:
+        if jnp.issubdtype(a.dtype, jax.dtypes.prng_key):  # its integers, since keys do not go to other processes
+            return jax.random.wrap_key_data(put(path, jax.random.key_data(a)), impl=jax.random.key_impl(a))
+        return jax.device_put(np.asarray(a), NamedSharding(mesh, spec(path, a)))
+
+    return jax.tree_util.tree_map_with_path(put, state)
 
 
 def everywhere(tree: Any) -> Any:

@@ -103,6 +103,11 @@ class Options:
     max_skipped: int = 10
     """Steps in a row whose loss or gradient is not finite, each skipped and counted, after which the run gives up."""
 
+    tensorboard: bool = False
+    """Write the metrics for TensorBoard too."""
+    profile: int | None = None
+    """Steps to trace, from the third on: for TensorBoard and, as perfetto_trace.json.gz, for ui.perfetto.dev."""
+
     mesh: str | None = None
     """Devices to train on, as in data=4,model=2: the batch lies over data, the hidden units over model."""
     coordinator: str | None = None
@@ -134,7 +139,7 @@ class Options:
             "processes",
             *INTERVALS,
         )
-        for name in (*counts, "projection", "chrono", "max_steps", "max_seconds", "learning_rate", "clip"):
+        for name in (*counts, "projection", "chrono", "profile", "max_steps", "max_seconds", "learning_rate", "clip"):
             value = getattr(self, name)
             if value is not None and not (value > 0 and math.isfinite(value)):
                 raise ValueError(f"--{name.replace('_', '-')} must be greater than 0, got {value}")
@@ -147,7 +152,7 @@ class Options:
 
 
 INTERVALS = ("log_every", "valid_every", "save_every", "max_skipped")
-MAY_CHANGE = ("max_steps", "max_seconds", "mesh", *INTERVALS)  # in a resumed run
+MAY_CHANGE = ("max_steps", "max_seconds", "mesh", "tensorboard", "profile", *INTERVALS)  # in a resumed run
 NOT_KEPT = (
     "coordinator",
     "processes",
