@@ -12,6 +12,7 @@ import contextlib
 import dataclasses
 import logging
 import math
+import shutil
 import signal
 import sys
 import tempfile
@@ -82,7 +83,7 @@ def train(options: Options, console: Console) -> None:
     folder = options.resume or new_folder(options, first)
     checkpoints = Checkpoints(folder / "checkpoints")
     if not first:
-        folder, console = Path(tempfile.mkdtemp()), Console(quiet=True)
+        folder, console = copy_of(folder), Console(quiet=True)
     record = Record()
     if options.resume and checkpoints.steps():
         state, record = restore(checkpoints, options, task.about, state)
@@ -232,6 +233,15 @@ def new_folder(options: Options, first: bool) -> Path:
         raise ValueError(f"--run-dir {folder} is not an empty folder; a run never writes over another")
     folder.mkdir(parents=True, exist_ok=True)
     return folder
+
+
+def copy_of(folder: Path) -> Path:
+    """A folder to be thrown away with what a run has left so far, but for its checkpoints."""
+    copy = Path(tempfile.mkdtemp())
+    for path in folder.iterdir():
+        if path.is_file() and not path.name.endswith(".partial"):
+            shutil.copy(path, copy)
+    return copy
 
 
 def restore(

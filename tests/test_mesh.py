@@ -81,7 +81,12 @@ def two(folder, *arguments):
         )
         for n in range(2)
     ]  # fmt: skip
-    printed = [process.communicate(timeout=240)[0] for process in processes]
+    try:
+        printed = [process.communicate(timeout=240)[0] for process in processes]
+    finally:  # one that waits for another that is gone waits for ever
+        for process in processes:
+            process.kill()
+            process.communicate()
     assert [process.returncode for process in processes] == [0, 0], printed
     assert "resumed" in printed[0] or "step     20" in printed[0]
     assert "step" not in printed[1]
