@@ -318,7 +318,12 @@ def test_a_failed_write_ends_in_one_line_and_leaves_the_checkpoints_before_it(tm
 
     limited = f"ulimit -f 12; exec {sys.executable} {ROOT / 'train.py'} --resume run --max-steps 40"  # KiB per file
     done = subprocess.run(
-        ["bash", "-c", limited], cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True, timeout=120
+        ["bash", "-c", limited],
+        cwd=tmp_path,
+        env=ENVIRONMENT | {"XDG_CACHE_HOME": str(tmp_path)},  # compiled programs too are cut short
+        capture_output=True,
+        text=True,
+        timeout=120,
     )
     assert done.returncode == 1
     assert re.fullmatch(r"train\.py: cannot write a checkpoint to .*: .*File too large.*", done.stderr.splitlines()[-1])
@@ -339,7 +344,8 @@ def kill_at_random(folder, kills, seed, *, save_every=3):
         fresh = not config.exists()
         process = subprocess.Popen(
             [sys.executable, str(ROOT / "train.py"), *(arguments if fresh else ["--resume", "run"])],
-            cwd=folder, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+            cwd=folder, env=ENVIRONMENT | {"XDG_CACHE_HOME": str(folder)}, text=True,
+            stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,  # JAX warns of compiled programs that a kill cut short
         )  # fmt: skip
         first = process.stdout.readline()
         assert fresh or "resumed after step" in first, first + process.stdout.read()
