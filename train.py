@@ -8,11 +8,14 @@ python train.py --sample runs/NAME --prompt "The " --length 500 --temperature 0.
 """
 
 import argparse
+import contextlib
 import dataclasses
 import logging
 import math
+import shutil
 import signal
 import sys
+import tempfile
 import time
 from dataclasses import dataclass, field
 from functools import partial
@@ -24,15 +27,19 @@ import numpy as np
 import tyro
 from rich.console import Console
 
+from jaxlstm import devices, training
 from jaxlstm import options as configuration
-from jaxlstm import training
 from jaxlstm.checkpoints import CheckpointError, Checkpoints
+from jaxlstm.data import cache_folder
 from jaxlstm.diagnostics import watch
 from jaxlstm.options import Options
 from jaxlstm.reporting import Report, draw_curves, write_json
 from jaxlstm.tasks import TASKS
 
 RATE = {"adamw": 4e-3, "asgd": 0.3}  # peak of the learning rate
+
+
+TRACED_FROM = 3  # the step: those before it are compiled, or wait for that
 
 
 @dataclass
@@ -51,6 +58,8 @@ class Record:
 def train(options: Options, console: Console) -> None:
     """One run, from the data to the summary."""
     began = time.perf_counter()
+    mesh = devices.begin(options.mesh, options.coordinator, options.processes, options.process)
+    first = jax.process_index() == 0  # the one of many processes that shows and writes
 
     # The task, the optimiser, and the state before the first step.
     task = TASKS[options.task].make(options)
@@ -66,20 +75,24 @@ def train(options: Options, console: Console) -> None:
     params = task.init(k_init)
     parameters = sum(leaf.size for leaf in jax.tree.leaves(params))
     state = training.start(params, optimizer, task.carry(params), k_steps, averaged=options.optimizer == "asgd")
+    state = devices.place_state(mesh, state)
     step_function = training.make_step(task.loss, optimizer)
     look_inside = watch.saturation(task.lstm, task.reads)
-    device = jax.devices()[0]
+    device, count = jax.devices()[0], 1 if mesh is None else mesh.size
 
     # The folder of the run, and where the run is.
-    folder = options.resume or new_folder(options)
+    folder = options.resume or new_folder(options, first)
     checkpoints = Checkpoints(folder / "checkpoints")
+    if not first:
+        folder, console = copy_of(folder), Console(quiet=True)
     record = Record()
     if options.resume and checkpoints.steps():
         state, record = restore(checkpoints, options, task.about, state)
     kept = {"options": configuration.to_json(options), "about": task.about}
     write_json(folder / "config.json", kept | dict(task.kept))
     console.print(
-        f"{task.about}; {parameters:,} parameters on {device.device_kind} ({device.platform})"
+        f"{task.about}; {parameters:,} parameters on {f'{count} x ' if count > 1 else ''}"
+        f"{device.device_kind} ({device.platform})"
         + (f"; resumed after step {record.step:,}" if options.resume else ""),
         highlight=False,
         soft_wrap=True,
@@ -90,7 +103,7 @@ def train(options: Options, console: Console) -> None:
     max_seconds = options.max_seconds or math.inf
     best_loss = min(record.valid_losses, default=math.inf)
     step, before, inherited = record.step, record.seconds, len(record.losses)
-    progress, outcomes = 0.0, []
+    progress, stop, outcomes = 0.0, 0, []
 
     def spent() -> float:
         return before + time.perf_counter() - began
@@ -98,14 +111,15 @@ def train(options: Options, console: Console) -> None:
     def validate() -> None:
         nonlocal best_loss, state
         start = time.perf_counter()
-        figures = task.evaluate(state.trained)
+        trained = devices.everywhere(state.trained)
+        figures = task.evaluate(trained)
         speed = task.evaluated / (time.perf_counter() - start)
         loss = finite(figures["loss"], step)
         record.valid_losses.append(loss)
         if best := loss < best_loss:
             best_loss, record.best_step = loss, step
-            training.save_params(folder / training.BEST, state.trained)
-        report.valid(step, figures, speed, best=best, sample=task.show(state.trained, jax.random.fold_in(key, step)))
+            training.save_params(folder / training.BEST, trained)
+        report.valid(step, figures, speed, best=best, sample=task.show(trained, jax.random.fold_in(key, step)))
         state = training.begin_average(state, record.valid_losses)
         record.valid_seconds = time.perf_counter() - start
 
@@ -115,19 +129,26 @@ def train(options: Options, console: Console) -> None:
         checkpoints.save(step, state, kept | {"loop": dataclasses.asdict(now)})
 
     stopped = catch_signals()
-    with checkpoints, Report(folder, console, task.counted, task.say, record.rows) as report:
-        batches = training.prefetch(task.batches(step))
+    report = Report(folder, console, task.counted, task.say, record.rows, tensorboard=options.tensorboard)
+    with checkpoints, report:
+        trace = Trace(folder / "profile", options.profile)
+        batches = training.prefetch(task.batches(step), devices.place_batch(mesh))
         clock = time.perf_counter()
         report.begin(min(1.0, max(step / max_steps, spent() / max_seconds)))
-        while step < max_steps and progress < 1 and not stopped:
+        while step < max_steps and progress < 1:
+            now, stop = devices.agreed(spent(), stopped[0] if stopped else 0)
+            if stop:
+                break
             batch = next(batches)
             step += 1
             # The clock leaves room for the last validation, as long as the one before it.
             left = max(max_seconds - record.valid_seconds, 1e-9)
-            progress = min(1.0, max(step / max_steps, spent() / left))
+            progress = min(1.0, max(step / max_steps, now / left))
             diagnosing = options.diagnose > 0 and step % options.diagnose == 0
-            seen = look_inside(state.params, state.carry, batch) if diagnosing else {}
-            state, outcome = step_function(state, batch, progress)
+            trace.at(step - record.step)
+            with contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh):
+                seen = look_inside(state.params, state.carry, batch) if diagnosing else {}
+                state, outcome = step_function(state, batch, progress)
             outcomes.append(outcome)
             if diagnosing:
                 report.diagnosis(step, watch.figures(seen, outcome.gradient))
@@ -146,12 +167,12 @@ def train(options: Options, console: Console) -> None:
             if step % options.save_every == 0 or progress == 1:
                 save()
             clock += time.perf_counter() - paused
-        if stopped:
+        trace.end()
+        if stop:
             save()
             checkpoints.wait()
-            report.say(
-                f"{stopped[0].name} received; stopped after step {step:,}; saved: python train.py --resume {folder}"
-            )
+            name = signal.Signals(stop).name
+            report.say(f"{name} received; stopped after step {step:,}; saved: python train.py --resume {folder}")
         if record.best_step == 0:
             validate()
         checkpoints.wait()
@@ -179,17 +200,53 @@ def train(options: Options, console: Console) -> None:
         highlight=False,
         soft_wrap=True,
     )
-    if stopped:
-        raise SystemExit(128 + stopped[0])
+    if stop:
+        raise SystemExit(128 + stop)
 
 
-def new_folder(options: Options) -> Path:
-    """The folder of a run that begins."""
+@dataclass
+class Trace:
+    """A profile of some steps, in a folder."""
+
+    folder: Path
+    steps: int | None  # None for no profile
+    running: bool = False
+
+    def at(self, step: int) -> None:
+        """Begin or end before this step, counted from the first one of the process."""
+        if self.steps and step == TRACED_FROM:
+            jax.profiler.start_trace(self.folder, create_perfetto_trace=True)
+            self.running = True
+        elif self.steps and step == TRACED_FROM + self.steps:
+            self.end()
+
+    def end(self) -> None:
+        """Write what was traced."""
+        if self.running:
+            jax.profiler.stop_trace()
+            self.running = False
+
+
+def new_folder(options: Options, first: bool) -> Path:
+    """The folder of a run that begins; the first of many processes makes it."""
     folder = options.run_dir or Path("runs") / time.strftime("%Y-%m-%d-%H%M%S")
+    if options.processes > 1 and options.run_dir is None:
+        raise ValueError("--processes needs --run-dir or --resume: one folder for all of them")
+    if not first:
+        return folder
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(f"--run-dir {folder} is not an empty folder; a run never writes over another")
     folder.mkdir(parents=True, exist_ok=True)
     return folder
+
+
+def copy_of(folder: Path) -> Path:
+    """A folder to be thrown away with what a run has left so far, but for its checkpoints."""
+    copy = Path(tempfile.mkdtemp())
+    for path in folder.iterdir():
+        if path.is_file() and not path.name.endswith(".partial"):
+            shutil.copy(path, copy)
+    return copy
 
 
 def restore(
@@ -287,6 +344,8 @@ def main() -> None:
     """The command line."""
     for noisy in ("absl", "asyncio"):  # Orbax logs, thread by thread, what is also raised
         logging.getLogger(noisy).setLevel(logging.CRITICAL)
+    jax.config.update("jax_compilation_cache_dir", str(cache_folder() / "compiled"))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
     console = Console()
     try:
         options = parse(sys.argv[1:])

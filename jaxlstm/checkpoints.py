@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from jax import Array
+from jax.experimental import multihost_utils
 
 MANIFEST = "manifest.json"
 DATES = "_CHECKPOINT_METADATA"  # Orbax's, completed after the manifest is written; not needed to read the arrays
@@ -74,6 +75,8 @@ class Checkpoints:
             self.folder.mkdir(parents=True, exist_ok=True)
             for unfinished in self.folder.glob(UNFINISHED):
                 shutil.rmtree(unfinished)
+        if jax.process_count() > 1:
+            multihost_utils.sync_global_devices("the folder of the checkpoints is there")
 
     def __enter__(self) -> "Checkpoints":
         return self
@@ -108,7 +111,7 @@ class Checkpoints:
         if step in kept:
             return
         self._handler.contents = {"record": record, "arrays": _shapes(state)}
-        arrays = jax.tree.map(jnp.copy, _arrays(state))  # of their own: the next step is given the state's memory
+        arrays = jax.tree.map(jnp.copy, _arrays(state))  # the next step is given the memory of the state itself
         # Orbax's threads would each say at length that the disk is full.
         needed, free = 2**20 + sum(a.nbytes for a in arrays.values()), shutil.disk_usage(self.folder).free
         if free < needed:

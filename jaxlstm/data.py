@@ -247,8 +247,8 @@ def split(ids: np.ndarray, fraction: float = 0.9) -> tuple[np.ndarray, np.ndarra
 class Window(NamedTuple):
     """A cut of all streams: predict ``targets`` from ``inputs`` and what came before."""
 
-    inputs: np.ndarray  # (T, B) int32
-    targets: np.ndarray  # (T, B) int32: the inputs one step later
+    inputs: np.ndarray  # (T, B) int, a view of the text: nothing is read before it is asked for
+    targets: np.ndarray  # (T, B) int: the inputs one step later
     first: bool  # True where the streams begin, so that the state carried so far does not belong to them
 
 
@@ -285,7 +285,7 @@ def training_windows(ids: np.ndarray, batch: int, window: int, seed: int, start:
             targets = shifted[1 : batch * length + 1].reshape(batch, length).T
             for n in range(behind, length // window):
                 rows = slice(n * window, (n + 1) * window)
-                yield Window(inputs[rows].astype(np.int32), targets[rows].astype(np.int32), first=n == 0)
+                yield Window(inputs[rows], targets[rows], first=n == 0)
             behind = 0
 
     return epochs()

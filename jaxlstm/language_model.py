@@ -126,9 +126,10 @@ def training_loss(model: LanguageModel, *, activation: float = 0.0, temporal_act
     """
 
     def loss(params: Any, carry: State, window: Window, key: Array) -> tuple[Array, tuple[Array, State]]:
-        ys, dropped, carry = model.outputs(params, window.inputs, carried(carry, window), key=key)
+        inputs, targets = (jnp.asarray(ids, jnp.int32) for ids in window[:2])
+        ys, dropped, carry = model.outputs(params, inputs, carried(carry, window), key=key)
         logits = model.logits(params, dropped)
-        nats = optax.softmax_cross_entropy_with_integer_labels(logits, window.targets).mean()
+        nats = optax.softmax_cross_entropy_with_integer_labels(logits, targets).mean()
         total = nats
         if activation:
             total += activation * regularisers.activation(dropped)

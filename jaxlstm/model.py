@@ -14,7 +14,7 @@ from jaxtyping import Bool, Float, Int
 from jaxlstm import cells, initializers, sequence, validation
 from jaxlstm.cells import Cell
 from jaxlstm.dropout import Noise, Rates, draw, dropout, keep_mask
-from jaxlstm.recurrence import IMPLEMENTATIONS
+from jaxlstm.recurrence import IMPLEMENTATIONS, OVER_DEVICES
 from jaxlstm.recurrence.how import How
 from jaxlstm.step import input_part, step
 from jaxlstm.types import Layer, Norm, Params, State, Weights, output_dtype, state_dtype
@@ -136,7 +136,7 @@ class LSTM:
                 raise ValueError(f"activation={self.activation!r} belongs to cell='rnn', got cell={self.cell!r}")
             validation.choice("activation", self.activation, cells.RNN)
         if self.implementation is not None:
-            validation.choice("implementation", self.implementation, IMPLEMENTATIONS)
+            validation.choice("implementation", self.implementation, IMPLEMENTATIONS | OVER_DEVICES)
         self._check_cell()
 
     def _check_cell(self) -> None:

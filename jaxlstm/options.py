@@ -105,6 +105,19 @@ class Options:
 
     diagnose: int = 250
     """Steps between two records of saturated gates and gradient norms, layer by layer; 0 for none."""
+    tensorboard: bool = False
+    """Write the metrics for TensorBoard too."""
+    profile: int | None = None
+    """Steps to trace, from the third on: for TensorBoard and, as perfetto_trace.json.gz, for ui.perfetto.dev."""
+
+    mesh: str | None = None
+    """Devices to train on, as in data=4,model=2: the batch lies over data, the hidden units over model."""
+    coordinator: str | None = None
+    """Address and port of the first process, for a run of more than one."""
+    processes: int = 1
+    """Number of processes, each started with the same options but for --process. They share the folder of the run."""
+    process: int = 0
+    """Which of the processes this is, from 0."""
 
     sample: Path | None = None
     """Folder of a finished run: write text with its best parameters instead of training."""
@@ -116,12 +129,24 @@ class Options:
     """Divides the logits of a sample: lower is safer, 0 takes the likeliest character each time."""
 
     def __post_init__(self) -> None:
-        counts = ("embedding", "hidden", "layers", "batch", "window", "length", "horizon", "season", *INTERVALS)
-        for name in (*counts, "projection", "chrono", "max_steps", "max_seconds", "learning_rate", "clip"):
+        counts = (
+            "embedding",
+            "hidden",
+            "layers",
+            "batch",
+            "window",
+            "length",
+            "horizon",
+            "season",
+            "processes",
+            *INTERVALS,
+        )
+        for name in (*counts, "projection", "chrono", "profile", "max_steps", "max_seconds", "learning_rate", "clip"):
             value = getattr(self, name)
             if value is not None and not (value > 0 and math.isfinite(value)):
                 raise ValueError(f"--{name.replace('_', '-')} must be greater than 0, got {value}")
-        for name in ("temperature", "weight_decay", "seed", "activation", "temporal_activation", "diagnose"):
+        numbers = ("temperature", "weight_decay", "seed", "process", "activation", "temporal_activation", "diagnose")
+        for name in numbers:
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"--{name.replace('_', '-')} must not be negative, got {getattr(self, name)}")
         for name in ("warmup", *(name for name in RATES if name != "output_dropout")):
@@ -130,8 +155,10 @@ class Options:
 
 
 INTERVALS = ("log_every", "valid_every", "save_every", "max_skipped")
-MAY_CHANGE = ("max_steps", "max_seconds", "diagnose", *INTERVALS)  # in a resumed run
-NOT_KEPT = ("run_dir", "resume", "sample", "prompt", "length", "temperature")  # have no part in training
+MAY_CHANGE = ("max_steps", "max_seconds", "diagnose", "mesh", "tensorboard", "profile", *INTERVALS)  # when resumed
+OF_THE_MACHINES = ("coordinator", "processes", "process")
+OF_ONE_COMMAND = ("run_dir", "resume", "sample", "prompt", "length", "temperature")
+NOT_KEPT = (*OF_THE_MACHINES, *OF_ONE_COMMAND)  # have no part in training
 
 
 def to_json(options: Options) -> dict[str, Any]:

@@ -69,16 +69,26 @@ class Report:
       say: a loss, with its unit.
       rows: number of rows that are in ``metrics.jsonl`` already and to be kept; what a killed run wrote after them is
         dropped.
+      tensorboard: whether to write the figures for TensorBoard too, into the folder ``tensorboard``.
     """
 
     def __init__(
-        self, folder: Path, console: Console, counted: str, say: Callable[[float], str], rows: int = 0
+        self,
+        folder: Path,
+        console: Console,
+        counted: str,
+        say: Callable[[float], str],
+        rows: int = 0,
+        *,
+        tensorboard: bool = False,
     ) -> None:
         self._counted, self._say = counted, say
         self.console = console
         path = folder / "metrics.jsonl"
         self.rows = keep_rows(path, rows)
         self._metrics = path.open("a", encoding="utf-8")
+        last = self.rows[-1]["step"] if self.rows else 0
+        self._board = _tensorboard(folder / "tensorboard", last + 1) if tensorboard else None
         columns = (TextColumn("{task.fields[figures]}"), BarColumn(None), _Remaining())
         self._bar = Progress(*columns, console=console, disable=not console.is_terminal, expand=True)
         self._task = self._bar.add_task("", total=1.0, figures="compiling", left="-:--")
@@ -96,6 +106,8 @@ class Report:
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._bar.stop()
         self._metrics.close()
+        if self._board is not None:
+            self._board.close()
 
     def train(self, step: int, loss: float, speed: float, progress: float, skipped: int) -> None:
         """Record the training loss.
@@ -142,6 +154,19 @@ class Report:
         self.rows.append({"step": step, "split": split} | values)
         self._metrics.write(json.dumps(self.rows[-1]) + "\n")
         self._metrics.flush()
+        if self._board is not None:
+            for name, value in figures.items():
+                self._board.add_scalar(f"{split}/{name}", value, step)
+            self._board.flush()
+
+
+def _tensorboard(folder: Path, step: int) -> Any:
+    """A writer of TensorBoard's files; what a killed run wrote from ``step`` on is not shown."""
+    try:
+        from tensorboardX import SummaryWriter
+    except ImportError:
+        raise ImportError("--tensorboard needs tensorboardX: pip install 'jaxlstm[tensorboard]'") from None
+    return SummaryWriter(str(folder), purge_step=step)
 
 
 def draw_curves(path: Path, rows: list[dict[str, Any]], title: str, unit: str) -> None:

@@ -12,7 +12,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Bool, Float, Int
 
 from jaxlstm.cells import Cell
-from jaxlstm.recurrence import DEFAULT, IMPLEMENTATIONS
+from jaxlstm.recurrence import DEFAULT, IMPLEMENTATIONS, OVER_DEVICES
 from jaxlstm.recurrence.how import How
 from jaxlstm.recurrence.scan import along_batch
 from jaxlstm.types import Layer, Size, State
@@ -56,14 +56,14 @@ def run(
       xs: inputs.
       state: initial state of this layer, h ``(D, *batch, P)`` and c ``(D, *batch, H)``.
       how: the rest, with ``*batch`` for B in its arrays.
-      implementation: a name in `jaxlstm.recurrence.IMPLEMENTATIONS`, None for the default.
+      implementation: a name in `jaxlstm.recurrence`, None for the default.
 
     Returns:
       outputs and the state after the last step taken.
     """
     if xs.shape[0] == 0:
         return no_steps(state, how.dtype)
-    over_rows = partial(IMPLEMENTATIONS[implementation or DEFAULT], cell, layer)
+    over_rows = partial((IMPLEMENTATIONS | OVER_DEVICES)[implementation or DEFAULT], cell, layer)
     return steps_that_exist(over_rows, xs, state, how, batch_axes=xs.ndim - 2)
 
 

@@ -18,7 +18,7 @@ FLOORS = [  # from the ground up; a module imports from floors below its own
     {"model", "convolutional"},
     {"interop", "flax", "export"},  # what stands on the model and is not needed by it
     {"__init__", "language_model", "options", "readout"},
-    {"training", "checkpoints"},
+    {"training", "checkpoints", "devices"},
     {"tasks"},
     {"diagnostics"},
     {"train"},

@@ -114,7 +114,17 @@ def test_rows_after_the_checkpoint_are_dropped_a_torn_one_too(tmp_path):
         keep_rows(path, 3)
 
 
-OPTIONS = [*SMALL, "--dropout", "0.3", "--save-every", "10", "--valid-every", "15", "--log-every", "4"]
+OPTIONS = [
+    *SMALL,
+    "--dropout",
+    "0.3",
+    "--save-every",
+    "10",
+    "--valid-every",
+    "15",
+    "--log-every",
+    "3",
+]  # a checkpoint in the middle of a row
 
 
 @pytest.fixture(scope="module")
@@ -181,11 +191,11 @@ def interrupted(monkeypatch, at, what):
 def test_sigterm_saves_and_the_run_goes_on_bit_for_bit(whole, tmp_path, monkeypatch):
     arguments = ["--data", str(whole.parent / "text.txt"), "--max-steps", "40", "--run-dir", str(tmp_path / "run")]
     with monkeypatch.context() as patch:
-        interrupted(patch, 16, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        interrupted(patch, 15, lambda: os.kill(os.getpid(), signal.SIGTERM))
         printed = run([*arguments, *OPTIONS])
-    assert f"SIGTERM received; stopped after step 16; saved: python train.py --resume {tmp_path / 'run'}\n" in printed
+    assert f"SIGTERM received; stopped after step 15; saved: python train.py --resume {tmp_path / 'run'}\n" in printed
     printed = run(["--resume", str(tmp_path / "run")])
-    assert "resumed after step 16" in printed
+    assert "resumed after step 15" in printed
     same(tmp_path / "run", whole)
 
 
@@ -196,10 +206,10 @@ def test_a_crash_loses_what_came_after_the_checkpoint_and_nothing_else(whole, tm
         raise RuntimeError("power cut")
 
     with monkeypatch.context() as patch:
-        interrupted(patch, 28, crash)
+        interrupted(patch, 27, crash)
         with pytest.raises(RuntimeError, match="power cut"):
             run([*arguments, *OPTIONS])
-    assert metrics(tmp_path / "run")[-1]["step"] == 28
+    assert metrics(tmp_path / "run")[-1]["step"] == 27
     assert "resumed after step 20" in run(["--resume", str(tmp_path / "run")])
     same(tmp_path / "run", whole)
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
@@ -237,6 +247,7 @@ def test_the_clock_goes_on_counting(whole, tmp_path):
     shutil.copytree(whole, tmp_path / "run")
     path = tmp_path / "run" / "checkpoints" / "40" / "manifest.json"
     manifest = json.loads(path.read_text())
+    assert 0 < manifest["record"]["loop"]["seconds"] < json.loads((whole / "summary.json").read_text())["wall_seconds"]
     manifest["record"]["loop"]["seconds"] = 3600.0
     path.write_text(json.dumps(manifest))
     run(["--resume", str(tmp_path / "run"), "--max-steps", "1000", "--max-seconds", "3000"])
@@ -267,13 +278,13 @@ def test_steps_that_are_not_finite_are_counted_in_the_metrics_and_end_the_run_in
     monkeypatch.setattr(train.training, "make_step", poisoned(10))
     printed = run([*arguments, "--run-dir", str(tmp_path / "two")])
     rows = [row for row in metrics(tmp_path / "two") if row["split"] == "train"]
-    assert [row["skipped"] for row in rows] == [0, 0, *[2] * 8]
+    assert [row["skipped"] for row in rows] == [0, 0, 1, *[2] * 11]
     assert all(np.isfinite(row["loss"]) for row in rows)
-    assert printed.count("  2 skipped") == 8
+    assert printed.count("  2 skipped") == 11
     monkeypatch.setattr(train.training, "make_step", poisoned(100))
     with pytest.raises(FloatingPointError, match="was not finite at 5 steps in a row, up to step 13;"):
         run([*arguments, "--run-dir", str(tmp_path / "all")])
-    assert [row["loss"] is None for row in metrics(tmp_path / "all")] == [False, False, True]
+    assert [row["loss"] is None for row in metrics(tmp_path / "all")] == [False, False, False, True]
     assert [path.name for path in (tmp_path / "all" / "checkpoints").iterdir()] == ["10"]
 
 
@@ -307,7 +318,12 @@ def test_a_failed_write_ends_in_one_line_and_leaves_the_checkpoints_before_it(tm
 
     limited = f"ulimit -f 12; exec {sys.executable} {ROOT / 'train.py'} --resume run --max-steps 40"  # KiB per file
     done = subprocess.run(
-        ["bash", "-c", limited], cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True, timeout=120
+        ["bash", "-c", limited],
+        cwd=tmp_path,
+        env=ENVIRONMENT | {"XDG_CACHE_HOME": str(tmp_path)},  # compiled programs too are cut short
+        capture_output=True,
+        text=True,
+        timeout=120,
     )
     assert done.returncode == 1
     assert re.fullmatch(r"train\.py: cannot write a checkpoint to .*: .*File too large.*", done.stderr.splitlines()[-1])
@@ -328,7 +344,8 @@ def kill_at_random(folder, kills, seed, *, save_every=3):
         fresh = not config.exists()
         process = subprocess.Popen(
             [sys.executable, str(ROOT / "train.py"), *(arguments if fresh else ["--resume", "run"])],
-            cwd=folder, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+            cwd=folder, env=ENVIRONMENT | {"XDG_CACHE_HOME": str(folder)}, text=True,
+            stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,  # JAX warns of compiled programs that a kill cut short
         )  # fmt: skip
         first = process.stdout.readline()
         assert fresh or "resumed after step" in first, first + process.stdout.read()

@@ -7,6 +7,7 @@ import re
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -14,7 +15,13 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 ENVIRONMENT = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
-ENVIRONMENT |= {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "PYTHONIOENCODING": "utf-8"}
+CACHE = tempfile.TemporaryDirectory(prefix="jaxlstm-cache-")  # compiled programs, for as long as the tests run
+ENVIRONMENT |= {
+    "XDG_CACHE_HOME": CACHE.name,
+    "PYTHONPATH": str(ROOT),
+    "JAX_PLATFORMS": "cpu",
+    "PYTHONIOENCODING": "utf-8",
+}
 SMALL = ["--hidden", "16", "--embedding", "8", "--batch", "4", "--window", "16", "--log-every", "10"]
 TEXT = "Привет, мир! The quick brown fox jumps over the lazy dog. 世界\n" * 60
 

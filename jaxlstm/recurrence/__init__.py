@@ -9,7 +9,8 @@ taken in, `jaxlstm.recurrence.how.How`, and ``ys (T, B, D*P)``. The caller has z
 behind the mask, and zeroes ``ys`` there afterwards: an implementation has only to hold the state.
 """
 
-from jaxlstm.recurrence import fused, scan
+from jaxlstm.recurrence import fused, scan, sharded
 
 IMPLEMENTATIONS = {"scan": scan.run, "fused": fused.run}
+OVER_DEVICES = {"sharded": sharded.run}  # needs a mesh to be more than "scan", and does without some options
 DEFAULT = "fused"

@@ -36,4 +36,5 @@ def network(options: Options, input_size: int, *, remember: int | None = None) -
         weight_drop=options.weight_drop,
         zoneout_h=options.zoneout_h,
         zoneout_c=options.zoneout_c,
+        implementation="sharded" if options.mesh and "model" in options.mesh else None,
     )

@@ -1,0 +1,82 @@
+"""Run by itself on eight simulated devices: the sharded recurrence against the reference, and what it exchanges."""
+
+import re
+
+import jax
+
+jax.config.update("jax_num_cpu_devices", 8)
+jax.config.update("jax_enable_x64", True)
+
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import AxisType
+from tolerance import tolerance
+
+import jaxlstm
+
+CASES = {
+    "plain": ({}, {}),
+    "both directions, two layers": ({"bidirectional": True, "num_layers": 2}, {}),
+    "peepholes, a mask, resets": ({"cell": "peephole", "bidirectional": True}, {"mask", "resets"}),
+    "regularised": ({"recurrent_dropout": 0.2, "zoneout_h": 0.2, "zoneout_c": 0.1, "weight_drop": 0.2}, {"key"}),
+    "learned state": ({"learned_state": True, "cell": "cifg"}, {"resets"}),
+    "vanilla": ({"cell": "rnn", "use_bias": False}, {"lengths"}),
+}
+
+
+def check(name, sizes, axes):
+    options, marks = CASES[name]
+    rng = np.random.default_rng(0)
+    steps, batch, inputs, units = 7, 8, 3, 8
+    given = {
+        "mask": rng.random((steps, batch)) < 0.8,
+        "resets": rng.random((steps, batch)) < 0.2,
+        "lengths": rng.integers(0, steps + 1, batch),
+        "key": jax.random.key(5),
+    }
+    xs = rng.normal(size=(steps, batch, inputs))
+    how = {mark: given[mark] for mark in marks}
+
+    def slope(implementation):
+        lstm = jaxlstm.LSTM(inputs, units, param_dtype="float64", implementation=implementation, **options)
+        params = jax.tree.map(lambda a: a + 0.1 * jnp.sin(jnp.arange(a.size)).reshape(a.shape), lstm.init(given["key"]))
+
+        def loss(params, xs):
+            ys, state = lstm(params, xs, **how)
+            return (ys**2).sum() + sum((a**3).sum() for a in jax.tree.leaves(state)), (ys, state)
+
+        return jax.jit(jax.grad(loss, (0, 1), has_aux=True)), params
+
+    reference, params = slope("scan")
+    wanted = reference(params, xs)
+    sharded, _ = slope("sharded")
+    with jax.set_mesh(jax.make_mesh(sizes, axes, axis_types=(AxisType.Auto,) * len(axes))):
+        actual = sharded(params, xs)
+        program = sharded.lower(params, xs).compile().as_text()
+    for a, b in zip(jax.tree.leaves(actual), jax.tree.leaves(wanted), strict=True):
+        np.testing.assert_allclose(a, b, **tolerance(np.float64, steps * batch * units * 4))
+    return program
+
+
+def exchanges(program):
+    """What is exchanged inside of loops, one list of names for each loop's body that exchanges anything."""
+    bodies = re.split(r"\n(?=%?\S+ \([^\n]*\{)", program)
+    names = set(re.findall(r"body=%?([\w.\-]+)", program))
+    inside = [body for body in bodies if body.split()[0].lstrip("%") in names]
+    kinds = "all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute"
+    return sorted(found for body in inside if (found := re.findall(rf" ({kinds})(?:-start)?\(", body)))
+
+
+for name in CASES:
+    check(name, (4, 2), ("data", "model"))
+check("plain", (8,), ("model",))
+print(exchanges(check("plain", (4, 2), ("data", "model"))))
+for options, message in (({"layer_norm": True}, "no layer_norm"), ({"proj_size": 2}, "no proj_size")):
+    with jax.set_mesh(jax.make_mesh((2,), ("model",), axis_types=(AxisType.Auto,))):
+        lstm = jaxlstm.LSTM(3, 8, implementation="sharded", **options)
+        try:
+            lstm(lstm.init(jax.random.key(0)), jnp.ones((2, 2, 3), jnp.float32))
+        except ValueError as error:
+            assert message in str(error)  # noqa: PT017
+        else:
+            raise AssertionError(options)
