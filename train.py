@@ -230,8 +230,8 @@ class Trace:
 def new_folder(options: Options, first: bool) -> Path:
     """The folder of a run that begins; the first of many processes makes it."""
     folder = options.run_dir or Path("runs") / time.strftime("%Y-%m-%d-%H%M%S")
-    if options.processes > 1 and options.run_dir is None:
-        raise ValueError("--processes needs --run-dir or --resume: one folder for all of them")
+    if jax.process_count() > 1 and options.run_dir is None:
+        raise ValueError("many processes need --run-dir or --resume: one folder for all of them")
     if not first:
         return folder
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):

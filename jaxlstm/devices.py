@@ -15,6 +15,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 AXES = ("data", "model")
+AUTO = "auto"  # in place of the address of the first process
 BY_ROWS = ("w_x", "w_h", "b")  # of a recurrent layer: the leading axis counts gates and units
 
 
@@ -42,9 +43,10 @@ def begin(text: str | None, coordinator: str | None, processes: int, process: in
 
     Args:
       text: such as ``data=4,model=2``.
-      coordinator: address and port of the first process, for more than one.
-      processes: number of processes.
-      process: which of them this is.
+      coordinator: address and port of the first process, for more than one; ``"auto"`` where a cluster that JAX knows
+        has started the processes: it is asked for the address, their number and which of them this is.
+      processes: number of processes; with ``"auto"`` needed on CPUs only.
+      process: which of them this is; not used with ``"auto"``.
 
     Raises:
       ValueError: if there are not as many devices as the mesh needs.
@@ -55,7 +57,13 @@ def begin(text: str | None, coordinator: str | None, processes: int, process: in
         raise ValueError(f"--mesh {text} needs {needed} devices, which {processes} processes cannot share out evenly")
     if text:
         jax.config.update("jax_num_cpu_devices", needed // processes)
-    if processes > 1:
+    if coordinator == AUTO:
+        try:
+            jax.distributed.initialize()
+        except (ValueError, RuntimeError) as error:
+            reason = str(error).strip().split("\n")[0]
+            raise ValueError(f"--coordinator {AUTO} finds no cluster that JAX knows: {reason}") from None
+    elif processes > 1:
         if coordinator is None:
             raise ValueError(f"--processes {processes} needs --coordinator HOST:PORT, the address of the first of them")
         jax.distributed.initialize(coordinator, processes, process)

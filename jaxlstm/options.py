@@ -113,7 +113,7 @@ class Options:
     mesh: str | None = None
     """Devices to train on, as in data=4,model=2: the batch lies over data, the hidden units over model."""
     coordinator: str | None = None
-    """Address and port of the first process, for a run of more than one."""
+    """Address and port of the first process, for a run of more than one; auto asks the cluster (SLURM, TPU, ...)."""
     processes: int = 1
     """Number of processes, each started with the same options but for --process. They share the folder of the run."""
     process: int = 0

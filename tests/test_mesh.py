@@ -90,3 +90,19 @@ def two(folder, *arguments):
     assert [process.returncode for process in processes] == [0, 0], printed
     assert "resumed" in printed[0] or "step     20" in printed[0]
     assert "step" not in printed[1]
+
+
+@pytest.mark.slow
+def test_a_cluster_is_asked_who_is_who(tmp_path):
+    (tmp_path / "text.txt").write_text(TEXT, encoding="utf-8")
+    slurm = {"JOB_ID": "65001", "STEP_NODELIST": "localhost", "NTASKS": "1", "PROCID": "0", "LOCALID": "0"}
+    few = ["--data", "text.txt", "--max-steps", "2", *SMALL, "--coordinator", "auto", "--run-dir"]
+    environment = ENVIRONMENT | {f"SLURM_{name}": value for name, value in slurm.items()}
+    program = [sys.executable, str(ROOT / "train.py")]
+    done = subprocess.run([*program, *few, "a"], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "a" / "summary.json").exists()
+    alone = subprocess.run([*program, *few, "b"], cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True)
+    assert alone.returncode == 1
+    assert "--coordinator auto finds no cluster that JAX knows" in alone.stderr
+    assert "Traceback" not in alone.stderr
