@@ -128,7 +128,8 @@ def draw_eigenvalues(lstm: LSTM, params: Params, *, layer: int = 0, direction: i
     blocks = _recurrent_blocks(lstm._cell, params.layers[layer].directions[direction])
     figure = Figure(figsize=(2.6 * len(blocks) + 0.4, 3.0), layout="constrained")
     angles = np.linspace(0, 2 * np.pi, 200)
-    for axes, (name, matrix) in zip(figure.subplots(1, len(blocks), squeeze=False)[0], blocks.items()):
+    panels = figure.subplots(1, len(blocks), squeeze=False, sharex=True, sharey=True)[0]
+    for axes, (name, matrix) in zip(panels, blocks.items()):
         values = np.linalg.eigvals(matrix)
         axes.plot(np.cos(angles), np.sin(angles), color="0.6", linewidth=0.8)
         axes.scatter(values.real, values.imag, s=8, color=LINES[2][0], alpha=0.7, linewidths=0)
