@@ -111,7 +111,7 @@ class Checkpoints:
         if step in kept:
             return
         self._handler.contents = {"record": record, "arrays": _shapes(state)}
-        arrays = jax.tree.map(jnp.copy, _arrays(state))  # the next step is given the memory of the state itself
+        arrays = _arrays(state)  # Orbax holds on to their memory: a step that is given it makes room elsewhere
         # Orbax's threads would each say at length that the disk is full.
         needed, free = 2**20 + sum(a.nbytes for a in arrays.values()), shutil.disk_usage(self.folder).free
         if free < needed:
