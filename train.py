@@ -17,6 +17,8 @@ import signal
 import sys
 import tempfile
 import time
+import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -57,6 +59,12 @@ class Record:
 
 def train(options: Options, console: Console) -> None:
     """One run, from the data to the summary."""
+    with contextlib.ExitStack() as until_the_end:
+        run(options, console, until_the_end)
+
+
+def run(options: Options, console: Console, until_the_end: contextlib.ExitStack) -> None:
+    """See `train`."""
     began = time.perf_counter()
     mesh = devices.begin(options.mesh, options.coordinator, options.processes, options.process)
     first = jax.process_index() == 0  # the one of many processes that shows and writes
@@ -82,6 +90,8 @@ def train(options: Options, console: Console) -> None:
 
     # The folder of the run, and where the run is.
     folder = options.resume or new_folder(options, first)
+    if first:
+        until_the_end.enter_context(alone_in(folder))
     checkpoints = Checkpoints(folder / "checkpoints")
     if not first:
         folder, console = copy_of(folder), Console(quiet=True)
@@ -104,6 +114,7 @@ def train(options: Options, console: Console) -> None:
     best_loss = min(record.valid_losses, default=math.inf)
     step, before, inherited = record.step, record.seconds, len(record.losses)
     progress, stop, outcomes = 0.0, 0, []
+    half = max(1, options.save_every // 2)  # while one checkpoint is being written, the one before it is whole
 
     def spent() -> float:
         return before + time.perf_counter() - began
@@ -113,6 +124,8 @@ def train(options: Options, console: Console) -> None:
         start = time.perf_counter()
         trained = devices.everywhere(state.trained)
         figures = task.evaluate(trained)
+        if state.average is not None:
+            figures |= {"averaged_steps": int(state.average.steps)}
         speed = task.evaluated / (time.perf_counter() - start)
         loss = finite(figures["loss"], step)
         record.valid_losses.append(loss)
@@ -127,6 +140,8 @@ def train(options: Options, console: Console) -> None:
         losses = record.losses + [float(outcome.loss) for outcome in outcomes]
         now = dataclasses.replace(record, step=step, seconds=spent(), rows=len(report.rows), losses=losses)
         checkpoints.save(step, state, kept | {"loop": dataclasses.asdict(now)})
+        if options.save_every == 1:
+            checkpoints.wait()
 
     stopped = catch_signals()
     report = Report(folder, console, task.counted, task.say, record.rows, tensorboard=options.tensorboard)
@@ -164,7 +179,7 @@ def train(options: Options, console: Console) -> None:
             paused = time.perf_counter()
             if step % options.valid_every == 0 or progress == 1:
                 validate()
-            if step % options.save_every == 0 or progress == 1:
+            if step % half == 0 or progress == 1:
                 save()
             clock += time.perf_counter() - paused
         trace.end()
@@ -238,6 +253,26 @@ def new_folder(options: Options, first: bool) -> Path:
         raise ValueError(f"--run-dir {folder} is not an empty folder; a run never writes over another")
     folder.mkdir(parents=True, exist_ok=True)
     return folder
+
+
+@contextlib.contextmanager
+def alone_in(folder: Path) -> Iterator[None]:
+    """The folder of a run, for one process at a time; the system lets go of it however the process ends.
+
+    Windows has no such lock: there nothing keeps another process out.
+    """
+    try:
+        import fcntl
+    except ImportError:
+        yield
+        return
+    path = folder / "lock"
+    with path.open("a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"another process is training in {folder}: {path} is locked") from None
+        yield
 
 
 def copy_of(folder: Path) -> Path:
@@ -340,10 +375,22 @@ def parse(arguments: list[str]) -> Options:
     return options
 
 
+def say_unless_raised(unraisable: "sys.UnraisableHookArgs") -> None:
+    """Python's own way with errors that nobody can catch, but for one.
+
+    Where an array of a checkpoint cannot be written, which is raised, TensorStore's threads come back with the others
+    and find nobody waiting.
+    """
+    if str(unraisable.exc_value) != "Event loop is closed":
+        sys.__unraisablehook__(unraisable)
+
+
 def main() -> None:
     """The command line."""
     for noisy in ("absl", "asyncio"):  # Orbax logs, thread by thread, what is also raised
         logging.getLogger(noisy).setLevel(logging.CRITICAL)
+    sys.unraisablehook = say_unless_raised
+    warnings.filterwarnings("ignore", "Error writing persistent compilation cache entry")
     jax.config.update("jax_compilation_cache_dir", str(cache_folder() / "compiled"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
     console = Console()

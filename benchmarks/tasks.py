@@ -1,11 +1,12 @@
-"""The stated results of `train.py`'s tasks: run each with its defaults and write down what came out, and on what.
+"""The stated results of `train.py`'s tasks: run one of them, as often as wanted, and write down what came out.
 
-python benchmarks/tasks.py adding copying digits forecast wordlm    into benchmarks/results/task-NAME.json
-python benchmarks/tasks.py adding --cells lstm rnn                  two cells at the same budget
+python benchmarks/tasks.py digits                                   into benchmarks/results/task-digits.json
+python benchmarks/tasks.py adding "--cell lstm" "--cell rnn --learning-rate 1e-3"     two runs, each with its options
 """
 
 import argparse
 import json
+import shlex
 import subprocess
 import sys
 import tempfile
@@ -19,15 +20,15 @@ from jaxlstm.reporting import write_json
 ROOT = Path(__file__).parent.parent
 
 
-def result(task: str, cell: str) -> dict[str, Any]:
+def result(task: str, options: str) -> dict[str, Any]:
     """Summary and validation figures of one run."""
     with tempfile.TemporaryDirectory() as folder:
         run = Path(folder) / "run"
-        command = [sys.executable, str(ROOT / "train.py"), "--task", task, "--cell", cell, "--run-dir", str(run)]
-        subprocess.run(command, check=True)
+        typed = ["--task", task, *shlex.split(options)]
+        subprocess.run([sys.executable, str(ROOT / "train.py"), *typed, "--run-dir", str(run)], check=True)
         rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
         return {
-            "command": " ".join(["python", "train.py", *command[2:-2]]),
+            "command": shlex.join(["python", "train.py", *typed]),
             "summary": json.loads((run / "summary.json").read_text()),
             "validation": [{k: v for k, v in row.items() if k != "split"} for row in rows if row["split"] == "valid"],
         }
@@ -36,12 +37,11 @@ def result(task: str, cell: str) -> dict[str, Any]:
 def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("tasks", nargs="+")
-    parser.add_argument("--cells", nargs="+", default=["lstm"])
+    parser.add_argument("task")
+    parser.add_argument("options", nargs="*", default=[""], help="of each run, as one argument")
     arguments = parser.parse_args()
-    for task in arguments.tasks:
-        results = {cell: result(task, cell) for cell in arguments.cells}
-        write_json(ROOT / "benchmarks" / "results" / f"task-{task}.json", {"machine": machine(), **results})
+    runs = [result(arguments.task, options) for options in arguments.options]
+    write_json(ROOT / "benchmarks" / "results" / f"task-{arguments.task}.json", {"machine": machine(), "runs": runs})
 
 
 if __name__ == "__main__":

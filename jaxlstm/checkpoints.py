@@ -20,6 +20,8 @@ import orbax.checkpoint as ocp
 from jax import Array
 from jax.experimental import multihost_utils
 
+from jaxlstm.reporting import written_whole
+
 MANIFEST = "manifest.json"
 DATES = "_CHECKPOINT_METADATA"  # Orbax's, completed after the manifest is written; not needed to read the arrays
 UNFINISHED = "*.orbax-checkpoint-tmp"  # Orbax's name of a checkpoint being written
@@ -43,7 +45,8 @@ class _Handler(ocp.StandardCheckpointHandler):
             if p.is_file() and p.name != DATES
         }
         manifest = json.dumps({**self.contents, "files": files}, indent=1)
-        (folder / MANIFEST).write_text(manifest, encoding="utf-8")
+        with written_whole(folder / MANIFEST) as file:
+            file.write(manifest.encode())
 
 
 @ocp.args.register_with_handler(_Handler, for_save=True)
@@ -107,11 +110,10 @@ class Checkpoints:
           CheckpointError: if this checkpoint or the one before it cannot be written.
         """
         self.wait()
-        kept = self.steps()
-        if step in kept:
+        if step in self.steps():
             return
         self._handler.contents = {"record": record, "arrays": _shapes(state)}
-        arrays = jax.tree.map(jnp.copy, _arrays(state))  # the next step is given the memory of the state itself
+        arrays = _arrays(state)  # Orbax holds on to their memory: a step that is given it makes room elsewhere
         # Orbax's threads would each say at length that the disk is full.
         needed, free = 2**20 + sum(a.nbytes for a in arrays.values()), shutil.disk_usage(self.folder).free
         if free < needed:
@@ -120,12 +122,9 @@ class Checkpoints:
             self._writer.save(self.folder / str(step), args=_Save(arrays))
         except Exception as error:  # Orbax and TensorStore raise many kinds
             raise self._not_written(error) from None
-        if jax.process_index() == 0:
-            for old in kept[: max(0, len(kept) + 1 - self._keep)]:
-                shutil.rmtree(self.folder / str(old))
 
     def wait(self) -> None:
-        """Until the last checkpoint is whole.
+        """Until the last checkpoint is whole; only then the oldest ones go.
 
         Raises:
           CheckpointError: if it cannot be written.
@@ -134,6 +133,9 @@ class Checkpoints:
             self._writer.wait_until_finished()
         except Exception as error:
             raise self._not_written(error) from None
+        if jax.process_index() == 0:
+            for old in self.steps()[: -self._keep]:
+                shutil.rmtree(self.folder / str(old))
 
     def record(self) -> tuple[int, dict[str, Any]]:
         """Step and record of the latest checkpoint, its files checked.

@@ -14,7 +14,7 @@ from jaxtyping import Bool, Float, Int
 
 from jaxlstm import regularisers
 from jaxlstm.data import Window, evaluation_windows
-from jaxlstm.dropout import dropout
+from jaxlstm.dropout import dropout, keep_mask
 from jaxlstm.model import LSTM
 from jaxlstm.types import Params, State, sums_dtype
 
@@ -38,6 +38,8 @@ class LanguageModel:
       dropout: rate at which the LSTM's outputs are dropped before the softmax when ``key`` is given; by one mask for
         the whole sequence if the LSTM is ``variational``.
       tied: whether the softmax has the embedding for its weights (Press & Wolf 2017; Inan et al. 2017). E is then P.
+      embedding_dropout: share of the vocabulary whose embedding is dropped when ``key`` is given: a token is or is not,
+        wherever it stands (Gal & Ghahramani 2016; Merity, Keskar & Socher 2018). The softmax's weights stay whole.
 
     Raises:
       ValueError: if E and P differ and are to be tied.
@@ -47,6 +49,7 @@ class LanguageModel:
     lstm: LSTM
     dropout: float = 0.0
     tied: bool = False
+    embedding_dropout: float = 0.0
 
     def __post_init__(self) -> None:
         e, p = self.lstm.input_size, self.lstm.output_size
@@ -78,6 +81,16 @@ class LanguageModel:
         _, dropped, state = self.outputs(params, tokens, state, resets=resets, key=key)
         return self.logits(params, dropped), state
 
+    def inputs(
+        self, params: LanguageModelParams, tokens: Int[ArrayLike, "*batch"], key: Array | None = None
+    ) -> Float[Array, "*batch E"]:
+        """What the LSTM reads: the tokens' embeddings, some dropped with a ``key``."""
+        tokens = jnp.asarray(tokens)
+        xs = params.embedding[tokens]
+        if key is None or self.embedding_dropout == 0.0:
+            return xs
+        return xs * keep_mask(key, self.embedding_dropout, (self.vocabulary_size, 1), xs.dtype)[tokens]
+
     def outputs(
         self,
         params: LanguageModelParams,
@@ -88,8 +101,9 @@ class LanguageModel:
         key: Array | None = None,
     ) -> tuple[Float[Array, "T *batch P"], Float[Array, "T *batch P"], State]:
         """The LSTM's outputs as they are and as `logits` wants them, dropped with a ``key``; and the state."""
-        k_lstm, k_out = (None, None) if key is None else jax.random.split(key)
-        ys, state = self.lstm(params.lstm, params.embedding[jnp.asarray(tokens)], state, resets=resets, key=k_lstm)
+        k_lstm, k_out, k_in = (None, None, None) if key is None else jax.random.split(key, 3)
+        xs = self.inputs(params, tokens, k_in)
+        ys, state = self.lstm(params.lstm, xs, state, resets=resets, key=k_lstm)
         return ys, dropout(k_out, self.dropout, ys, over_time=not self.lstm.variational), state
 
     def step(

@@ -58,6 +58,8 @@ class Options:
     """Share of each layer's outputs dropped in training, in [0, 1)."""
     input_dropout: float = 0.0
     """Share of the embeddings' elements dropped, by one mask for a whole window, in [0, 1)."""
+    embedding_dropout: float = 0.0
+    """Share of the characters or words whose embedding is dropped wherever they stand in a window, in [0, 1)."""
     variational: bool = False
     """One mask for a whole window for --dropout too."""
     recurrent_dropout: float = 0.0
@@ -99,7 +101,8 @@ class Options:
     valid_every: int = 500
     """Steps between two passes over the whole validation text."""
     save_every: int = 200
-    """Steps between two checkpoints; the latest three are kept."""
+    """Steps that a crash costs at most. A checkpoint is begun every half of that, and not before the last one is whole;
+    the latest three are kept."""
     max_skipped: int = 10
     """Steps in a row whose loss or gradient is not finite, each skipped and counted, after which the run gives up."""
 
@@ -149,7 +152,7 @@ class Options:
         for name in numbers:
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"--{name.replace('_', '-')} must not be negative, got {getattr(self, name)}")
-        for name in ("warmup", *(name for name in RATES if name != "output_dropout")):
+        for name in ("warmup", "embedding_dropout", *(name for name in RATES if name != "output_dropout")):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"--{name.replace('_', '-')} must lie in [0, 1), got {getattr(self, name)}")
 

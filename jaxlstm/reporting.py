@@ -1,24 +1,48 @@
 """What a run shows and writes down: progress, metrics, curves."""
 
+import contextlib
 import json
 import math
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, BinaryIO
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn
 from rich.text import Text
 
 
-def write_json(path: Path, value: Any) -> None:
-    """``value`` as JSON, whole or not at all."""
+@contextlib.contextmanager
+def written_whole(path: Path) -> Iterator[BinaryIO]:
+    """A file to write to, which takes the place of ``path`` once all of it is on the disk.
+
+    Raises:
+      OSError: names the file that cannot be written; what was there stays as it was.
+    """
     partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(partial, path)
+    try:
+        with partial.open("wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise _not_written(path, error) from None
+
+
+def _not_written(path: Path, error: OSError) -> OSError:
+    """The system names no file where it is the disk that is full."""
+    return OSError(f"cannot write {path}: {error.strerror or error}")
+
+
+def write_json(path: Path, value: Any) -> None:
+    """``value`` as JSON, by `written_whole`."""
+    with written_whole(path) as file:
+        file.write((json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())
 
 
 def keep_rows(path: Path, count: int) -> list[dict[str, Any]]:
@@ -34,9 +58,8 @@ def keep_rows(path: Path, count: int) -> list[dict[str, Any]]:
         raise ValueError(f"{path} is damaged: the first {count:,} lines are not all JSON") from None
     if len(rows) < count:
         raise ValueError(f"{path} is damaged: {len(rows):,} lines, expected at least {count:,}")
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
-    os.replace(partial, path)
+    with written_whole(path) as file:
+        file.write("".join(line + "\n" for line in lines).encode())
     return rows
 
 
@@ -84,9 +107,9 @@ class Report:
     ) -> None:
         self._counted, self._say = counted, say
         self.console = console
-        path = folder / "metrics.jsonl"
-        self.rows = keep_rows(path, rows)
-        self._metrics = path.open("a", encoding="utf-8")
+        self._path = folder / "metrics.jsonl"
+        self.rows = keep_rows(self._path, rows)
+        self._metrics = self._path.open("a", encoding="utf-8")
         last = self.rows[-1]["step"] if self.rows else 0
         self._board = _tensorboard(folder / "tensorboard", last + 1) if tensorboard else None
         columns = (TextColumn("{task.fields[figures]}"), BarColumn(None), _Remaining())
@@ -105,7 +128,11 @@ class Report:
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._bar.stop()
-        self._metrics.close()
+        try:
+            self._metrics.close()
+        except OSError:  # a row that could not be written is tried again here
+            if error is None:
+                raise
         if self._board is not None:
             self._board.close()
 
@@ -152,8 +179,11 @@ class Report:
     def _write(self, step: int, split: str, figures: dict[str, float]) -> None:
         values = {name: value if math.isfinite(value) else None for name, value in figures.items()}  # JSON has no NaN
         self.rows.append({"step": step, "split": split} | values)
-        self._metrics.write(json.dumps(self.rows[-1]) + "\n")
-        self._metrics.flush()
+        try:
+            self._metrics.write(json.dumps(self.rows[-1]) + "\n")
+            self._metrics.flush()
+        except OSError as error:
+            raise _not_written(self._path, error) from None
         if self._board is not None:
             for name, value in figures.items():
                 self._board.add_scalar(f"{split}/{name}", value, step)
@@ -185,7 +215,8 @@ def draw_curves(path: Path, rows: list[dict[str, Any]], title: str, unit: str) -
         bits.set_ylabel(unit.replace("nats", "bits"))
     axes.grid(alpha=0.3)
     axes.legend()
-    figure.savefig(path, dpi=150)
+    with written_whole(path) as file:
+        figure.savefig(file, format="png", dpi=150)
 
 
 def _to_bits(nats: Any) -> Any:

@@ -3,7 +3,6 @@
 import collections
 import itertools
 import math
-import os
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -16,6 +15,7 @@ import optax
 from jax import Array
 from jax.typing import ArrayLike
 
+from jaxlstm.reporting import written_whole
 from jaxlstm.types import Layer
 
 BEST = "best.msgpack"  # the best parameters, in the folder of a run
@@ -203,12 +203,8 @@ def prefetch(batches: Iterator[Any], place: Callable[[Any], Any] = jax.device_pu
 
 def save_params(path: Path, params: Any) -> None:
     """Write parameters to a file, whole or not at all (MessagePack, by Flax)."""
-    partial = path.with_name(path.name + ".partial")
-    with partial.open("wb") as file:
+    with written_whole(path) as file:
         file.write(flax.serialization.to_bytes(params))
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
 
 
 def load_params(path: Path, init: Callable[[Array], Any]) -> Any:

@@ -214,6 +214,27 @@ def test_activation_terms_shrink_what_they_weigh_and_stay_out_of_the_reported_lo
     assert slow[2] < 0.3 * plain[2]
 
 
+def test_a_dropped_embedding_is_dropped_wherever_its_token_stands():
+    vocabulary, rate = 400, 0.3
+    m = LanguageModel(vocabulary, jaxlstm.LSTM(8, 8, proj_size=8), tied=True, embedding_dropout=rate)
+    params = m.init(jax.random.key(0))
+    tokens = jnp.asarray(np.random.default_rng(0).permutation(np.tile(np.arange(vocabulary), 3)).reshape(100, 12))
+    shares = np.asarray(m.inputs(params, tokens, jax.random.key(1)) / params.embedding[tokens])
+    of_token = np.array([shares[tokens == token].ravel() for token in range(vocabulary)])
+    kept = np.isclose(of_token, 1 / (1 - rate))
+    assert np.all(kept.all(1) | (of_token == 0).all(1))
+    assert abs((~kept).mean() - rate) < 4 * np.sqrt(rate * (1 - rate) / vocabulary)
+    np.testing.assert_array_equal(m.inputs(params, tokens), params.embedding[tokens])
+    # A window's loss draws a mask of its own; what is dropped there is still among what can be predicted.
+    window = data.Window(tokens, tokens, np.bool_(True))
+    state = m.lstm.initial_state((12,))
+    reads = jax.jit(lambda params, key: training_loss(m)(params, state, window, key)[0])
+    assert reads(params, jax.random.key(2)) != reads(params, jax.random.key(3))
+    whole = LanguageModel(vocabulary, m.lstm, tied=True)
+    assert m(params, tokens)[0].shape == (100, 12, vocabulary)
+    np.testing.assert_array_equal(m(params, tokens)[0], whole(params, tokens)[0])
+
+
 def test_tied_weights_are_one_array_with_one_gradient():
     m = LanguageModel(5, jaxlstm.LSTM(8, 16, proj_size=8), tied=True)
     params = m.init(jax.random.key(0))

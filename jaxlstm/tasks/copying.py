@@ -17,13 +17,13 @@ from jaxlstm.tasks.task import Task
 
 DEFAULTS: dict[str, Any] = {
     "embedding": 10,
-    "hidden": 128,
+    "hidden": 256,
     "dropout": 0.0,
-    "window": 100,
-    "batch": 64,
+    "window": 50,
+    "batch": 32,
     "learning_rate": 1e-2,
     "weight_decay": 0.0,
-    "max_steps": 2000,
+    "max_steps": 3000,
     "valid_every": 250,
 }
 SYMBOLS, LENGTH = 10, 10  # eight to remember, blank and the one that asks for the answer; symbols to remember

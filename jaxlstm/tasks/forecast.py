@@ -16,6 +16,7 @@ from jax import Array
 from jaxlstm import data, series
 from jaxlstm.options import Options
 from jaxlstm.readout import Readout
+from jaxlstm.reporting import written_whole
 from jaxlstm.tasks.recurrent import network
 from jaxlstm.tasks.task import Task
 
@@ -124,7 +125,8 @@ def make(options: Options) -> Task:
             axes.grid(alpha=0.3)
             axes.legend()
         picture.suptitle(f"{path.stem}: {horizon} steps ahead")
-        picture.savefig(folder / "forecast.png", dpi=150)
+        with written_whole(folder / "forecast.png") as file:
+            picture.savefig(file, format="png", dpi=150)
 
     return Task(
         about=f"{path.stem}: {steps:,} steps of {', '.join(table.names)}; {horizon} ahead from {options.window}",

@@ -34,9 +34,8 @@ def build(options: Options, vocabulary_size: int, *, remember: int | None = None
     """The model that the options describe; ``remember`` as in `jaxlstm.tasks.recurrent.network`."""
     if options.bidirectional:
         raise ValueError("--bidirectional would let a language model see what it has to predict")
-    return LanguageModel(
-        vocabulary_size, network(options, options.embedding, remember=remember), options.dropout, options.tied
-    )
+    lstm = network(options, options.embedding, remember=remember)
+    return LanguageModel(vocabulary_size, lstm, options.dropout, options.tied, options.embedding_dropout)
 
 
 def task(options: Options, alphabet: Alphabet, train_ids: np.ndarray, valid_ids: np.ndarray, **described: Any) -> Task:

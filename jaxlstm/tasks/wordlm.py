@@ -21,6 +21,7 @@ DEFAULTS: dict[str, Any] = {
     "tied": True,
     "dropout": 0.4,
     "input_dropout": 0.3,
+    "embedding_dropout": 0.1,
     "variational": True,
     "weight_drop": 0.3,
     "activation": 2.0,
