@@ -10,7 +10,6 @@ import torch_cases
 from tolerance import tolerance
 
 import jaxlstm
-from jaxlstm.recurrence import IMPLEMENTATIONS
 
 RECORDED = np.load(torch_cases.RECORDED)
 live = pytest.mark.skipif(importlib.util.find_spec("torch") is None, reason="torch is not installed")

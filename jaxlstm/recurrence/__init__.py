@@ -9,7 +9,19 @@ taken in, `jaxlstm.recurrence.how.How`, and ``ys (T, B, D*P)``. The caller has z
 behind the mask, and zeroes ``ys`` there afterwards: an implementation has only to hold the state.
 """
 
-from jaxlstm.recurrence import fused, scan
+from collections.abc import Callable
+from functools import partial
+from typing import Any
 
-IMPLEMENTATIONS = {"scan": scan.run, "fused": fused.run}
-DEFAULT = "fused"
+from jaxlstm.recurrence import cudnn, fused, newton, scan
+from jaxlstm.recurrence.newton import Newton as Newton
+
+IMPLEMENTATIONS = {"scan": scan.run, "fused": fused.run, "newton": newton.run, "cudnn": cudnn.run}
+Implementation = str | Newton  # a name, or one with options
+
+
+def runs(implementation: Implementation) -> Callable[..., Any]:
+    """The function behind a name in the table, or behind options."""
+    if isinstance(implementation, Newton):
+        return partial(newton.run, options=implementation)
+    return IMPLEMENTATIONS[implementation]
