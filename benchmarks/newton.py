@@ -119,7 +119,9 @@ def draw(path: Path, found: dict[str, list[dict[str, Any]]], title: str) -> None
         for kind, style, label in (("train", "-", "training step"), ("infer", "--", "inference")):
             for name, (colour, marker) in COLOURS.items():
                 line = [
-                    (p[axis], p[kind][name]["median_ms"] / p[kind]["fused"]["median_ms"]) for p in points if name in p[kind]
+                    (p[axis], p[kind][name]["median_ms"] / p[kind]["fused"]["median_ms"])
+                    for p in points
+                    if name in p[kind]
                 ]
                 axes.plot(*zip(*line), style, color=colour, marker=marker, label=f"{name}, {label}")
         axes.axhline(1, color="black", linewidth=1.2)

@@ -80,7 +80,7 @@ class LSTM:
       param_dtype: of the parameters.
       remat: keep only the state every so many steps for the backward pass, and compute the rest again.
       unroll: steps per iteration of the compiled loop.
-      implementation: of the recurrence, a name in `jaxlstm.recurrence`, or `jaxlstm.recurrence.Newton` with its options;
+      implementation: of the recurrence, a name in `jaxlstm.recurrence`, or a `jaxlstm.recurrence.Newton` of options;
         None picks (`jaxlstm.recurrence.explain` says what and why), a name is obeyed or refused.
 
     Raises:

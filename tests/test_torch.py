@@ -2,6 +2,7 @@
 
 import importlib.util
 
+import cases
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -70,7 +71,7 @@ def compare(name, arrays, implementation):
         np.testing.assert_allclose(a, b, **bound)
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("implementation", cases.IMPLEMENTATIONS)
 @pytest.mark.parametrize("name", torch_cases.CASES)
 def test_recorded(name, implementation):
     compare(name, recorded(name), implementation)

@@ -14,6 +14,8 @@ from functools import partial
 from typing import Any
 
 from jaxlstm.recurrence import cudnn, fused, newton, scan
+from jaxlstm.recurrence.choice import Choice as Choice
+from jaxlstm.recurrence.choice import explain as explain
 from jaxlstm.recurrence.newton import Newton as Newton
 
 IMPLEMENTATIONS = {"scan": scan.run, "fused": fused.run, "newton": newton.run, "cudnn": cudnn.run}

@@ -1,11 +1,12 @@
 """cuDNN's LSTM on NVIDIA GPUs, through `jax.experimental.rnn`: one call for a layer and both of its directions.
 
-What lies between layers, dropout among it, stays the caller's. The products are taken in TF32, with 10 bits of mantissa,
-as cuDNN does by default; under ``jax.default_matmul_precision("highest")`` in float32.
+What lies between layers, dropout among it, stays the caller's. The products are taken in TF32, with 10 bits of
+mantissa, as cuDNN does by default; under ``jax.default_matmul_precision("highest")`` in float32.
 
 It knows nothing of `jax.jvp`, second derivatives and `jax.vmap`: the last is refused here, the others by JAX.
 """
 
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -33,7 +34,9 @@ def run(
     if rows == 0:
         return jnp.zeros((steps, 0, state.h.shape[0] * state.h.shape[-1]), how.dtype), state
     directions, units = len(layer.directions), state.h.shape[-1]
-    lengths = jnp.full(rows, steps, jnp.int32) if how.lengths is None else jnp.clip(how.lengths, 0, steps).astype(jnp.int32)
+    lengths = (
+        jnp.full(rows, steps, jnp.int32) if how.lengths is None else jnp.clip(how.lengths, 0, steps).astype(jnp.int32)
+    )
     # cuDNN's first direction runs forward: where ours runs backward, two change places and one has its inputs turned.
     swapped, turned = how.reverse and directions == 2, how.reverse and directions == 1
     order = slice(None, None, -1) if swapped else slice(None)
@@ -42,7 +45,8 @@ def run(
     arguments = (jnp.swapaxes(x, 0, 1), before.h, before.c, pack(layer.directions[order]))
     _refuse_vmap(*map(lax.stop_gradient, arguments))
     sizes = (inputs, units, 1, 0.0, directions == 2, _precision())
-    y, h, c = rnn.lstm(*arguments, jnp.maximum(lengths, 1), *sizes)  # it takes no row of length 0
+    outputs: Any = rnn.lstm(*arguments, jnp.maximum(lengths, 1), *sizes)  # it takes no row of length 0
+    y, h, c = outputs
     ys = jnp.swapaxes(y, 0, 1)
     if turned:
         ys = _turn(ys, lengths)
@@ -92,7 +96,8 @@ def _turn(xs: Float[Array, "T B N"], lengths: Int[Array, " B"]) -> Float[Array, 
 
 def _precision() -> lax.Precision:
     """Said here and not left to be looked up, since the backward pass is traced when the context may be gone."""
-    return lax.Precision.HIGHEST if jax.config.jax_default_matmul_precision in FULL else lax.Precision.HIGH
+    asked = jax.config.jax_default_matmul_precision  # pyright: ignore[reportAttributeAccessIssue]
+    return lax.Precision.HIGHEST if asked in FULL else lax.Precision.HIGH
 
 
 FULL = ("highest", "float32")  # values of jax.default_matmul_precision
@@ -108,5 +113,5 @@ def _refuse_vmap(*arrays: Array) -> tuple[Array, ...]:
 
 
 @_refuse_vmap.def_vmap
-def _mapped(size: int, mapped: object, *arrays: Array) -> None:
+def _mapped(size: int, mapped: Any, *arrays: Array) -> Any:
     raise ValueError("implementation='cudnn' does not take jax.vmap; batch axes of xs it takes")

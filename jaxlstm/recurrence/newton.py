@@ -180,15 +180,14 @@ def solve(
 def _for_each_step(ended: "Ended", steps: int) -> Effort:
     """The effort of each of a number of steps, so that chunks of time go one after the other."""
     unsolved = jnp.arange(steps, dtype=jnp.int32) >= ended.solved
-    return Effort(*(jnp.broadcast_to(a, (steps,)) for a in (ended.iterations, ended.residual)), unsolved)
+    iterations, residual = (jnp.broadcast_to(a, (steps,)) for a in (ended.iterations, ended.residual))
+    return Effort(iterations, residual, unsolved)
 
 
 # What a step is
 
 
-def _around(
-    network: Network, now: Moment, before: State, inner: Callable[[State], State]
-) -> State:
+def _around(network: Network, now: Moment, before: State, inner: Callable[[State], State]) -> State:
     """A step between a fresh start, where one is marked, and the mask; a held step may start anew too."""
     begin = restart(now.fresh, network.start, before)
     after, taken = inner(begin), now.taken
@@ -406,14 +405,15 @@ def _shift_in(begin: State, states: State) -> State:
     return jax.tree.map(lambda a, b: jnp.concatenate([a[None], b]), begin, states)
 
 
-def _raise(limit: int, num_steps: int, solved: np.ndarray) -> np.ndarray:
+def _raise(limit: int, num_steps: int, solved: Array) -> np.ndarray:
     """``solved``, if that is all of the steps."""
-    if np.any(solved < num_steps):
+    counts = np.asarray(solved)
+    if np.any(counts < num_steps):
         raise RuntimeError(
-            f"Newton's method has solved {np.min(solved)} of {num_steps} steps in max_iterations={limit}; "
+            f"Newton's method has solved {counts.min()} of {num_steps} steps in max_iterations={limit}; "
             "otherwise='sequential' would take the others one by one"
         )
-    return solved
+    return counts
 
 
 # The trajectory and its derivative
