@@ -149,8 +149,10 @@ def main(options: Options, console: Console) -> None:
         show(console, axis, found[axis])
     name = f"newton-{options.name or slug()}{'-quick' if options.quick else ''}"
     options.out.mkdir(parents=True, exist_ok=True)
-    write_json(options.out / f"{name}.json", {"machine": machine(), "rounds": rounds, "found": found})
-    draw(options.out / f"{name}.png", found, f'implementation="newton" on {machine()["device"]}, float32, I = H')
+    on = machine()
+    write_json(options.out / f"{name}.json", {"machine": on, "rounds": rounds, "found": found})
+    device = f"{on['cores']} cores of {on['cpu']}" if on["backend"] == "cpu" else on["device"]
+    draw(options.out / f"{name}.png", found, f'implementation="newton" on {device}, float32, I = H')
 
 
 if __name__ == "__main__":

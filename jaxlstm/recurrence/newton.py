@@ -51,7 +51,8 @@ class Newton:
       damping: in [0, 1): the Jacobian is scaled by ``1 - damping``, which tames networks in which small differences
         grow.
       tolerance: by how much a step may miss the equations, relative to the largest number in the state before or after
-        it; None for 32 units in the last place, or 1/8 of one of a narrower ``dtype`` that h is rounded to.
+        it; None for 32 units in the last place, or 1/8 of one of a narrower ``dtype`` that h is rounded to. The same
+        holds for a derivative and its equations.
       otherwise: what happens when ``max_iterations`` did not do: ``"sequential"`` takes the steps after the last one
         that is solved one by one, ``"raise"`` raises a `RuntimeError` (JAX wraps it) while the program runs.
 
