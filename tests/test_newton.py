@@ -94,10 +94,12 @@ def test_what_is_left_over_is_taken_one_by_one(options):
 
 
 @pytest.mark.parametrize("options", EACH)
-def test_as_many_iterations_as_steps_are_enough_for_any_network(options):
-    lstm, params, xs, state = network(scale=1e3, forget_bias=6.0)
-    (effort,) = newton_effort(replace(lstm, implementation=replace(options, max_iterations=STEPS)), params, xs, state)
+def test_as_many_iterations_as_steps_are_enough_even_where_products_of_jacobians_overflow(options):
+    lstm, params, xs, _ = network(scale=1e12)  # at the guess, a state of zeros, no unit is saturated
+    enough = replace(lstm, implementation=replace(options, max_iterations=STEPS))
+    (effort,) = newton_effort(enough, params, xs)
     assert effort.sequential.tolist() == [0]
+    close(enough(params, xs), replace(lstm, implementation="scan")(params, xs))
 
 
 @pytest.mark.slow
