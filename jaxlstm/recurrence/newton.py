@@ -178,7 +178,7 @@ def solve(
     return ys.astype(how.dtype), after, effort
 
 
-def _for_each_step(ended: "Ended", steps: int) -> Effort:
+def _for_each_step(ended: Ended, steps: int) -> Effort:
     """The effort of each of a number of steps, so that chunks of time go one after the other."""
     unsolved = jnp.arange(steps, dtype=jnp.int32) >= ended.solved
     iterations, residual = (jnp.broadcast_to(a, (steps,)) for a in (ended.iterations, ended.residual))
@@ -397,13 +397,8 @@ def _one_by_one(many: Many, steps: Steps, begin: State, states: State, first: Ar
         states = jax.tree.map(lambda all, a: lax.dynamic_update_index_in_dim(all, a[0], t, 0), states, after)
         return states, after, t + 1
 
-    before = jax.tree.map(lambda a: at(a, first), _shift_in(begin, states))
+    before = jax.tree.map(lambda a: at(a, first), _shift(begin, states))  # not used where no step is left
     return lax.while_loop(lambda carry: carry[2] < len(states.h), body, (states, before, first))[0]
-
-
-def _shift_in(begin: State, states: State) -> State:
-    """``begin`` and the states after it."""
-    return jax.tree.map(lambda a, b: jnp.concatenate([a[None], b]), begin, states)
 
 
 def _raise(limit: int, num_steps: int, solved: Array) -> np.ndarray:
