@@ -14,7 +14,7 @@ from jaxtyping import Bool, Float, Int
 from jaxlstm import cells, initializers, sequence, validation
 from jaxlstm.cells import Cell
 from jaxlstm.dropout import Noise, Rates, draw, dropout, keep_mask
-from jaxlstm.recurrence import IMPLEMENTATIONS, OVER_DEVICES
+from jaxlstm.recurrence import IMPLEMENTATIONS, OVER_DEVICES, Implementation, Newton
 from jaxlstm.recurrence.how import How
 from jaxlstm.step import input_part, step
 from jaxlstm.types import Layer, Norm, Params, State, Weights, output_dtype, state_dtype
@@ -80,7 +80,8 @@ class LSTM:
       param_dtype: of the parameters.
       remat: keep only the state every so many steps for the backward pass, and compute the rest again.
       unroll: steps per iteration of the compiled loop.
-      implementation: of the recurrence, a name in `jaxlstm.recurrence`; None picks, a name is obeyed or refused.
+      implementation: of the recurrence, a name in `jaxlstm.recurrence`, or a `jaxlstm.recurrence.Newton` of options;
+        None picks (`jaxlstm.recurrence.explain` says what and why), a name is obeyed or refused.
 
     Raises:
       ValueError, TypeError: for an option that is out of range, unknown or of the wrong type.
@@ -111,7 +112,7 @@ class LSTM:
     param_dtype: DTypeLike = jnp.float32
     remat: int | None = None
     unroll: int = 1
-    implementation: str | None = None
+    implementation: Implementation | None = None
 
     def __post_init__(self) -> None:
         def put(name: str, value: object) -> None:
@@ -135,7 +136,7 @@ class LSTM:
             if self.cell != "rnn":
                 raise ValueError(f"activation={self.activation!r} belongs to cell='rnn', got cell={self.cell!r}")
             validation.choice("activation", self.activation, cells.RNN)
-        if self.implementation is not None:
+        if self.implementation is not None and not isinstance(self.implementation, Newton):
             validation.choice("implementation", self.implementation, IMPLEMENTATIONS | OVER_DEVICES)
         self._check_cell()
 
@@ -353,6 +354,7 @@ class LSTM:
             dtype=self._output_dtype,
             unroll=self.unroll,
             remat=self.remat,
+            lengths=lengths if mask is None else None,
         )
         start = None if resets is None else jax.tree.map(lambda a: a.astype(self._state_dtype), params.state)
         ys = dropout(_part(key, 0, 3), self.input_dropout, xs.astype(self._output_dtype), over_time=False)

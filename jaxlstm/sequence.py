@@ -12,7 +12,8 @@ from jax.typing import DTypeLike
 from jaxtyping import Bool, Float, Int
 
 from jaxlstm.cells import Cell
-from jaxlstm.recurrence import DEFAULT, IMPLEMENTATIONS, OVER_DEVICES
+from jaxlstm.recurrence import Implementation, runs
+from jaxlstm.recurrence.choice import choose
 from jaxlstm.recurrence.how import How
 from jaxlstm.recurrence.scan import along_batch
 from jaxlstm.types import Layer, Size, State
@@ -43,7 +44,7 @@ def run(
     xs: Float[Array, "T *batch I"],
     state: State,
     how: How,
-    implementation: str | None,
+    implementation: Implementation | None,
 ) -> tuple[Float[Array, "T *batch DP"], State]:
     """One layer over time.
 
@@ -56,14 +57,15 @@ def run(
       xs: inputs.
       state: initial state of this layer, h ``(D, *batch, P)`` and c ``(D, *batch, H)``.
       how: the rest, with ``*batch`` for B in its arrays.
-      implementation: a name in `jaxlstm.recurrence`, None for the default.
+      implementation: a name in the tables of `jaxlstm.recurrence`, one with options, or None for what
+        `jaxlstm.recurrence.choice` takes.
 
     Returns:
       outputs and the state after the last step taken.
     """
     if xs.shape[0] == 0:
         return no_steps(state, how.dtype)
-    over_rows = partial((IMPLEMENTATIONS | OVER_DEVICES)[implementation or DEFAULT], cell, layer)
+    over_rows = partial(runs(implementation or choose(jax.default_backend())), cell, layer)
     return steps_that_exist(over_rows, xs, state, how, batch_axes=xs.ndim - 2)
 
 
@@ -108,7 +110,9 @@ def steps_that_exist(
 
     xs, state, mask_of_rows, resets = jax.tree.map(fold, (xs, state, mask, how.resets))
     noise = jax.tree.map(partial(fold, axis=2), how.noise)
-    outputs, last = over_rows(xs, state, how._replace(mask=mask_of_rows, resets=resets, noise=noise))
+    lengths = None if how.lengths is None else how.lengths.ravel()
+    how = how._replace(mask=mask_of_rows, resets=resets, noise=noise, lengths=lengths)
+    outputs, last = over_rows(xs, state, how)
     outputs = jax.tree.map(unfold, outputs)
     if mask is not None:
         outputs = jax.tree.map(lambda a: jnp.where(along_batch(mask, a), a, 0), outputs)

@@ -11,9 +11,16 @@ import oracle
 import pytest
 
 import jaxlstm
+from jaxlstm import recurrence
 from jaxlstm.dropout import Rates, draw, dropout, keep_mask
 from jaxlstm.model import _part
 
+# cuDNN needs a GPU: what is tested of it elsewhere is in `test_cudnn`. Newton's method takes several times as long to
+# compile: it meets every test, but those that are not slow are in `test_newton`.
+MARKS = {"newton": pytest.mark.slow}
+IMPLEMENTATIONS = [
+    pytest.param(name, marks=MARKS.get(name, ())) for name in recurrence.IMPLEMENTATIONS if name != "cudnn"
+]
 CONFIGURATIONS: dict[str, dict[str, Any]] = {
     "one layer": {},
     "two layers": {"num_layers": 2},

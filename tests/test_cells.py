@@ -2,6 +2,7 @@
 
 import math
 
+import cases
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -52,7 +53,7 @@ def test_output_gate_at_1_shows_the_cell_state():
     np.testing.assert_array_equal(cells.lstm(z(i=SHUT, f=OPEN, o=OPEN), c)[1], jnp.tanh(c))
 
 
-@pytest.mark.parametrize("implementation", jaxlstm.recurrence.IMPLEMENTATIONS)
+@pytest.mark.parametrize("implementation", cases.IMPLEMENTATIONS)
 def test_the_gradient_along_an_open_forget_gate_is_carried_unchanged_over_10_000_steps(implementation):
     lstm = jaxlstm.LSTM(2, 3, implementation=implementation)
     weights = jax.tree.map(jnp.zeros_like, lstm.init(jax.random.key(0)).layers[0].forward)

@@ -8,10 +8,9 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from tolerance import tolerance
 
 import jaxlstm
-from jaxlstm.recurrence import IMPLEMENTATIONS
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("implementation", cases.IMPLEMENTATIONS)
 @pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit, "shard_map"])
 @pytest.mark.parametrize("given_state", [True, False])
 def test_batch_over_two_devices(given_state, axis_type, implementation):

@@ -8,7 +8,6 @@ import pytest
 from tolerance import narrow_operands, tolerance
 
 import jaxlstm
-from jaxlstm.recurrence import IMPLEMENTATIONS
 from jaxlstm.recurrence.layout import Layout
 
 CHUNK = Layout.choose(4, 5, jnp.dtype("float64"), jnp.dtype("float64")).chunk
@@ -39,7 +38,7 @@ def terms(case):
     return normalised * case.xs.size * case.lstm.num_layers * case.lstm.num_directions
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("implementation", cases.IMPLEMENTATIONS)
 @pytest.mark.parametrize(("configuration", "inputs"), cases.NAMES)
 def test_outputs_state_and_gradients(configuration, inputs, implementation):
     case = cases.make(configuration, inputs)
@@ -68,7 +67,7 @@ def test_fused_in_the_layouts_of_larger_sizes(configuration, inputs, axis, hoist
     jax.clear_caches()
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("implementation", cases.IMPLEMENTATIONS)
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 @pytest.mark.parametrize("configuration", ["one layer", "two layers bidirectional projection", "rnn"])
 def test_narrow_dtypes(configuration, dtype, implementation):
@@ -90,7 +89,7 @@ def test_narrow_dtypes(configuration, dtype, implementation):
     assert_within(jax.grad(loss, (0, 1, 2))(*narrow), gradient, bounds)
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("implementation", cases.IMPLEMENTATIONS)
 @pytest.mark.parametrize("batch", [(), (1,), (2, 2), (1, 2, 2)])
 def test_any_batch_axes(batch, implementation):
     configuration, inputs = "two layers bidirectional projection", "everything reverse"
@@ -113,7 +112,7 @@ def test_any_batch_axes(batch, implementation):
     assert_close(result, jax.tree.map(lambda a: fold(a, 1), wanted), np.float64, terms(case))
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("implementation", cases.IMPLEMENTATIONS)
 @pytest.mark.parametrize(
     "configuration", ["two layers", "projection", "rnn", pytest.param("all of it", marks=pytest.mark.slow)]
 )
@@ -151,7 +150,7 @@ def test_forward_mode_and_second_derivatives(configuration, implementation):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("implementation", cases.IMPLEMENTATIONS)
 def test_vmap_and_vmap_of_grad(implementation):
     """One sequence mapped over a batch equals the batched call; per-sequence gradients add up to the batch's."""
     case = cases.make("two layers bidirectional", "everything")

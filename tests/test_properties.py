@@ -15,10 +15,9 @@ from hypothesis.extra import numpy as hnp
 from tolerance import tolerance
 
 import jaxlstm
-from jaxlstm.recurrence import IMPLEMENTATIONS
 
 T, B, H = 6, 3, 5
-each = pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+each = pytest.mark.parametrize("implementation", cases.IMPLEMENTATIONS)
 steps = hnp.arrays(bool, (T, B))
 
 

@@ -10,11 +10,10 @@ from tolerance import tolerance
 import jaxlstm
 from jaxlstm import regularisers
 from jaxlstm.dropout import Rates, draw, dropout
-from jaxlstm.recurrence import IMPLEMENTATIONS
 
 T, B, H = 40, 30, 8
 key = jax.random.key(3)
-each = pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+each = pytest.mark.parametrize("implementation", cases.IMPLEMENTATIONS)
 OPTIONS = {
     "dropout": {"dropout": 0.3, "num_layers": 2},
     "variational": {"dropout": 0.3, "num_layers": 2, "variational": True},

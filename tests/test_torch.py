@@ -2,6 +2,7 @@
 
 import importlib.util
 
+import cases
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -10,7 +11,6 @@ from foreign import compare
 
 import jaxlstm
 from jaxlstm.interop import from_torch
-from jaxlstm.recurrence import IMPLEMENTATIONS
 
 RECORDED = np.load(torch_cases.RECORDED)
 live = pytest.mark.skipif(importlib.util.find_spec("torch") is None, reason="torch is not installed")
@@ -41,7 +41,7 @@ def check(name, arrays, implementation):
     )
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("implementation", cases.IMPLEMENTATIONS)
 @pytest.mark.parametrize("name", torch_cases.CASES)
 def test_recorded(name, implementation):
     check(name, recorded(name), implementation)

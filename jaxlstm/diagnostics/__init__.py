@@ -3,6 +3,7 @@
 python -m jaxlstm.diagnostics --help
 """
 
+from jaxlstm.diagnostics.effort import newton_effort as newton_effort
 from jaxlstm.diagnostics.flow import Flow as Flow
 from jaxlstm.diagnostics.flow import Norms as Norms
 from jaxlstm.diagnostics.flow import gradient_flow as gradient_flow

@@ -9,8 +9,22 @@ taken in, `jaxlstm.recurrence.how.How`, and ``ys (T, B, D*P)``. The caller has z
 behind the mask, and zeroes ``ys`` there afterwards: an implementation has only to hold the state.
 """
 
-from jaxlstm.recurrence import fused, scan, sharded
+from collections.abc import Callable
+from functools import partial
+from typing import Any
 
-IMPLEMENTATIONS = {"scan": scan.run, "fused": fused.run}
+from jaxlstm.recurrence import cudnn, fused, newton, scan, sharded
+from jaxlstm.recurrence.choice import Choice as Choice
+from jaxlstm.recurrence.choice import explain as explain
+from jaxlstm.recurrence.newton import Newton as Newton
+
+IMPLEMENTATIONS = {"scan": scan.run, "fused": fused.run, "newton": newton.run, "cudnn": cudnn.run}
 OVER_DEVICES = {"sharded": sharded.run}  # needs a mesh to be more than "scan", and does without some options
-DEFAULT = "fused"
+Implementation = str | Newton  # a name, or one with options
+
+
+def runs(implementation: Implementation) -> Callable[..., Any]:
+    """The function behind a name in the tables, or behind options."""
+    if isinstance(implementation, Newton):
+        return partial(newton.run, options=implementation)
+    return (IMPLEMENTATIONS | OVER_DEVICES)[implementation]

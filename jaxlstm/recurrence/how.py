@@ -21,3 +21,4 @@ class How(NamedTuple):
     dtype: jnp.dtype  # of products and outputs
     unroll: int  # steps per iteration of the compiled loop
     remat: int | None  # steps per rematerialised chunk
+    lengths: Array | None = None  # (B,) int: steps taken of each row, where the mask is a prefix; else None

@@ -86,11 +86,11 @@ def _direction(
 
     def body(before: State, now: Any) -> tuple[State, Any]:
         z_x, taken, first, noise = now
-        begin = before if how.reverse else _restart(first, start, before)
+        begin = before if how.reverse else restart(first, start, before)
         after, output = equations.step(z_x, begin, noise)
         if taken is not None:
             after = jax.tree.map(lambda new, old: jnp.where(along_batch(taken, new), new, old), after, before)
-        return (_restart(first, start, after) if how.reverse else after), output
+        return (restart(first, start, after) if how.reverse else after), output
 
     def scan(before: State, steps: Any) -> tuple[State, Any]:
         xs, *rest = steps
@@ -104,7 +104,7 @@ def _direction(
     return outputs, last
 
 
-def _restart(rows: Array | None, start: State | None, state: State) -> State:
+def restart(rows: Array | None, start: State | None, state: State) -> State:
     """``state (B, *units)`` with the marked rows of the batch at ``start (*units)``, zeros where None."""
     if rows is None:
         return state

@@ -1,0 +1,53 @@
+"""What is taken where no implementation is named, and why."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+import jaxlstm
+from jaxlstm import recurrence
+from jaxlstm.recurrence import choice, cudnn, explain
+
+
+def test_every_row_takes_one_and_has_a_reason_for_each_other():
+    for platform, row in {**choice.TABLE, "other": choice.OTHER}.items():
+        needs_cuda = set() if platform == "gpu" else {"cudnn"}
+        assert {row.takes, *row.others} == set(recurrence.IMPLEMENTATIONS) - needs_cuda
+        assert row.takes not in row.others
+        assert all([row.because, *row.others.values()])
+
+
+def test_what_is_explained_is_what_runs(monkeypatch):
+    ran = []
+    for name, run in recurrence.IMPLEMENTATIONS.items():
+        monkeypatch.setitem(recurrence.IMPLEMENTATIONS, name, lambda *a, n=name, run=run: (ran.append(n), run(*a))[1])
+    lstm = jaxlstm.LSTM(3, 7)
+    said = explain(lstm, (5, 2, 3))
+    ran.clear()
+    lstm(lstm.init(jax.random.key(0)), jnp.ones((5, 2, 3), jnp.float32))
+    assert ran == [said.takes] == ["fused"]
+
+
+def test_each_other_has_a_line_that_says_why_not():
+    said = explain(jaxlstm.LSTM(3, 4, proj_size=2, implementation="scan"), (5, 2, 3))
+    assert said.others["cudnn"] == "refused: implementation='cudnn' needs an NVIDIA GPU, got the backend 'cpu'"
+    assert said.others["scan"].startswith("slower: ")
+    assert said.others["newton"].startswith("slower: ")
+    lines = str(said).splitlines()
+    assert [line.split(":")[0] for line in lines] == ["fused", "scan", "newton", "cudnn"]
+    assert [line.split(";")[0].split(": ")[1] for line in lines] == ["taken", "not taken", "not taken", "not taken"]
+
+
+def test_where_nothing_is_measured_it_says_so(monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(cudnn, "_on_cuda", lambda: True)
+    said = explain(jaxlstm.LSTM(3, 4, proj_size=2), (5, 2, 3))
+    assert said.takes == "fused"
+    assert said.because == "all are unmeasured on this platform"
+    assert said.others["newton"] == "unmeasured on this platform"
+    assert said.others["cudnn"] == "refused: implementation='cudnn' does not take a projection"
+
+
+def test_wrong_inputs_are_an_error_and_not_a_refusal():
+    with pytest.raises(ValueError, match="xs must have shape"):
+        explain(jaxlstm.LSTM(3, 4), (5, 2, 4))
