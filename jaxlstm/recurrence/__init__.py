@@ -9,7 +9,7 @@ taken in, `jaxlstm.recurrence.how.How`, and ``ys (T, B, D*P)``. The caller has z
 behind the mask, and zeroes ``ys`` there afterwards: an implementation has only to hold the state.
 """
 
-from jaxlstm.recurrence import fused, scan
+from jaxlstm.recurrence import fused, pallas, scan
 
-IMPLEMENTATIONS = {"scan": scan.run, "fused": fused.run}
+IMPLEMENTATIONS = {"scan": scan.run, "fused": fused.run, "pallas": pallas.run}
 DEFAULT = "fused"
