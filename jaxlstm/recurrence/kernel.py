@@ -158,19 +158,18 @@ def _kernel(body: Body, blocks: Blocks, resident: Any, carry: Any, over_time: An
         def _() -> None:
             _write(carry, _read(before))
 
-        stays = (_read(constants), _read(resident))
+        stays = (list(map(_as_in_body, _read(constants), program.consts)), _read(resident))
         for step in reversed(range(blocks.steps)) if blocks.reverse else range(blocks.steps):
             arguments = jax.tree.leaves((stays[1], _read(carry), _read(over_time, step)))
-            arguments = [a if a.dtype == want.dtype else a != 0 for a, want in zip(arguments, program.in_avals)]
+            arguments = list(map(_as_in_body, arguments, program.in_avals))
             after, now = tree.unflatten(jaxpr_as_fun(ClosedJaxpr(plain, stays[0]))(*arguments))
             _write(carry, after)
             _write(out, now, step)
 
     out = jax.tree.map(put_out, shapes[1])
     after = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), carry)
-    # Neither constants of the program nor booleans: a kernel takes the ones as operands and the others as integers.
-    operands = (program.consts, resident, carry, over_time)
-    operands = jax.tree.map(lambda a: a.astype(jnp.int32) if a.dtype == jnp.bool_ else a, operands)
+    # A kernel has no constants of its own: those of the body are operands too.
+    operands = jax.tree.map(_as_in_memory, (program.consts, resident, carry, over_time))
     made_for = chip()
     return pl.pallas_call(
         kernel,
@@ -185,6 +184,18 @@ def _kernel(body: Body, blocks: Blocks, resident: Any, carry: Any, over_time: An
         interpret=made_for is None,
         name="lstm",
     )(*operands)
+
+
+def _as_in_memory(a: Array) -> Array:
+    """An operand of a kernel: there are no booleans in VMEM, and no vectors that are not a row of a matrix."""
+    a = a.astype(jnp.int32) if a.dtype == jnp.bool_ else a
+    return a if a.ndim > 1 else a.reshape(1, -1)
+
+
+def _as_in_body(a: Array, like: Any) -> Array:
+    """An operand as the body knows it."""
+    a = a if a.ndim == like.ndim else a[0].reshape(like.shape)
+    return a if a.dtype == like.dtype else a != 0
 
 
 def _read(refs: Any, step: int | None = None) -> Any:

@@ -31,7 +31,7 @@ from jaxlstm.step import advance, input_part, slabs
 from jaxlstm.types import Layer, State, Weights
 
 
-MOST_ROWS, FEWEST_ROWS = 256, 32  # of the batch in one block
+MOST_ROWS, FEWEST_ROWS = 128, 32  # of the batch in one block
 
 
 class Static(NamedTuple):
@@ -237,9 +237,11 @@ def _(static: Static, primals: Any, tangents: Any) -> Any:
     def by_path(d: Path) -> Path:
         return jax.jvp(lambda path: steps(given, path), (path,), (d,))[1]
 
+    b = by_given(given, path, d_given)
+    b = lax.optimization_barrier(b)  # the solve is transposed only where every part of b depends on a tangent, or seems to
     return path, lax.custom_linear_solve(
         lambda d: jax.tree.map(jnp.subtract, d, by_path(d)),
-        by_given(given, path, d_given),
+        b,
         lambda _, b: _solve(static, given, marks, path, b),
         lambda _, b: _solve_transposed(static, given, marks, path, b),
     )
@@ -313,7 +315,7 @@ def _rows_that_fit(static: Static, w: Weights, marks: Marks, batch: int) -> int:
       ValueError: if none does, or the dtype is not one of a TPU.
     """
     chip = kernel.chip()
-    rows = min(batch, MOST_ROWS)
+    rows = _even_blocks(batch, MOST_ROWS)
     if chip is None:
         return rows
     if static.sums != jnp.float32 or static.dtype not in (jnp.float32, jnp.bfloat16):
@@ -327,7 +329,7 @@ def _rows_that_fit(static: Static, w: Weights, marks: Marks, batch: int) -> int:
         return _footprint(static, w, marks, units, rows) <= chip.vmem_capacity_bytes
 
     while rows > FEWEST_ROWS and not fits(units, rows):
-        rows = max(FEWEST_ROWS, rows // 2 // FEWEST_ROWS * FEWEST_ROWS)
+        rows = _even_blocks(batch, max(FEWEST_ROWS, rows // 2))
     if fits(units, rows):
         return rows
     outputs = w.w_h.shape[1]
@@ -338,6 +340,12 @@ def _rows_that_fit(static: Static, w: Weights, marks: Marks, batch: int) -> int:
         f"{weights / 2**20:.1f} MiB, with the blocks of {rows} sequences {_footprint(static, w, marks, units, rows) / 2**20:.1f} "
         f"MiB, of the {chip.vmem_capacity_bytes / 2**20:.0f} MiB of {chip.chip_version}; hidden_size fits up to {largest}"
     )
+
+
+def _even_blocks(batch: int, most: int) -> int:
+    """The rows of a block, at most ``most`` or little more, where a batch is cut into as few as that needs."""
+    blocks = -(-batch // most)
+    return batch if blocks == 1 else -(-batch // blocks // 16) * 16
 
 
 def _footprint(static: Static, w: Weights, marks: Marks, units: int, rows: int) -> int:
