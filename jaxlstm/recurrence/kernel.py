@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 from jax.extend.core import ClosedJaxpr, Jaxpr, Literal, jaxpr_as_fun
 
@@ -22,6 +23,8 @@ Within ``making_for(INTERPRET)`` a kernel is carried out operation by operation,
 its numbers are checked. Within ``making_for(chip)``, a `jax.experimental.pallas.tpu.ChipVersion`, it is lowered for
 that chip from any host.
 """
+
+ZERO = np.int32(0)  # an index of a block; a bare 0 is an int64 where those are switched on, and a TPU has none
 
 # (resident, carry, now) -> (carry, out): trees of arrays; ``carry`` is of (rows, n), ``now`` and ``out`` of (..., rows, n)
 Body = Callable[[Any, Any, Any], tuple[Any, Any]]
@@ -142,14 +145,14 @@ def _kernel(body: Body, blocks: Blocks, resident: Any, carry: Any, over_time: An
         return jax.ShapeDtypeStruct(shape, a.dtype)
 
     def kept(a: Any) -> Any:
-        return pl.BlockSpec(a.shape, lambda b, t: (0,) * a.ndim, pipeline_mode=pl.Buffered(1))
+        return pl.BlockSpec(a.shape, lambda b, t: (ZERO,) * a.ndim, pipeline_mode=pl.Buffered(1))
 
     def carried(a: Any) -> Any:
-        return pl.BlockSpec(blocks.of_carry(a), lambda b, t: (b, 0))
+        return pl.BlockSpec(blocks.of_carry(a), lambda b, t: (b, ZERO))
 
     def flowing(a: Any) -> Any:
         def at(b: Any, t: Any) -> tuple[Any, ...]:
-            return (grid[1] - 1 - t if blocks.reverse else t, *[0] * (a.ndim - 3), b, 0)
+            return (grid[1] - 1 - t if blocks.reverse else t, *[ZERO] * (a.ndim - 3), b, ZERO)
 
         return pl.BlockSpec(blocks.over_time(a), at)
 
@@ -169,7 +172,8 @@ def _kernel(body: Body, blocks: Blocks, resident: Any, carry: Any, over_time: An
     out = jax.tree.map(put_out, shapes[1])
     after = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), carry)
     # A kernel has no constants of its own: those of the body are operands too.
-    operands = jax.tree.map(_as_in_memory, (program.consts, resident, carry, over_time))
+    constants = list(map(jnp.asarray, program.consts))
+    operands = jax.tree.map(_as_in_memory, (constants, resident, carry, over_time))
     made_for = chip()
     return pl.pallas_call(
         kernel,

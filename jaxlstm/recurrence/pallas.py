@@ -15,6 +15,7 @@ Run in interpret mode, in float32, bfloat16 and float64, against the same suite 
 for TPUs from another host. It has never run on one: its speed is unknown.
 """
 
+import bisect
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -80,6 +81,12 @@ def run(
     Raises:
       ValueError: without a TPU, for a dtype that it does not have, and for weights that do not fit into its VMEM.
     """
+    explicit = jax.typeof(xs).sharding.mesh.explicit_axes
+    if explicit:
+        raise ValueError(
+            "implementation='pallas' runs on each device by itself, within jax.shard_map(..., check_vma=False); got "
+            f"inputs on a mesh with the explicit axes {explicit}"
+        )
     ys, last = [], []
     for d, weights in enumerate(layer.directions):
         before, start, noise = jax.tree.map(lambda a: a[d], (state, how.start, how.noise))  # noqa: B023
@@ -334,7 +341,7 @@ def _rows_that_fit(static: Static, w: Weights, marks: Marks, batch: int) -> int:
         return rows
     outputs = w.w_h.shape[1]
     weights = gates * outputs * units * static.dtype.itemsize
-    largest = max((n for n in range(units) if fits(n, rows)), default=0)
+    largest = bisect.bisect_left(range(1, units), True, key=lambda n: not fits(n, rows))
     raise ValueError(
         f"implementation='pallas' keeps the recurrent weights in VMEM: {gates} x {outputs} x {units} of {static.dtype} are "
         f"{weights / 2**20:.1f} MiB, with the blocks of {rows} sequences {_footprint(static, w, marks, units, rows) / 2**20:.1f} "
