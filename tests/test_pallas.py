@@ -41,8 +41,7 @@ def test_forward_mode_and_second_derivatives_of_all_but_remat(monkeypatch):
     test_parity.test_forward_mode_and_second_derivatives("all of it", "pallas")
 
 
-@pytest.mark.parametrize("reverse", [False, True])
-@pytest.mark.parametrize(("rows", "steps"), [(3, 1), (2, 3), (8, 20)])
+@pytest.mark.parametrize(("rows", "steps", "reverse"), [(3, 1, False), (2, 3, True), (8, 20, False)])
 def test_the_scan_of_the_kernel_is_that_of_jax(rows, steps, reverse):
     """In blocks that do not divide rows and steps, with constants, names, booleans, vectors and no array at all."""
     rng = np.random.default_rng(0)
@@ -77,14 +76,16 @@ def test_a_batch_in_blocks(monkeypatch):
         def loss(*arguments):
             return cases.loss(*lstm(*arguments, **case.options), case.cotangents)
 
-        return jax.value_and_grad(loss, (0, 1, 2))(case.params, case.xs, case.state)
+        return jax.jit(jax.grad(loss, (0, 1, 2)))(case.params, case.xs, case.state)
 
     monkeypatch.setattr(pallas, "MOST_ROWS", 3)
     monkeypatch.setattr(pallas, "_even_blocks", lambda batch, most: most)
     assert_close(gradient("pallas"), gradient("scan"), np.float64, case.xs.size)
 
 
-@pytest.mark.parametrize("argument", [0, pytest.param(1, marks=pytest.mark.slow), pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "argument", [0, pytest.param(1, marks=pytest.mark.slow), pytest.param(2, marks=pytest.mark.slow)]
+)
 def test_the_gradient_of_one_argument_is_that_of_all(argument):
     case = cases.make("one layer", "plain")
     lstm = network(3, 5, param_dtype=jnp.float64)
@@ -94,7 +95,7 @@ def test_the_gradient_of_one_argument_is_that_of_all(argument):
 
     arguments = (case.params, case.xs, case.state)
     wanted = cases.expected("one layer", "plain")[1][argument]
-    assert_close(jax.grad(loss, argument)(*arguments), wanted, np.float64, case.xs.size)
+    assert_close(jax.jit(jax.grad(loss, argument))(*arguments), wanted, np.float64, case.xs.size)
 
 
 SIZES = [  # T, B, I, H
@@ -138,7 +139,9 @@ def test_it_is_lowered_for_a_tpu(options, sizes):
 
     def kernels(function):
         with kernel.making_for(CHIP):
-            return jax.export.export(jax.jit(function), platforms=("tpu",))(*shapes).mlir_module().count("tpu_custom_call")
+            return (
+                jax.export.export(jax.jit(function), platforms=("tpu",))(*shapes).mlir_module().count("tpu_custom_call")
+            )
 
     kinds = [kernels(f) for f in (loss, jax.grad(loss, (0, 1)), slope)]
     least = 2 if steps % options.get("unroll", 1) else 1  # a kernel for the steps that are left over
@@ -155,28 +158,31 @@ def test_without_a_tpu_it_is_refused_by_name():
 
 def traced(lstm):
     """Shapes of what it returns, which are to be had without a computation."""
-    return jax.eval_shape(lstm, jax.eval_shape(lstm.init, jax.random.key(0)), jax.ShapeDtypeStruct((4, 2, 3), "float32"))
+    return jax.eval_shape(
+        lstm, jax.eval_shape(lstm.init, jax.random.key(0)), jax.ShapeDtypeStruct((4, 2, 3), "float32")
+    )
 
 
 def test_a_dtype_that_a_tpu_has_not_is_refused():
     lstm = network(3, 5, param_dtype=jnp.float64)
-    with kernel.making_for(CHIP), pytest.raises(ValueError, match="float32 and bfloat16 .* got products in float64"):
+    with kernel.making_for(CHIP), pytest.raises(ValueError, match=r"float32 and bfloat16 .* got products in float64"):
         traced(lstm)
 
 
 @pytest.mark.parametrize(("dtype", "mebibytes"), [(jnp.float32, 1024), (jnp.bfloat16, 512)])
 def test_weights_that_do_not_fit_are_refused_with_the_size_that_does(dtype, mebibytes):
     with kernel.making_for(CHIP):
-        said = f"4 x 8192 x 8192 of {jnp.dtype(dtype).name} are {mebibytes}.0 MiB, .* of the 128 MiB of v5e"
+        said = f"4 x 8192 x 8192 of {jnp.dtype(dtype).name} are {mebibytes}.0 MiB, .* a v5e has 120.0 MiB for them"
         with pytest.raises(ValueError, match=said) as refusal:
             traced(network(3, 8192, dtype=dtype))
         largest = int(re.findall(r"\d+", str(refusal.value))[-1])
         traced(network(3, largest, dtype=dtype))
         with pytest.raises(ValueError, match=f"hidden_size fits up to {largest}"):
             traced(network(3, largest + 1, dtype=dtype))
-        assert 4 * largest**2 * jnp.dtype(dtype).itemsize > 0.8 * 2**27
+        assert 4 * largest**2 * jnp.dtype(dtype).itemsize > 0.75 * 2**27
 
 
+@pytest.mark.slow
 def test_over_devices_it_runs_within_shard_map():
     case = cases.make("one layer", "plain")
     lstm = network(3, 5, param_dtype=jnp.float64)

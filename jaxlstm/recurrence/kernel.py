@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import Array
+from jax import Array, lax
 from jax.extend.core import ClosedJaxpr, Jaxpr, Literal, jaxpr_as_fun
 
 INTERPRET = "interpret"
@@ -26,7 +26,7 @@ that chip from any host.
 
 ZERO = np.int32(0)  # an index of a block; a bare 0 is an int64 where those are switched on, and a TPU has none
 
-# (resident, carry, now) -> (carry, out): trees of arrays; ``carry`` is of (rows, n), ``now`` and ``out`` of (..., rows, n)
+# (resident, carry, now) -> (carry, out): trees of arrays, those of carry (rows, n), of now and out (..., rows, n)
 Body = Callable[[Any, Any, Any], tuple[Any, Any]]
 
 
@@ -44,6 +44,14 @@ class Blocks(NamedTuple):
     def of_carry(self, a: Any) -> tuple[int, ...]:
         """The block of an array ``(B, n)``."""
         return (self.rows, a.shape[-1])
+
+    def one_step(self, a: Any) -> jax.ShapeDtypeStruct:
+        """What the body sees of an array ``(T, ..., B, n)``."""
+        return jax.ShapeDtypeStruct(self.over_time(a)[1:], a.dtype)
+
+    def one_carry(self, a: Any) -> jax.ShapeDtypeStruct:
+        """What the body sees of an array ``(B, n)``."""
+        return jax.ShapeDtypeStruct(self.of_carry(a), a.dtype)
 
 
 def chip() -> Any:
@@ -77,9 +85,7 @@ def footprint(blocks: Blocks, resident: Any, carry: Any, over_time: Any) -> int:
         return sum(_bytes(block(a), a.dtype) for a in jax.tree.leaves(arrays))
 
     flow = total(over_time, blocks.over_time)
-    return (
-        total(resident, lambda a: a.shape) + 4 * total(carry, blocks.of_carry) + 2 * flow + flow // blocks.steps
-    )
+    return total(resident, lambda a: a.shape) + 4 * total(carry, blocks.of_carry) + 2 * flow + flow // blocks.steps
 
 
 def _bytes(shape: Sequence[int], dtype: jnp.dtype) -> int:
@@ -104,7 +110,9 @@ def scan(
       steps: of time in one iteration of the grid.
       reverse: whether time runs backward.
     """
-    batch = jax.tree.leaves(carry)[0].shape[0]
+    batch = len(jax.tree.leaves(carry)[0])
+    if batch == 0:  # there is no grid without blocks
+        return lax.scan(partial(body, resident), carry, over_time, reverse=reverse)
     rows = min(rows, batch)
     if batch % rows:  # whole blocks; the rows added are copies, and nothing is made of them
         carry, over_time = jax.tree.map(partial(_more_rows, to=-(-batch // rows) * rows), (carry, over_time))
@@ -132,17 +140,51 @@ def _kernel(body: Body, blocks: Blocks, resident: Any, carry: Any, over_time: An
     from jax.experimental.pallas import tpu
 
     num_steps, num_rows = len(jax.tree.leaves(over_time)[0]), len(jax.tree.leaves(carry)[0])
-    grid = (num_rows // blocks.rows, num_steps // blocks.steps)
-    example = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), resident), *(
-        jax.tree.map(lambda a: jax.ShapeDtypeStruct(block(a)[axis:], a.dtype), arrays)  # noqa: B023  (called at once)
-        for arrays, block, axis in ((carry, blocks.of_carry, 0), (over_time, blocks.over_time, 1))
+    program, shapes = jax.make_jaxpr(body, return_shape=True)(
+        resident, jax.tree.map(blocks.one_carry, carry), jax.tree.map(blocks.one_step, over_time)
     )
-    program, shapes = jax.make_jaxpr(body, return_shape=True)(*example)
     tree, plain = jax.tree.structure(shapes), _without_names(program)
 
+    def kernel(constants: Any, resident: Any, before: Any, over_time: Any, carry: Any, out: Any) -> None:
+        @pl.when(pl.program_id(1) == 0)
+        def _() -> None:
+            _write(carry, _read(before))  # from here on the carry is in the block that it is put out from
+
+        step_of = jaxpr_as_fun(ClosedJaxpr(plain, list(map(_as_in_body, _read(constants), program.consts))))
+        stays = _read(resident)
+        for step in reversed(range(blocks.steps)) if blocks.reverse else range(blocks.steps):
+            arguments = jax.tree.leaves((stays, _read(carry), _read(over_time, step)))
+            after, now = tree.unflatten(step_of(*map(_as_in_body, arguments, program.in_avals)))
+            _write(carry, after)
+            _write(out, now, step)
+
     def put_out(a: Any) -> jax.ShapeDtypeStruct:
-        shape = (num_steps, *a.shape[:-2], num_rows, a.shape[-1])
-        return jax.ShapeDtypeStruct(shape, a.dtype)
+        return jax.ShapeDtypeStruct((num_steps, *a.shape[:-2], num_rows, a.shape[-1]), a.dtype)
+
+    # A kernel has no constants of its own: those of the body are operands too.
+    constants = list(map(jnp.asarray, program.consts))
+    operands = jax.tree.map(_as_in_memory, (constants, resident, carry, over_time))
+    result = (jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), carry), jax.tree.map(put_out, shapes[1]))
+    kept, carried, flowing = _specs(blocks, num_steps)
+    made_for = chip()
+    return pl.pallas_call(
+        kernel,
+        grid=(num_rows // blocks.rows, num_steps // blocks.steps),
+        in_specs=tuple(map(jax.tree.map, (kept, kept, carried, flowing), operands)),
+        out_specs=(jax.tree.map(carried, result[0]), jax.tree.map(flowing, result[1])),
+        out_shape=result,
+        compiler_params=made_for
+        and tpu.CompilerParams(
+            dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=made_for.vmem_capacity_bytes
+        ),
+        interpret=made_for is None,
+        name="lstm",
+    )(*operands)
+
+
+def _specs(blocks: Blocks, num_steps: int) -> tuple[Callable[[Any], Any], ...]:
+    """Which blocks of an array the grid, ``(batch, time)``, meets: of a resident one, a carry, and one over time."""
+    from jax.experimental import pallas as pl
 
     def kept(a: Any) -> Any:
         return pl.BlockSpec(a.shape, lambda b, t: (ZERO,) * a.ndim, pipeline_mode=pl.Buffered(1))
@@ -151,43 +193,10 @@ def _kernel(body: Body, blocks: Blocks, resident: Any, carry: Any, over_time: An
         return pl.BlockSpec(blocks.of_carry(a), lambda b, t: (b, ZERO))
 
     def flowing(a: Any) -> Any:
-        def at(b: Any, t: Any) -> tuple[Any, ...]:
-            return (grid[1] - 1 - t if blocks.reverse else t, *[ZERO] * (a.ndim - 3), b, ZERO)
+        between, last = [ZERO] * (a.ndim - 3), num_steps // blocks.steps - 1
+        return pl.BlockSpec(blocks.over_time(a), lambda b, t: (last - t if blocks.reverse else t, *between, b, ZERO))
 
-        return pl.BlockSpec(blocks.over_time(a), at)
-
-    def kernel(constants: Any, resident: Any, before: Any, over_time: Any, carry: Any, out: Any) -> None:
-        @pl.when(pl.program_id(1) == 0)
-        def _() -> None:
-            _write(carry, _read(before))
-
-        stays = (list(map(_as_in_body, _read(constants), program.consts)), _read(resident))
-        for step in reversed(range(blocks.steps)) if blocks.reverse else range(blocks.steps):
-            arguments = jax.tree.leaves((stays[1], _read(carry), _read(over_time, step)))
-            arguments = list(map(_as_in_body, arguments, program.in_avals))
-            after, now = tree.unflatten(jaxpr_as_fun(ClosedJaxpr(plain, stays[0]))(*arguments))
-            _write(carry, after)
-            _write(out, now, step)
-
-    out = jax.tree.map(put_out, shapes[1])
-    after = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), carry)
-    # A kernel has no constants of its own: those of the body are operands too.
-    constants = list(map(jnp.asarray, program.consts))
-    operands = jax.tree.map(_as_in_memory, (constants, resident, carry, over_time))
-    made_for = chip()
-    return pl.pallas_call(
-        kernel,
-        grid=grid,
-        in_specs=jax.tree.map(kept, operands[:2]) + (jax.tree.map(carried, carry), jax.tree.map(flowing, over_time)),
-        out_specs=(jax.tree.map(carried, after), jax.tree.map(flowing, out)),
-        out_shape=(after, out),
-        compiler_params=made_for
-        and tpu.CompilerParams(
-            dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=made_for.vmem_capacity_bytes
-        ),
-        interpret=made_for is None,
-        name="lstm",
-    )(*operands)
+    return kept, carried, flowing
 
 
 def _as_in_memory(a: Array) -> Array:

@@ -31,7 +31,6 @@ from jaxlstm.recurrence.how import How
 from jaxlstm.step import advance, input_part, slabs
 from jaxlstm.types import Layer, State, Weights
 
-
 MOST_ROWS, FEWEST_ROWS = 128, 32  # of the batch in one block
 
 
@@ -104,7 +103,8 @@ def _direction(cell: Cell, weights: Weights, xs: Array, before: State, how: How)
     resets = how.resets
     if resets is not None and how.reverse:  # a fresh start is before the step that follows in the order of the run
         resets = jnp.concatenate([resets[1:], jnp.zeros_like(resets[:1])])
-    marks = Marks(*(None if a is None else a[..., None] for a in (how.mask, resets)), how.noise)
+    taken, restarts = jax.tree.map(lambda a: a[..., None], (how.mask, resets))
+    marks = Marks(taken, restarts, how.noise)
     laid_out = _laid_out(cell, weights)
     static = static._replace(rows=_rows_that_fit(static, laid_out, marks, xs.shape[1]))
 
@@ -139,9 +139,7 @@ def _laid_out(cell: Cell, w: Weights) -> Weights:
 def _times(static: Static, x: Array, w: Array) -> Array:
     """``x W``: operands in ``dtype``, sums and result in ``sums``."""
     contract = (((x.ndim - 1,), (0,)), ((), ()))
-    return lax.dot_general(
-        x.astype(static.dtype), w.astype(static.dtype), contract, preferred_element_type=static.sums
-    )
+    return lax.dot_general(x.astype(static.dtype), w.astype(static.dtype), contract, preferred_element_type=static.sums)
 
 
 def _products(static: Static, w: Weights, x: Array, h: Array) -> tuple[Array, Array | None]:
@@ -245,7 +243,9 @@ def _(static: Static, primals: Any, tangents: Any) -> Any:
         return jax.jvp(lambda path: steps(given, path), (path,), (d,))[1]
 
     b = by_given(given, path, d_given)
-    b = lax.optimization_barrier(b)  # the solve is transposed only where every part of b depends on a tangent, or seems to
+    b = lax.optimization_barrier(
+        b
+    )  # the solve is transposed only where every part of b depends on a tangent, or seems to
     return path, lax.custom_linear_solve(
         lambda d: jax.tree.map(jnp.subtract, d, by_path(d)),
         b,
@@ -280,7 +280,8 @@ def _solve_transposed(static: Static, given: Given, marks: Marks, path: Path, b:
         d, d_start = jax.linear_transpose(partial(_keep, static, marks), after, after)(after)
         dm = d.h if w_p is None else _times(static, d.h, w_p)
         dz, dz_h, dc = jax.vjp(partial(_advance, static, marks.noise, w), z, z_h, c)[1]((d.c, dm))
-        dh = sum(_times(static, *pair) for pair in zip(jnp.unstack(dz if dz_h is None else dz_h), jnp.unstack(w_h)))
+        slabs = jnp.unstack(dz if dz_h is None else dz_h)
+        dh = sum((_times(static, *pair) for pair in zip(slabs, jnp.unstack(w_h))), jnp.zeros_like(d_start.h))
         d_start = jax.tree.map(jnp.add, d_start, State(dh, dc))
         return _restart(marks.fresh, None, d_start), after
 
@@ -330,35 +331,36 @@ def _rows_that_fit(static: Static, w: Weights, marks: Marks, batch: int) -> int:
             f"implementation='pallas' takes float32 and bfloat16 on a TPU, got products in {static.dtype} and sums in "
             f"{static.sums}"
         )
-    gates, _, units = w.w_h.shape
+    gates, outputs, units = w.w_h.shape
+    most = chip.vmem_capacity_bytes * 15 // 16  # the rest is the compiler's: it took up to 5 MiB of a v5e's 128
 
     def fits(units: int, rows: int) -> bool:
-        return _footprint(static, w, marks, units, rows) <= chip.vmem_capacity_bytes
+        return _footprint(static, w, marks, units, rows) <= most
 
     while rows > FEWEST_ROWS and not fits(units, rows):
         rows = _even_blocks(batch, max(FEWEST_ROWS, rows // 2))
     if fits(units, rows):
         return rows
-    outputs = w.w_h.shape[1]
-    weights = gates * outputs * units * static.dtype.itemsize
     largest = bisect.bisect_left(range(1, units), True, key=lambda n: not fits(n, rows))
+    weights = gates * outputs * units * static.dtype.itemsize / 2**20
+    whole = _footprint(static, w, marks, units, rows) / 2**20
     raise ValueError(
-        f"implementation='pallas' keeps the recurrent weights in VMEM: {gates} x {outputs} x {units} of {static.dtype} are "
-        f"{weights / 2**20:.1f} MiB, with the blocks of {rows} sequences {_footprint(static, w, marks, units, rows) / 2**20:.1f} "
-        f"MiB, of the {chip.vmem_capacity_bytes / 2**20:.0f} MiB of {chip.chip_version}; hidden_size fits up to {largest}"
+        f"implementation='pallas' keeps the recurrent weights in VMEM: {gates} x {outputs} x {units} of "
+        f"{static.dtype.name} are {weights:.1f} MiB, with the blocks of {rows} sequences {whole:.1f} MiB; a "
+        f"{chip.chip_version} has {most / 2**20:.1f} MiB for them, and hidden_size fits up to {largest}"
     )
 
 
 def _even_blocks(batch: int, most: int) -> int:
     """The rows of a block, at most ``most`` or little more, where a batch is cut into as few as that needs."""
-    blocks = -(-batch // most)
+    blocks = max(1, -(-batch // most))
     return batch if blocks == 1 else -(-batch // blocks // 16) * 16
 
 
 def _footprint(static: Static, w: Weights, marks: Marks, units: int, rows: int) -> int:
     """Bytes of VMEM of the largest kernel of a layer like this one with ``units``."""
 
-    def array(*shape: int, dtype: Any = static.sums) -> jax.ShapeDtypeStruct:
+    def array(*shape: int, dtype: Any = static.sums) -> Any:
         return jax.ShapeDtypeStruct(shape, dtype)
 
     gates, outputs, _ = w.w_h.shape
