@@ -15,9 +15,10 @@ from jaxlstm import recurrence
 from jaxlstm.dropout import Rates, draw, dropout, keep_mask
 from jaxlstm.model import _part
 
-# cuDNN needs a GPU: what is tested of it elsewhere is in `test_cudnn`. Newton's method takes several times as long to
-# compile: it meets every test, but those that are not slow are in `test_newton`.
-MARKS = {"newton": pytest.mark.slow}
+# cuDNN needs a GPU: what is tested of it elsewhere is in `test_cudnn`. Newton's method and interpreted kernels take
+# several times as long to compile: they meet every test, but those that are not slow are in `test_newton` and
+# `test_pallas`.
+MARKS = dict.fromkeys(("newton", "pallas"), pytest.mark.slow)
 IMPLEMENTATIONS = [
     pytest.param(name, marks=MARKS.get(name, ())) for name in recurrence.IMPLEMENTATIONS if name != "cudnn"
 ]

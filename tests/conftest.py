@@ -7,6 +7,7 @@ import os
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0"
 
 import jax
+import pytest
 from jaxtyping import install_import_hook
 
 # Shapes in signatures are checked where arrays are already validated. `jaxlstm.model` is left out: its own errors on
@@ -18,3 +19,12 @@ jax.config.update("jax_enable_x64", True)
 jax.config.update("jax_num_cpu_devices", 2)  # what runs over devices is tested on two
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _kernels_are_interpreted():
+    """There is no TPU here: `implementation="pallas"` is carried out operation by operation."""
+    from jaxlstm.recurrence import kernel
+
+    with kernel.making_for(kernel.INTERPRET):
+        yield

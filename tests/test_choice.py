@@ -6,13 +6,19 @@ import pytest
 
 import jaxlstm
 from jaxlstm import recurrence
-from jaxlstm.recurrence import choice, cudnn, explain
+from jaxlstm.recurrence import choice, cudnn, explain, kernel
+
+
+@pytest.fixture(autouse=True)
+def _kernels_need_their_chip():
+    with kernel.making_for(None):
+        yield
 
 
 def test_every_row_takes_one_and_has_a_reason_for_each_other():
     for platform, row in {**choice.TABLE, "other": choice.OTHER}.items():
-        needs_cuda = set() if platform == "gpu" else {"cudnn"}
-        assert {row.takes, *row.others} == set(recurrence.IMPLEMENTATIONS) - needs_cuda
+        refused = {"gpu": {"pallas"}, "tpu": {"cudnn"}}.get(platform, {"cudnn", "pallas"})
+        assert {row.takes, *row.others} == set(recurrence.IMPLEMENTATIONS) - refused
         assert row.takes not in row.others
         assert all([row.because, *row.others.values()])
 
@@ -31,11 +37,12 @@ def test_what_is_explained_is_what_runs(monkeypatch):
 def test_each_other_has_a_line_that_says_why_not():
     said = explain(jaxlstm.LSTM(3, 4, proj_size=2, implementation="scan"), (5, 2, 3))
     assert said.others["cudnn"] == "refused: implementation='cudnn' needs an NVIDIA GPU, got the backend 'cpu'"
+    assert said.others["pallas"].startswith("refused: implementation='pallas' is a kernel for TPUs, got the backend")
     assert said.others["scan"].startswith("slower: ")
     assert said.others["newton"].startswith("slower: ")
     lines = str(said).splitlines()
-    assert [line.split(":")[0] for line in lines] == ["fused", "scan", "newton", "cudnn"]
-    assert [line.split(";")[0].split(": ")[1] for line in lines] == ["taken", "not taken", "not taken", "not taken"]
+    assert [line.split(":")[0] for line in lines] == ["fused", "scan", "newton", "pallas", "cudnn"]
+    assert [line.split(";")[0].split(": ")[1] for line in lines] == ["taken", *["not taken"] * 4]
 
 
 def test_where_nothing_is_measured_it_says_so(monkeypatch):

@@ -13,12 +13,18 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from jaxlstm.recurrence import cudnn, fused, newton, scan, sharded
+from jaxlstm.recurrence import cudnn, fused, newton, pallas, scan, sharded
 from jaxlstm.recurrence.choice import Choice as Choice
 from jaxlstm.recurrence.choice import explain as explain
 from jaxlstm.recurrence.newton import Newton as Newton
 
-IMPLEMENTATIONS = {"scan": scan.run, "fused": fused.run, "newton": newton.run, "cudnn": cudnn.run}
+IMPLEMENTATIONS = {
+    "scan": scan.run,
+    "fused": fused.run,
+    "newton": newton.run,
+    "pallas": pallas.run,
+    "cudnn": cudnn.run,
+}
 OVER_DEVICES = {"sharded": sharded.run}  # needs a mesh to be more than "scan", and does without some options
 Implementation = str | Newton  # a name, or one with options
 

@@ -30,7 +30,7 @@ TABLE = {
         },
     ),
     "gpu": Row("fused", f"all are {UNMEASURED}", dict.fromkeys(("scan", "newton", "cudnn"), UNMEASURED)),
-    "tpu": Row("fused", f"all are {UNMEASURED}", dict.fromkeys(("scan", "newton"), UNMEASURED)),
+    "tpu": Row("fused", f"all are {UNMEASURED}", dict.fromkeys(("scan", "newton", "pallas"), UNMEASURED)),
 }
 OTHER = Row("fused", "this platform is not in the table", dict.fromkeys(("scan", "newton"), UNMEASURED))
 
