@@ -16,11 +16,14 @@ from jaxlstm.dropout import Rates, draw, dropout, keep_mask
 from jaxlstm.model import _part
 
 # cuDNN needs a GPU: what is tested of it elsewhere is in `test_cudnn`. Newton's method and interpreted kernels take
-# several times as long to compile: they meet every test, but those that are not slow are in `test_newton` and
-# `test_pallas`.
-MARKS = dict.fromkeys(("newton", "pallas"), pytest.mark.slow)
+# several times as long to compile as the others: what is not slow of them is in `test_newton` and `test_pallas`, these
+# configurations are among the slow tests, and all others need the option --every-case.
+HEAVY = ("newton", "pallas")
+OF_HEAVY = ("two layers bidirectional projection", "remat", "peephole", "cifg", "rnn", "all of it")
 IMPLEMENTATIONS = [
-    pytest.param(name, marks=MARKS.get(name, ())) for name in recurrence.IMPLEMENTATIONS if name != "cudnn"
+    pytest.param(name, marks=[pytest.mark.slow] if name in HEAVY else [])
+    for name in recurrence.IMPLEMENTATIONS
+    if name != "cudnn"
 ]
 CONFIGURATIONS: dict[str, dict[str, Any]] = {
     "one layer": {},

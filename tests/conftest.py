@@ -28,3 +28,25 @@ def _kernels_are_interpreted():
 
     with kernel.making_for(kernel.INTERPRET):
         yield
+
+
+def pytest_addoption(parser):
+    parser.addoption("--every-case", action="store_true", help="every test with every implementation: an hour or more")
+
+
+def pytest_collection_modifyitems(config, items):
+    """Leave out most of what heavy implementations would do, see `cases.HEAVY`."""
+    import cases
+
+    if config.getoption("--every-case"):
+        return
+
+    def stays(item):
+        values = item.callspec.params if hasattr(item, "callspec") else {}
+        if values.get("implementation") not in cases.HEAVY:
+            return True
+        return values.get("configuration") in cases.OF_HEAVY and values.get("inputs", "everything") == "everything"
+
+    left_out = [item for item in items if not stays(item)]
+    config.hook.pytest_deselected(items=left_out)
+    items[:] = [item for item in items if stays(item)]
