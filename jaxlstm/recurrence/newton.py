@@ -97,9 +97,9 @@ class Moment(NamedTuple):
 class Ended(NamedTuple):
     """Where iterations ended."""
 
-    iterations: Int[Array, ""]
-    residual: Float[Array, ""]
-    solved: Int[Array, ""]  # leading steps within the tolerance
+    iterations: Array  # ()
+    residual: Array  # ()
+    solved: Array  # (), leading steps within the tolerance
 
 
 class Static(NamedTuple):
@@ -180,9 +180,9 @@ def solve(
 
 def _for_each_step(ended: Ended, steps: int) -> Effort:
     """The effort of each of a number of steps, so that chunks of time go one after the other."""
-    unsolved = jnp.arange(steps, dtype=jnp.int32) >= ended.solved
+    unsolved = jnp.arange(steps, dtype=jnp.int32) >= ended.solved.astype(jnp.int32)
     iterations, residual = (jnp.broadcast_to(a, (steps,)) for a in (ended.iterations, ended.residual))
-    return Effort(iterations, residual, unsolved)
+    return Effort(iterations.astype(jnp.int32), residual, unsolved)
 
 
 # What a step is
@@ -427,7 +427,8 @@ def _trajectory(static: Static, network: Network, now: Moment, begin: State) -> 
     if options.otherwise == "raise":
         fail = partial(_raise, options.max_iterations, num_steps)
         first = jax.pure_callback(fail, jax.ShapeDtypeStruct((), jnp.int32), first, vmap_method="expand_dims")
-    return _one_by_one(many, now, begin, states, first), ended
+    # Whole numbers as floats: the zero tangents of integers have no layout over devices, and `jax.shard_map` insists.
+    return _one_by_one(many, now, begin, states, first), jax.tree.map(lambda a: a.astype(begin.h.dtype), ended)
 
 
 @_trajectory.defjvp
@@ -440,8 +441,7 @@ def _tangent(static: Static, primals: Any, tangents: Any) -> Any:
 
     network, now, begin = primals
     d_explicit = jax.jvp(explicit, primals, tangents)[1]
-    still = jax.tree.map(lambda a: np.zeros(a.shape, jax.dtypes.float0), ended)
-    still = still._replace(residual=jnp.zeros_like(ended.residual))
+    still = jax.tree.map(jnp.zeros_like, ended)
     return (states, ended), (_tangents(static, network, now, _shift(begin, states), d_explicit), still)
 
 
