@@ -11,7 +11,8 @@ import jaxlstm
 from jaxlstm.recurrence import IMPLEMENTATIONS
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+# A kernel runs on each device by itself, for which `test_pallas.py` has its own test.
+@pytest.mark.parametrize("implementation", [name for name in IMPLEMENTATIONS if name != "pallas"])
 @pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit, "shard_map"])
 @pytest.mark.parametrize("given_state", [True, False])
 def test_batch_over_two_devices(given_state, axis_type, implementation):
