@@ -245,10 +245,8 @@ def _(static: Static, primals: Any, tangents: Any) -> Any:
     def by_path(d: Path) -> Path:
         return jax.jvp(lambda path: steps(given, path), (path,), (d,))[1]
 
-    b = by_given(given, path, d_given)
-    b = lax.optimization_barrier(
-        b
-    )  # the solve is transposed only where every part of b depends on a tangent, or seems to
+    # The solve is transposed only where every part of b depends on a tangent, or seems to.
+    b = lax.optimization_barrier(by_given(given, path, d_given))
     return path, lax.custom_linear_solve(
         lambda d: jax.tree.map(jnp.subtract, d, by_path(d)),
         b,
