@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AxisType, PartitionSpec
 import test_parity
 from test_parity import assert_close, terms
 
@@ -198,3 +199,13 @@ def test_the_effort_is_that_of_this_implementation():
     lstm, params, xs, _ = network()
     with pytest.raises(ValueError, match="newton_effort needs implementation='newton', got 'scan'"):
         newton_effort(replace(lstm, implementation="scan"), params, xs)
+
+
+def test_it_refuses_shard_map():
+    lstm = jaxlstm.LSTM(3, 4, implementation="newton")
+    mesh = jax.make_mesh((2,), ("data",), axis_types=(AxisType.Auto,))
+    rows = PartitionSpec(None, "data")
+    over_rows = jax.shard_map(lambda xs: lstm(params, xs)[0], mesh=mesh, in_specs=rows, out_specs=rows)
+    params = lstm.init(jax.random.key(0))
+    with pytest.raises(ValueError, match="implementation='newton' does not run within jax.shard_map"):
+        over_rows(jnp.ones((5, 2, 3), jnp.float32))

@@ -9,10 +9,13 @@ solution of equations that can be differentiated without a word on how they were
 
 The second line is linear in the tangents. Its right-hand side waits for no other step; the recurrence in ds is a second
 kernel and its transpose, which runs backward in time, a third. `jax.lax.custom_linear_solve` makes of the two what
-forward and reverse mode and higher derivatives need.
+forward and reverse mode and higher derivatives need. With ``remat`` there are first derivatives only: `jax.checkpoint`
+drops the rule under a second one, and what is left is a kernel that JAX cannot differentiate.
 
-Run in interpret mode, in float32, bfloat16 and float64, against the same suite as the other implementations; compiled
-for TPUs from another host. It has never run on one: its speed is unknown.
+What it can do has been seen in interpret mode, against the same suite as the other implementations, and in programs
+lowered for a TPU and compiled for a v5e on a host without one. It has never run on a TPU: its speed is unknown.
+
+Several devices each run a kernel of their own, within ``jax.shard_map(..., check_vma=False)``.
 """
 
 import bisect
@@ -242,10 +245,8 @@ def _(static: Static, primals: Any, tangents: Any) -> Any:
     def by_path(d: Path) -> Path:
         return jax.jvp(lambda path: steps(given, path), (path,), (d,))[1]
 
-    b = by_given(given, path, d_given)
-    b = lax.optimization_barrier(
-        b
-    )  # the solve is transposed only where every part of b depends on a tangent, or seems to
+    # The solve is transposed only where every part of b depends on a tangent, or seems to.
+    b = lax.optimization_barrier(by_given(given, path, d_given))
     return path, lax.custom_linear_solve(
         lambda d: jax.tree.map(jnp.subtract, d, by_path(d)),
         b,
@@ -332,7 +333,8 @@ def _rows_that_fit(static: Static, w: Weights, marks: Marks, batch: int) -> int:
             f"{static.sums}"
         )
     gates, outputs, units = w.w_h.shape
-    most = chip.vmem_capacity_bytes * 15 // 16  # the rest is the compiler's: it took up to 5 MiB of a v5e's 128
+    # The rest is for what the compiler adds: on a v5e, 6.5 MiB at 2688 units of float32.
+    most = chip.vmem_capacity_bytes * 15 // 16
 
     def fits(units: int, rows: int) -> bool:
         return _footprint(static, w, marks, units, rows) <= most
