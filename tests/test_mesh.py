@@ -28,6 +28,7 @@ SMALL = [
 RUN = ["--data", "text.txt", "--max-steps", "20", "--log-every", "5", "--save-every", "5", *SMALL]
 
 
+@pytest.mark.slow
 def test_units_and_rows_over_eight_devices():
     """Outputs, states and gradients; one exchange a step, forward and backward."""
     program = [sys.executable, str(ROOT / "tests" / "mesh_program.py")]
