@@ -385,20 +385,24 @@ def say_unless_raised(unraisable: "sys.UnraisableHookArgs") -> None:
         sys.__unraisablehook__(unraisable)
 
 
+def obey(arguments: list[str], console: Console) -> None:
+    """A command line; a mistake, or what the machine refuses, ends the process with one line."""
+    try:
+        options = parse(arguments)
+        (train if options.sample is None else sample)(options, console)
+    except (ValueError, OSError, FloatingPointError, ImportError) as error:
+        raise SystemExit(f"train.py: {error}") from None
+
+
 def main() -> None:
-    """The command line."""
+    """The command."""
     for noisy in ("absl", "asyncio"):  # Orbax logs, thread by thread, what is also raised
         logging.getLogger(noisy).setLevel(logging.CRITICAL)
     sys.unraisablehook = say_unless_raised
     warnings.filterwarnings("ignore", "Error writing persistent compilation cache entry")
     jax.config.update("jax_compilation_cache_dir", str(cache_folder() / "compiled"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
-    console = Console()
-    try:
-        options = parse(sys.argv[1:])
-        (train if options.sample is None else sample)(options, console)
-    except (ValueError, OSError, FloatingPointError, ImportError) as error:
-        raise SystemExit(f"train.py: {error}") from None
+    obey(sys.argv[1:], Console())
 
 
 if __name__ == "__main__":

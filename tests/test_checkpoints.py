@@ -18,13 +18,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from rich.console import Console
-from test_train import ENVIRONMENT, ROOT, SMALL, TEXT, metrics
+from test_train import ENVIRONMENT, ROOT, SMALL, TEXT, as_users_have_it, metrics, train
 
 from jaxlstm.checkpoints import CheckpointError, Checkpoints
 from jaxlstm.reporting import Report, keep_rows
-
-sys.path.insert(0, str(ROOT))
-import train
 
 ARRAYS = {"w": jnp.arange(12, dtype=jnp.float32).reshape(3, 4), "key": jax.random.key(3), "n": jnp.zeros((), jnp.int32)}
 
@@ -155,16 +152,11 @@ def whole(tmp_path_factory):
 def run(arguments):
     """`train.py` in this process; what it printed."""
     console = Console(file=io.StringIO(), width=200)
-    handlers = {kind: signal.getsignal(kind) for kind in (signal.SIGINT, signal.SIGTERM)}
     try:
-        with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        with as_users_have_it():
             train.train(train.parse(arguments), console)
     except SystemExit:
-        printed = console.file.getvalue()
-        assert "SIGTERM received" in printed
-    finally:
-        for kind, usual in handlers.items():
-            signal.signal(kind, usual)
+        assert "SIGTERM received" in console.file.getvalue()
     return console.file.getvalue()
 
 
@@ -204,32 +196,25 @@ def interrupted(monkeypatch, at, what):
     monkeypatch.setattr(Report, "train", reported)
 
 
-def test_sigterm_saves_and_the_run_goes_on_bit_for_bit(whole, tmp_path, monkeypatch):
-    arguments = ["--data", str(whole.parent / "text.txt"), "--max-steps", "40", "--run-dir", str(tmp_path / "run")]
-    with monkeypatch.context() as patch:
-        interrupted(patch, 15, lambda: os.kill(os.getpid(), signal.SIGTERM))
-        printed = run([*arguments, *OPTIONS])
-    assert f"SIGTERM received; stopped after step 15; saved: python train.py --resume {tmp_path / 'run'}\n" in printed
-    printed = run(["--resume", str(tmp_path / "run")])
-    assert "resumed after step 15" in printed
-    same(tmp_path / "run", whole)
-
-
-def test_a_crash_loses_what_came_after_the_checkpoint_and_nothing_else(whole, tmp_path, monkeypatch):
+def test_a_run_that_is_stopped_and_then_crashes_ends_bit_for_bit_as_one_in_one_go(whole, tmp_path, monkeypatch):
     arguments = ["--data", str(whole.parent / "text.txt"), "--max-steps", "40", "--run-dir", str(tmp_path / "run")]
 
     def crash():
         raise RuntimeError("power cut")
 
     with monkeypatch.context() as patch:
+        interrupted(patch, 12, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        printed = run([*arguments, *OPTIONS])
+    assert f"SIGTERM received; stopped after step 12; saved: python train.py --resume {tmp_path / 'run'}\n" in printed
+    with monkeypatch.context() as patch:
         interrupted(patch, 27, crash)
         with pytest.raises(RuntimeError, match="power cut"):
-            run([*arguments, *OPTIONS])
+            run(["--resume", str(tmp_path / "run")])
     assert metrics(tmp_path / "run")[-1]["step"] == 27
+    # What came after the checkpoint is lost, and nothing else.
     assert "resumed after step 25" in run(["--resume", str(tmp_path / "run")])
     same(tmp_path / "run", whole)
-    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
-    assert summary["steps"] == 40
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["steps"] == 40
 
 
 def test_a_run_goes_on_with_its_own_options_and_data(whole, tmp_path):
@@ -272,6 +257,7 @@ def test_the_clock_goes_on_counting(whole, tmp_path):
     assert summary["wall_seconds"] > 3600
 
 
+@pytest.mark.slow
 def test_steps_that_are_not_finite_are_counted_in_the_metrics_and_end_the_run_in_the_end(whole, tmp_path, monkeypatch):
     """A recurrent state that is NaN at steps 9 and 10, and another time from step 9 on."""
     arguments = ["--data", str(whole.parent / "text.txt"), "--max-steps", "40", *OPTIONS, "--max-skipped", "5"]

@@ -7,7 +7,7 @@ import sys
 
 import numpy as np
 import pytest
-from test_train import ENVIRONMENT, ROOT, TEXT, command, metrics
+from test_train import ENVIRONMENT, ROOT, TEXT, metrics, process
 
 from jaxlstm import devices
 
@@ -28,6 +28,7 @@ SMALL = [
 RUN = ["--data", "text.txt", "--max-steps", "20", "--log-every", "5", "--save-every", "5", *SMALL]
 
 
+@pytest.mark.slow
 def test_units_and_rows_over_eight_devices():
     """Outputs, states and gradients; one exchange a step, forward and backward."""
     program = [sys.executable, str(ROOT / "tests" / "mesh_program.py")]
@@ -53,14 +54,14 @@ def losses(folder):
 @pytest.mark.slow
 def test_a_run_over_eight_devices_and_one_over_two_processes_are_a_run_on_one(tmp_path):
     (tmp_path / "text.txt").write_text(TEXT, encoding="utf-8")
-    command(*RUN, "--run-dir", "one", cwd=tmp_path)
-    command(*RUN, "--run-dir", "eight", "--mesh", "data=4,model=2", cwd=tmp_path)
+    process(*RUN, "--run-dir", "one", cwd=tmp_path)
+    process(*RUN, "--run-dir", "eight", "--mesh", "data=4,model=2", cwd=tmp_path)
     np.testing.assert_allclose(losses(tmp_path / "eight"), losses(tmp_path / "one"), rtol=1e-4)
     two(tmp_path, *RUN, "--run-dir", "two", "--mesh", "data=2,model=2")
     np.testing.assert_allclose(losses(tmp_path / "two"), losses(tmp_path / "one"), rtol=1e-4)
     assert sorted(path.name for path in (tmp_path / "two" / "checkpoints").iterdir()) == ["10", "15", "20"]
     # What two processes have saved one goes on with, on another mesh.
-    done = command("--resume", "two", "--max-steps", "25", "--mesh", "data=2", cwd=tmp_path)
+    done = process("--resume", "two", "--max-steps", "25", "--mesh", "data=2", cwd=tmp_path)
     assert "resumed after step 20" in done.stdout
     assert metrics(tmp_path / "two")[-1]["step"] == 25
     # And two go on with what they saved.
