@@ -138,11 +138,8 @@ def solve(
     Raises:
       ValueError: while tracing, for a layer that the mode has no blocks for, and within `jax.shard_map`.
     """
-    if jax.typeof(xs).vma:
-        raise ValueError(
-            "implementation='newton' does not run within jax.shard_map; 'fused' and 'scan' do, and inputs that are laid "
-            "out over devices are taken without it"
-        )
+    if jax.sharding.get_abstract_mesh().manual_axes:
+        raise ValueError("implementation='newton' does not run within jax.shard_map; 'fused' and 'scan' do")
     options = Newton() if options is None else options
     MODES[options.mode].check(layer.forward)
     static = Static(cell, options, how.rates, how.dtype)
