@@ -1,5 +1,6 @@
 """A batch over two devices: the same numbers as on one."""
 
+import cases
 import jax
 import numpy as np
 import pytest

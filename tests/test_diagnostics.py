@@ -175,7 +175,9 @@ def test_jacobians_of_the_last_state(kind):
             np.testing.assert_allclose(flow.network_jacobian[t, b], wanted, **BOUND)
 
 
-@pytest.mark.parametrize("options", [{"bidirectional": True}, {"cell": "rnn", "num_layers": 2}])
+@pytest.mark.parametrize(
+    "options", [pytest.param({"bidirectional": True}, marks=pytest.mark.slow), {"cell": "rnn", "num_layers": 2}]
+)
 def test_jacobians_of_layers(options):
     """That of a layer is that of a network of one layer; backward in time, of the sequence turned around."""
     lstm, params = network(**options)

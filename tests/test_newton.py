@@ -117,6 +117,7 @@ def test_the_gradient_of_a_network_that_does_not_converge():
     close(slopes(Newton(max_iterations=3)), slopes("scan"))
 
 
+@pytest.mark.slow
 def test_otherwise_raise():
     lstm, params, xs, state = network(**CHAOTIC)
     failing = replace(lstm, implementation=Newton(max_iterations=5, otherwise="raise"))

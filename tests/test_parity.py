@@ -56,7 +56,10 @@ def test_outputs_state_and_gradients(configuration, inputs, implementation):
     assert_close(slopes, gradient, np.float64, terms(case))
 
 
-@pytest.mark.parametrize("configuration", ["two layers bidirectional projection", "rnn", "remat", "all of it"])
+@pytest.mark.parametrize(
+    "configuration",
+    ["two layers bidirectional projection", "rnn", "remat", pytest.param("all of it", marks=pytest.mark.slow)],
+)
 @pytest.mark.parametrize("inputs", ["everything"])
 @pytest.mark.parametrize(("axis", "hoisted"), [(0, False), (0, True), (1, False)])
 def test_fused_in_the_layouts_of_larger_sizes(configuration, inputs, axis, hoisted, monkeypatch):
@@ -69,7 +72,9 @@ def test_fused_in_the_layouts_of_larger_sizes(configuration, inputs, axis, hoist
 
 @pytest.mark.parametrize("implementation", cases.IMPLEMENTATIONS)
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-@pytest.mark.parametrize("configuration", ["one layer", "two layers bidirectional projection", "rnn"])
+@pytest.mark.parametrize(
+    "configuration", ["one layer", pytest.param("two layers bidirectional projection", marks=pytest.mark.slow), "rnn"]
+)
 def test_narrow_dtypes(configuration, dtype, implementation):
     inputs = "everything"
     case = cases.make(configuration, inputs)
@@ -114,7 +119,8 @@ def test_any_batch_axes(batch, implementation):
 
 @pytest.mark.parametrize("implementation", cases.IMPLEMENTATIONS)
 @pytest.mark.parametrize(
-    "configuration", ["two layers", "projection", "rnn", pytest.param("all of it", marks=pytest.mark.slow)]
+    "configuration",
+    ["projection", "rnn", *(pytest.param(name, marks=pytest.mark.slow) for name in ("two layers", "all of it"))],
 )
 def test_forward_mode_and_second_derivatives(configuration, implementation):
     """jvp, Hessian-vector product and reverse over reverse agree with the oracle's gradient, differenced."""

@@ -8,6 +8,7 @@ from test_checkpoints import OPTIONS, run
 from test_train import TEXT, metrics
 
 
+@pytest.mark.slow
 def test_tensorboard_shows_what_the_metrics_hold_after_a_resume_too(tmp_path):
     accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     (tmp_path / "text.txt").write_text(TEXT, encoding="utf-8")

@@ -40,6 +40,7 @@ def test_adding(tmp_path):
     assert last["loss"] == pytest.approx(summary["valid_loss"], rel=0.5)
 
 
+@pytest.mark.slow
 def test_copying(tmp_path):
     options = "--task copying --window 2 --hidden 32 --batch 64 --max-steps 250 --learning-rate 0.03"
     _, last = figures(tmp_path, *options.split())
@@ -47,6 +48,7 @@ def test_copying(tmp_path):
     assert last["loss"] < 0.93 * 10 * np.log(8) / 22
 
 
+@pytest.mark.slow
 def test_digits(tmp_path):
     summary, last = figures(tmp_path, *OF_DIGITS)
     assert last["accuracy"] > 0.6
@@ -75,6 +77,7 @@ def test_wordlm_takes_a_folder_of_parts(tmp_path):
         TASKS["wordlm"].make(train.parse(["--task", "wordlm", "--data", str(tmp_path)]))
 
 
+@pytest.mark.slow
 def test_forecast_of_two_columns_and_its_picture(tmp_path):
     t = np.arange(400)
     rng = np.random.default_rng(0)

@@ -194,6 +194,7 @@ def test_sgd_keeps_its_learning_rate_after_the_warm_up():
         np.testing.assert_allclose(update, -2 * rate, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_activation_terms_shrink_what_they_weigh_and_stay_out_of_the_reported_loss():
     m = model()
     optimizer = adam(0.02)
