@@ -245,8 +245,10 @@ def _(static: Static, primals: Any, tangents: Any) -> Any:
     def by_path(d: Path) -> Path:
         return jax.jvp(lambda path: steps(given, path), (path,), (d,))[1]
 
-    # The solve is transposed only where every part of b depends on a tangent, or seems to.
-    b = lax.optimization_barrier(by_given(given, path, d_given))
+    # The solve is transposed only where every part of b depends on a tangent, or seems to. (A barrier would make it
+    # seem so too, but JAX 0.12 does not transpose one of which some parts are constant.)
+    nothing: Any = sum(0 * jnp.ravel(d)[:1].sum() for d in jax.tree.leaves(d_given))
+    b = jax.tree.map(lambda a: a + jnp.broadcast_to(nothing.astype(a.dtype), a.shape), by_given(given, path, d_given))
     return path, lax.custom_linear_solve(
         lambda d: jax.tree.map(jnp.subtract, d, by_path(d)),
         b,
