@@ -13,6 +13,7 @@ makes at least one more step exact, T of them all, and ``J`` may be less than th
 
 The derivative at the solution is one more linear recurrence, and so is its transpose: both are solved in the same way,
 so gradients, forward mode and second derivatives are exact. What F is, `jaxlstm.step` says; J is taken by `jax.jvp`.
+With ``remat`` there are first derivatives only.
 """
 
 from collections.abc import Callable
