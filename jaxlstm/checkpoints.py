@@ -20,7 +20,7 @@ import orbax.checkpoint as ocp
 from jax import Array
 from jax.experimental import multihost_utils
 
-from jaxlstm.reporting import written_whole
+from jaxlstm.files import written_whole
 
 MANIFEST = "manifest.json"
 DATES = "_CHECKPOINT_METADATA"  # Orbax's, completed after the manifest is written; not needed to read the arrays

@@ -14,7 +14,6 @@ suits the machine it is made on. How long a file stays loadable is JAX's to say:
 
 import dataclasses
 import importlib.util
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -25,6 +24,7 @@ from jax import Array
 from jax.export import Exported, export, symbolic_shape
 
 from jaxlstm import validation
+from jaxlstm.files import written_whole
 from jaxlstm.model import LSTM
 from jaxlstm.types import Params, State, output_dtype
 
@@ -113,18 +113,8 @@ def save(program: Exported, path: str | Path, *, overwrite: bool = False) -> Non
         raise ImportError(
             "a program is written with flatbuffers, which is not installed: pip install 'jaxlstm[export]'"
         )
-    path = Path(path)
-    if path.exists() and not overwrite:
-        raise FileExistsError(f"{path} exists; overwrite=True replaces it")
-    partial = path.with_name(path.name + ".partial")
-    try:
-        with partial.open("wb") as file:
-            file.write(program.serialize())
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    with written_whole(Path(path), overwrite=overwrite) as file:
+        file.write(program.serialize())
 
 
 def _known(platforms: Sequence[str]) -> tuple[str, ...]:

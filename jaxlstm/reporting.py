@@ -1,42 +1,18 @@
 """What a run shows and writes down: progress, metrics, curves."""
 
-import contextlib
 import json
 import math
-import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
-from typing import Any, BinaryIO
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn
 from rich.text import Text
 
-
-@contextlib.contextmanager
-def written_whole(path: Path) -> Iterator[BinaryIO]:
-    """A file to write to, which takes the place of ``path`` once all of it is on the disk.
-
-    Raises:
-      OSError: names the file that cannot be written; what was there stays as it was.
-    """
-    partial = path.with_name(path.name + ".partial")
-    try:
-        with partial.open("wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    except OSError as error:
-        partial.unlink(missing_ok=True)
-        raise _not_written(path, error) from None
-
-
-def _not_written(path: Path, error: OSError) -> OSError:
-    """The system names no file where it is the disk that is full."""
-    return OSError(f"cannot write {path}: {error.strerror or error}")
+from jaxlstm.files import not_written, written_whole
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -183,7 +159,7 @@ class Report:
             self._metrics.write(json.dumps(self.rows[-1]) + "\n")
             self._metrics.flush()
         except OSError as error:
-            raise _not_written(self._path, error) from None
+            raise not_written(self._path, error) from None
         if self._board is not None:
             for name, value in figures.items():
                 self._board.add_scalar(f"{split}/{name}", value, step)

@@ -15,7 +15,7 @@ import optax
 from jax import Array
 from jax.typing import ArrayLike
 
-from jaxlstm.reporting import written_whole
+from jaxlstm.files import written_whole
 from jaxlstm.types import Layer
 
 BEST = "best.msgpack"  # the best parameters, in the folder of a run

@@ -9,12 +9,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.ad_checkpoint import checkpoint_name
+from rich.console import Console
 from tolerance import tolerance
 
 import jaxlstm
-from jaxlstm import diagnostics
+from jaxlstm import diagnostics, options, training
 from jaxlstm.diagnostics import pictures, trained, vanishing, watch
+from jaxlstm.diagnostics.__main__ import Inspect, main
 from jaxlstm.diagnostics.look import look
+from jaxlstm.reporting import write_json
+from jaxlstm.tasks import language
 
 STEPS, B, INPUT, H = 5, 2, 3, 4
 BOUND = tolerance(np.float64, 1000)
@@ -436,3 +440,54 @@ def test_what_a_unit_may_follow():
     c[:, 1] = -found["inside quotes"]
     assert trained.telling_units(c, text)[1].startswith("unit 1: inside quotes (correlation -1.00)")
     assert trained.telling_units(np.ones((1, 3)), "a") == {0: "unit 0"}
+
+
+@pytest.fixture
+def trained_run(tmp_path):
+    """The folder of a run of a character model, as ``train.py`` leaves it, with weights as they are drawn."""
+    asked = options.Options(hidden=8, embedding=4, layers=2)
+    folder = tmp_path / "run"
+    folder.mkdir()
+    characters = '\n "()abc'
+    write_json(folder / "config.json", {"options": options.to_json(asked), "vocabulary": characters})
+    model = language.build(asked, len(characters))
+    training.save_params(folder / training.BEST, model.init(jax.random.key(0)))
+    return folder
+
+
+def test_inspecting_a_run(trained_run, tmp_path, capsys):
+    text = 'abc (ab)\n"c" a'
+    out = tmp_path / "pictures"
+    Inspect(trained_run, text, layer=1, out=out).run(Console())
+    assert {path.name for path in out.iterdir()} == {"gates.png", "eigenvalues.png", "cell_states.png"}
+    assert f"layer 1: 8 units, {len(text)} steps" in capsys.readouterr().out
+    model, params, ids = trained.load(trained_run, text)
+    assert ids.tolist() == ['\n "()abc'.index(character) for character in text]
+    jax.tree.map(np.testing.assert_array_equal, params, model.init(jax.random.key(0)))
+
+
+def test_what_cannot_be_inspected_is_one_clear_line(trained_run, tmp_path, capsys):
+    def said(*arguments):
+        with pytest.raises(SystemExit) as stop:
+            main(["inspect", *map(str, arguments)])
+        assert "\n" not in str(stop.value)
+        return str(stop.value)
+
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "file").touch()
+    run = trained_run
+    assert "is not the folder of a run" in said(tmp_path / "no", "--text", "a")
+    assert "not in the vocabulary of 8 characters: 'z'" in said(run, "--text", "az")
+    assert "--text must have at least one character" in said(run, "--text", "")
+    assert "--layer must be one of 0 to 1, got 2" in said(run, "--text", "a", "--layer", "2")
+    assert "full is not an empty folder; pictures never replace others" in said(
+        run, "--text", "a", "--out", tmp_path / "full"
+    )
+    whole = (run / training.BEST).read_bytes()
+    (run / training.BEST).write_bytes(whole[:100])
+    assert "best.msgpack is damaged or of another model" in said(run, "--text", "a")
+    (run / training.BEST).unlink()
+    assert "no checkpoint" in said(run, "--text", "a")
+    config = (run / "config.json").read_text()
+    (run / "config.json").write_text(config.replace('"charlm"', '"digits"'))
+    assert "are read by a run of --task charlm" in said(run, "--text", "a")

@@ -1,5 +1,6 @@
 """Exported inference runs where this package is not, at any size."""
 
+import os
 import subprocess
 import sys
 
@@ -116,7 +117,7 @@ def test_a_file_is_written_whole_or_not_at_all_and_not_replaced_silently(tmp_pat
         raise OSError("no space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(export.os, "fsync", full)
+        patch.setattr(os, "fsync", full)
         with pytest.raises(OSError, match="no space left"):
             export.save(program, path, overwrite=True)
     assert path.read_bytes() == before

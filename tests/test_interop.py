@@ -633,7 +633,7 @@ def test_of_a_file_only_what_is_the_lstms_is_read(tmp_path, monkeypatch):
 def test_a_file_that_is_there_stays_unless_it_is_to_be_replaced(tmp_path):
     path = tmp_path / "weights.safetensors"
     path.write_text("somebody's")
-    with pytest.raises(FileExistsError, match=r"weights\.safetensors is there already; overwrite=True replaces it"):
+    with pytest.raises(FileExistsError, match=r"weights\.safetensors exists; overwrite=True replaces it"):
         interop.save_safetensors(lstm, params, path)
     assert path.read_text() == "somebody's"
     interop.save_safetensors(lstm, params, path, overwrite=True)

@@ -5,6 +5,7 @@ python -m jaxlstm.diagnostics inspect runs/NAME --text "..."     the gates of a 
 """
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -111,12 +112,12 @@ def unused(path: Path) -> Path:
     return path
 
 
-def main() -> None:
-    """The command line."""
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The command line; ``arguments`` are those of the process where None."""
     commands = {"vanishing": Vanishing, "inspect": Inspect}
     try:
         command: Any = tyro.extras.subcommand_cli_from_dict(
-            commands, prog="python -m jaxlstm.diagnostics", description=__doc__
+            commands, prog="python -m jaxlstm.diagnostics", description=__doc__, args=arguments
         )
         command.run(Console())
     except (ValueError, OSError) as error:

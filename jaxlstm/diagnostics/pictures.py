@@ -68,7 +68,8 @@ def draw_cell_states(
     rows = _wrap(text, width)
     titles = dict(units) if isinstance(units, Mapping) else {unit: f"unit {unit}" for unit in units}
     columns = max(map(len, rows))
-    figure = Figure(figsize=(0.115 * columns + 1.2, (0.24 * len(rows) + 0.5) * len(titles)), layout="constrained")
+    size = (max(6.0, 0.115 * columns + 1.2), max(1.5, (0.24 * len(rows) + 0.5) * len(titles)))
+    figure = Figure(figsize=size, layout="constrained")
     panels = figure.subplots(len(titles), 1, squeeze=False)[:, 0]
     image: Any = None
     for axes, (unit, title) in zip(panels, titles.items()):

@@ -4,6 +4,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+from jaxlstm.files import written_whole
 from jaxlstm.interop.torch import from_torch, own_names, to_torch
 from jaxlstm.model import LSTM
 from jaxlstm.types import Params
@@ -43,19 +44,9 @@ def save_safetensors(lstm: LSTM, params: Params, path: str | os.PathLike[str], *
       ImportError: if safetensors is not installed.
       ValueError, TypeError: as `to_torch`.
     """
-    path = Path(path)
     data = _library().numpy.save(to_torch(lstm, params), {"format": "pt"})  # which makes it PyTorch's to other readers
-    if path.exists() and not overwrite:
-        raise FileExistsError(f"{path} is there already; overwrite=True replaces it")
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    try:
-        with partial.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    with written_whole(Path(path), overwrite=overwrite) as file:
+        file.write(data)
 
 
 def _library() -> Any:

@@ -14,9 +14,9 @@ import numpy as np
 from jax import Array
 
 from jaxlstm import data, series
+from jaxlstm.files import written_whole
 from jaxlstm.options import Options
 from jaxlstm.readout import Readout
-from jaxlstm.reporting import written_whole
 from jaxlstm.tasks.recurrent import network
 from jaxlstm.tasks.task import Task
 
