@@ -25,6 +25,12 @@ IMPLEMENTATIONS = [
     for name in recurrence.IMPLEMENTATIONS
     if name != "cudnn"
 ]
+# The same for properties that need no second look with every change: fast with the default, slow with all others.
+DEFAULT_FIRST = [
+    pytest.param(name, marks=[] if name == "fused" else [pytest.mark.slow])
+    for name in recurrence.IMPLEMENTATIONS
+    if name != "cudnn"
+]
 CONFIGURATIONS: dict[str, dict[str, Any]] = {
     "one layer": {},
     "two layers": {"num_layers": 2},

@@ -159,7 +159,7 @@ def test_gradients_with_respect_to_every_state():
 @pytest.mark.parametrize("kind", ["frobenius", pytest.param("spectral", marks=pytest.mark.slow)])
 def test_jacobians_of_the_last_state(kind):
     """Against JAX's own Jacobian of the rest of the run, as one matrix."""
-    lstm, params = network(num_layers=2, proj_size=3)
+    lstm, params = network(num_layers=2, proj_size=3, implementation="scan")
     xs, steps = inputs(B), 3
     marks = {name: a if name == "lengths" else a[:steps] for name, a in MARKS.items()}
     marks["lengths"] = jnp.array([3, 2])

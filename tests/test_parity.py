@@ -117,7 +117,7 @@ def test_any_batch_axes(batch, implementation):
     assert_close(result, jax.tree.map(lambda a: fold(a, 1), wanted), np.float64, terms(case))
 
 
-@pytest.mark.parametrize("implementation", cases.IMPLEMENTATIONS)
+@pytest.mark.parametrize("implementation", cases.DEFAULT_FIRST)
 @pytest.mark.parametrize(
     "configuration",
     ["projection", "rnn", *(pytest.param(name, marks=pytest.mark.slow) for name in ("two layers", "all of it"))],
@@ -158,7 +158,7 @@ def test_forward_mode_and_second_derivatives(configuration, implementation):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("implementation", cases.IMPLEMENTATIONS)
+@pytest.mark.parametrize("implementation", cases.DEFAULT_FIRST)
 def test_vmap_and_vmap_of_grad(implementation):
     """One sequence mapped over a batch equals the batched call; per-sequence gradients add up to the batch's."""
     case = cases.make("two layers bidirectional", "everything")
