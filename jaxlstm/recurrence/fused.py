@@ -16,9 +16,11 @@ backpropagation through time, and forward mode and second derivatives work as ev
 are taken by `jax.jvp`, again in the backward pass: what is kept of a step is ``z``, ``c`` and the output, 6 arrays of
 H numbers for an LSTM.
 
-How a step's arrays lie in memory, and when the product of the input is taken, is `jaxlstm.recurrence.layout`'s to say.
+How a step's arrays lie in memory, and when the product of the input is taken, is `jaxlstm.recurrence.layout`'s to say;
+that sequences mapped one by one are worked on as a batch, `jaxlstm.recurrence.folding`'s doing.
 """
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -30,20 +32,28 @@ from jaxtyping import Float
 
 from jaxlstm.cells import Cell
 from jaxlstm.dropout import Noise, Rates, zone_out
-from jaxlstm.recurrence import chunks
+from jaxlstm.recurrence import chunks, folding
 from jaxlstm.recurrence.how import How
 from jaxlstm.recurrence.layout import Layout
 from jaxlstm.step import advance, input_part, slabs
-from jaxlstm.types import Layer, State, Weights
+from jaxlstm.types import Layer, Size, State, Weights
 
 
 class Static(NamedTuple):
     """What is known when the program is compiled."""
 
     cell: Cell
-    layout: Layout
     rates: Rates
     unroll: int
+    units: Size
+    dtype: jnp.dtype  # of the operands of products, and of outputs
+    sums: jnp.dtype  # of sums and state
+    normalised: bool  # whether W_x x and W_h h are normalised apart
+
+    def layout(self, rows: Size) -> Layout:
+        """The layout for a batch of ``rows``."""
+        layout = Layout.choose(rows, self.units, self.dtype, self.sums)
+        return layout._replace(hoisted=True) if self.normalised else layout
 
 
 class Inputs(NamedTuple):
@@ -72,14 +82,17 @@ class Brackets(NamedTuple):
     h: Array | None
 
 
-class Begin(NamedTuple):
-    """The state of one direction before the first step, and that at a fresh start, zeros where None."""
+class Parts(NamedTuple):
+    """What work over a batch is given and gives, by where the batch is."""
 
-    state: State
-    fresh: State | None
+    shared: Any = None  # nowhere
+    state: Any = None  # (H, B) or (B, H), as the layout has it
+    over_time: Any = None  # (T, B, .)
+    saved: Any = None  # (T, H, B) or (T, B, H), as the layout has it
 
 
 States = tuple[State, ...]  # one for each direction
+Fresh = tuple[State | None, ...]  # the state at a fresh start for each direction, zeros where None
 
 
 def run(
@@ -88,17 +101,15 @@ def run(
     """One layer over time, its directions side by side. The signature is that of `jaxlstm.recurrence`."""
     directions = range(len(layer.directions))
     backward = [how.reverse ^ (d == 1) for d in directions]
-    units = layer.forward.w_h.shape[0] // cell.num_gates
-    layout = Layout.choose(xs.shape[1], units, jnp.dtype(how.dtype), state.h.dtype)
-    if layer.forward.norm is not None:  # W_x x and W_h h are normalised apart
-        layout = layout._replace(hoisted=True)
-    static = Static(cell, layout, how.rates, how.unroll)
+    units, normalised = layer.forward.w_h.shape[0] // cell.num_gates, layer.forward.norm is not None
+    static = Static(cell, how.rates, how.unroll, units, jnp.dtype(how.dtype), state.h.dtype, normalised)
+    layout = static.layout(xs.shape[1])
     inputs = tuple(_inputs(xs, how, d, backward[d]) for d in directions)
     before = tuple(jax.tree.map(lambda a: layout.from_batch_major(a[d]), state) for d in directions)  # noqa: B023
     fresh = tuple(jax.tree.map(lambda a: a[d], how.start) for d in directions)  # noqa: B023
 
     def over_time(before: States, inputs: tuple[Inputs, ...]) -> tuple[States, tuple[Array, ...]]:
-        return _recurrence(static, layer.directions, inputs, tuple(map(Begin, before, fresh)))
+        return _recurrence(static, layer.directions, inputs, before, fresh)
 
     if how.remat is None:
         after, ys = over_time(before, inputs)
@@ -132,9 +143,8 @@ def _restart(layout: Layout, rows: Array | None, fresh: State | None, state: Sta
     return jax.tree.map(lambda a, b: jnp.where(at, jnp.broadcast_to(layout.along_units(b), a.shape), a), state, fresh)
 
 
-def _keep(static: Static, now: Inputs, after: State, before: State) -> State:
+def _keep(static: Static, layout: Layout, now: Inputs, after: State, before: State) -> State:
     """The state after a step, but for what zoneout or the mask leaves as it was."""
-    layout = static.layout
     after = zone_out(static.rates, jax.tree.map(layout.from_batch_major, now.noise), after, before)
     if now.taken is None:
         return after
@@ -144,21 +154,31 @@ def _keep(static: Static, now: Inputs, after: State, before: State) -> State:
 
 @partial(jax.custom_jvp, nondiff_argnums=(0,))
 def _recurrence(
-    static: Static, weights: tuple[Weights, ...], inputs: tuple[Inputs, ...], begin: tuple[Begin, ...]
+    static: Static, weights: tuple[Weights, ...], inputs: tuple[Inputs, ...], before: States, fresh: Fresh
 ) -> tuple[States, tuple[Array, ...]]:
     """All directions over time: the states after it, and ``(T, B, P)`` outputs; where no step is taken, the held h."""
-    after, (ys, _) = _forward(static, weights, inputs, begin, save=False)
-    return after, ys
+    found = _over_batch(static, partial(_forward, save=False), Parts((weights, fresh), before, inputs))
+    return found.state, found.over_time
 
 
-def _forward(
-    static: Static, weights: tuple[Weights, ...], inputs: tuple[Inputs, ...], begin: tuple[Begin, ...], *, save: bool
-) -> tuple[States, tuple[tuple[Array, ...], tuple[Saved | None, ...]]]:
-    """The scan over time, with what the derivative needs if ``save``."""
-    layout = static.layout
+def _over_batch(static: Static, run: Callable[[Static, Size, Parts], Parts], given: Parts) -> Parts:
+    """``run(static, B, given)`` as work that can take an axis of `jax.vmap` into its batch."""
 
-    def step(w: Weights, recurrent: Array, begin: Begin, before: State, now: Inputs) -> tuple[State, Any]:
-        start = _restart(layout, now.fresh, begin.fresh, before)
+    def axes(rows: Size) -> Parts:
+        batch = 1 - static.layout(rows).axis
+        return Parts(folding.SHARED, batch, 1, 1 + batch)
+
+    rows = jax.tree.leaves(given.over_time)[0].shape[1]
+    return folding.call(partial(run, static), rows, (given,), lambda rows: (axes(rows),), axes)
+
+
+def _forward(static: Static, rows: Size, given: Parts, *, save: bool) -> Parts:
+    """The scan over time, of ``((weights, fresh), states, inputs)``; with what the derivative needs if ``save``."""
+    (weights, fresh), begin, inputs = given.shared, given.state, given.over_time
+    layout = static.layout(rows)
+
+    def step(w: Weights, recurrent: Array, fresh: State | None, before: State, now: Inputs) -> tuple[State, Any]:
+        start = _restart(layout, now.fresh, fresh, before)
         x = layout.from_batch_major(now.x)
         z_h = None
         if w.norm is not None:
@@ -168,14 +188,14 @@ def _forward(
         else:
             z = layout.times(recurrent, jnp.concatenate([x.astype(layout.sums), start.h], layout.axis))
             z = _add_bias(layout, w.b, z)
-        c, m = _advance(static, now.noise, w, z, z_h, start.c)
+        c, m = _advance(static, layout, now.noise, w, z, z_h, start.c)
         h = m if w.w_p is None else layout.times(layout.prepare(w.w_p), m)
-        after = _keep(static, now, State(h, c), start)
+        after = _keep(static, layout, now, State(h, c), start)
         saved = Saved(z, z_h, start.c, None if w.w_p is None else m) if save else None
         return after, (layout.to_batch_major(after.h), saved)
 
     def body(before: States, now: tuple[Inputs, ...]) -> tuple[States, Any]:
-        after, kept = zip(*map(step, weights, recurrent, begin, before, now))
+        after, kept = zip(*map(step, weights, recurrent, fresh, before, now))
         return after, tuple(zip(*kept))
 
     if layout.hoisted:
@@ -183,55 +203,63 @@ def _forward(
         inputs = tuple(i._replace(x=input_part(w, i.x, layout.dtype, layout.sums)) for w, i in zip(weights, inputs))
     else:  # one product for x and h
         recurrent = [layout.prepare(jnp.concatenate([w.w_x, w.w_h], axis=1)) for w in weights]
-    after, (ys, saved) = lax.scan(body, tuple(b.state for b in begin), inputs, unroll=static.unroll)
+    after, (ys, saved) = lax.scan(body, begin, inputs, unroll=static.unroll)
     # Rounded here and not in the loop: XLA on a CPU passes over a whole bfloat16 array to write one step into it.
-    return after, (tuple(y.astype(layout.dtype) for y in ys), saved)
+    return Parts(None, after, tuple(y.astype(layout.dtype) for y in ys), saved)
 
 
 def _advance(
-    static: Static, noise: Noise, w: Weights, z: Array, z_h: Array | None, c: Array | None
+    static: Static, layout: Layout, noise: Noise, w: Weights, z: Array, z_h: Array | None, c: Array | None
 ) -> tuple[Array | None, Array]:
     """`jaxlstm.step.advance` in this layout."""
-    gates, layout = static.cell.num_gates, static.layout
+    gates = static.cell.num_gates
     kept = None if noise.kept is None else layout.from_batch_major(noise.kept)
     z_h = None if z_h is None else slabs(z_h, gates, layout.axis)
     return advance(static.cell, w, slabs(z, gates, layout.axis), z_h, c, kept, static.rates, layout.axis)
 
 
 @partial(_recurrence.defjvp, symbolic_zeros=True)
-def _tangent(static: Static, primals: Any, tangents: Any) -> Any:
-    """The rule above, in chunks of time."""
-    weights, inputs, begin = primals
-    layout = static.layout
+def _(static: Static, primals: Any, tangents: Any) -> Any:
+    weights, inputs, before, fresh = primals
     d_weights = _known(tangents[0])
-    d_xs = tuple(None if (dx := _known(d.x)) is None else dx.astype(layout.sums) for d in tangents[1])
-    d_begin = jax.tree.map(lambda a, d: _dense(d, a), begin, tangents[2])
+    d_xs = tuple(None if (dx := _known(d.x)) is None else dx.astype(static.sums) for d in tangents[1])
     # What `advance` uses of the weights goes with the step, the rest into the brackets.
-    inner = tuple(_inner(w, w) for w in weights)
     d_inner = tuple(
-        jax.tree.map(lambda a, d: _dense(d, a), i, _inner(w, t)) for i, w, t in zip(inner, weights, tangents[0])
+        jax.tree.map(lambda a, d: _dense(d, a), _inner(w, w), _inner(w, d)) for w, d in zip(weights, tangents[0])
     )
-    after, (ys, saved) = _forward(static, weights, inputs, begin, save=True)
+    d_before, d_fresh = jax.tree.map(lambda a, d: _dense(d, a), (before, fresh), tangents[2:])
+    found = _over_batch(static, partial(_forward, save=True), Parts((weights, fresh), before, inputs))
+    shared = (weights, d_weights, d_inner, fresh, d_fresh)
+    moved = _over_batch(
+        static, _tangent, Parts(shared, (before, d_before), (inputs, d_xs, found.over_time), found.saved)
+    )
+    return (found.state, found.over_time), (moved.state, moved.over_time)
+
+
+def _tangent(static: Static, rows: Size, given: Parts) -> Parts:
+    """The rule above, in chunks of time."""
+    weights, d_weights, d_inner, fresh, d_fresh = given.shared
+    (begin, d_begin), (inputs, d_xs, ys) = given.state, given.over_time
+    layout = static.layout(rows)
     recurrent = [layout.prepare_for_transpose(w.w_h) for w in weights]
 
     @partial(jax.checkpoint, prevent_cse=False)  # or the partials of all steps would be kept
     def body(before: States, now: Any) -> tuple[States, tuple[Array, ...]]:
-        step = partial(_tangent_step, static)
-        d_after = tuple(map(step, weights, inner, d_inner, recurrent, d_begin, before, *now))
+        step = partial(_tangent_step, static, layout)
+        d_after = tuple(map(step, weights, d_inner, recurrent, d_fresh, before, *now))
         return d_after, tuple(layout.to_batch_major(s.h) for s in d_after)
 
     def over_chunk(carry: Any, chunk: Any) -> tuple[Any, tuple[Array, ...]]:
         before, y = carry
         d_xs, now, saved, ys = chunk
-        brackets = tuple(map(partial(_brackets, layout), weights, begin, d_weights, d_xs, now, saved, ys, y))
+        brackets = tuple(map(partial(_brackets, layout), weights, fresh, d_weights, d_xs, now, saved, ys, y))
         now = tuple(i._replace(x=None) for i in now)
         after, d_ys = lax.scan(body, before, (now, saved, brackets), unroll=static.unroll)
         return (after, tuple(each[-1] for each in ys)), d_ys
 
-    y = tuple(layout.to_batch_major(b.state.h).astype(layout.dtype) for b in begin)
-    carry = (tuple(d.state for d in d_begin), y)
-    (d_after, _), d_ys = chunks.over(over_chunk, carry, (d_xs, inputs, saved, ys), size=layout.chunk)
-    return (after, ys), (d_after, tuple(d.astype(layout.dtype) for d in d_ys))
+    y = tuple(layout.to_batch_major(state.h).astype(layout.dtype) for state in begin)
+    (d_after, _), d_ys = chunks.over(over_chunk, (d_begin, y), (d_xs, inputs, given.saved, ys), size=layout.chunk)
+    return Parts(None, d_after, tuple(d.astype(layout.dtype) for d in d_ys))
 
 
 def _inner(w: Weights, like: Weights) -> Weights:
@@ -243,7 +271,7 @@ def _inner(w: Weights, like: Weights) -> Weights:
 def _brackets(
     layout: Layout,
     w: Weights,
-    begin: Begin,
+    fresh: State | None,
     dw: Weights,
     dx: Array | None,
     now: Inputs,
@@ -258,8 +286,8 @@ def _brackets(
         z = z + layout.times_over_time(w.w_x, layout.from_batch_major(dx))
     h = jnp.concatenate([y[None], ys[:-1]])
     if now.fresh is not None:
-        fresh = 0 if begin.fresh is None else jnp.broadcast_to(begin.fresh.h.astype(h.dtype), h.shape)
-        h = jnp.where(now.fresh[:, :, None], fresh, h)
+        anew = 0 if fresh is None else jnp.broadcast_to(fresh.h.astype(h.dtype), h.shape)
+        h = jnp.where(now.fresh[:, :, None], anew, h)
     if w.norm is not None:
         if dw.w_x is not None:
             z = z + layout.times_over_time(dw.w_x, layout.from_batch_major(now.x))
@@ -279,31 +307,30 @@ def _brackets(
 
 def _tangent_step(
     static: Static,
+    layout: Layout,
     w: Weights,
-    inner: Weights,
     d_inner: Weights,
     recurrent: Array,
-    d_begin: Begin,
+    d_fresh: State | None,
     before: State,
     now: Inputs,
     saved: Saved,
     brackets: Brackets,
 ) -> State:
     """The tangent of the state after a step, from that before it."""
-    layout = static.layout
-    before = _restart(layout, now.fresh, d_begin.fresh, before)
+    before = _restart(layout, now.fresh, d_fresh, before)
     dz, dz_h = brackets.z, brackets.z_h
     if dz_h is None:
         dz = dz + layout.times_in_transpose(recurrent, before.h)
     else:
         dz_h = dz_h + layout.times_in_transpose(recurrent, before.h)
-    primals = (inner, saved.z, saved.z_h, saved.c)
-    dc, dh = jax.jvp(partial(_advance, static, now.noise), primals, (d_inner, dz, dz_h, before.c))[1]
+    primals = (_inner(w, w), saved.z, saved.z_h, saved.c)
+    dc, dh = jax.jvp(partial(_advance, static, layout, now.noise), primals, (d_inner, dz, dz_h, before.c))[1]
     if w.w_p is not None:
         dh = layout.times(layout.prepare(w.w_p), dh)
     if brackets.h is not None:
         dh = dh + brackets.h
-    return _keep(static, now, State(dh, dc), before)
+    return _keep(static, layout, now, State(dh, dc), before)
 
 
 def _add_bias(layout: Layout, b: Array | None, z: Array) -> Array:
