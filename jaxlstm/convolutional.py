@@ -24,9 +24,9 @@ from jaxtyping import Bool, Float, Int
 from jaxlstm import cells, initializers, sequence, validation
 from jaxlstm.cells import Cell
 from jaxlstm.dropout import Noise, Rates, dropout
+from jaxlstm.products import product as matrix_product
 from jaxlstm.recurrence import scan
 from jaxlstm.recurrence.how import How
-from jaxlstm.step import product as matrix_product
 from jaxlstm.step import slabs
 from jaxlstm.types import Layer, Params, State, Weights, output_dtype, state_dtype
 

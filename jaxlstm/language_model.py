@@ -16,6 +16,7 @@ from jaxlstm import regularisers
 from jaxlstm.data import Window, evaluation_windows
 from jaxlstm.dropout import dropout, keep_mask
 from jaxlstm.model import LSTM
+from jaxlstm.products import product
 from jaxlstm.types import Params, State, sums_dtype
 
 
@@ -117,7 +118,7 @@ class LanguageModel:
         """The softmax's logits, in float32 or wider."""
         w_out = params.embedding if params.w_out is None else params.w_out
         sums = sums_dtype(w_out.dtype)
-        logits = jnp.einsum("...p,vp->...v", ys, w_out.astype(ys.dtype), preferred_element_type=sums)
+        logits = product(w_out, ys, ys.dtype, sums)
         return logits + jnp.broadcast_to(params.b_out.astype(sums), logits.shape)
 
 

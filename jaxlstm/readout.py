@@ -11,6 +11,7 @@ from jaxtyping import Float
 
 from jaxlstm.dropout import dropout
 from jaxlstm.model import LSTM
+from jaxlstm.products import product
 from jaxlstm.types import Params, sums_dtype
 
 
@@ -57,5 +58,5 @@ class Readout:
             last = jnp.concatenate([last[..., :p], ys[0, ..., p:]], -1)
         last = dropout(k_out, self.dropout, last[None], over_time=True)[0]
         sums = sums_dtype(params.w_out.dtype)
-        answer = jnp.einsum("...p,op->...o", last, params.w_out.astype(last.dtype), preferred_element_type=sums)
+        answer = product(params.w_out, last, last.dtype, sums)
         return answer + jnp.broadcast_to(params.b_out.astype(sums), answer.shape)

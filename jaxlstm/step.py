@@ -9,15 +9,10 @@ from jaxtyping import Bool, Float
 
 from jaxlstm.cells import Cell
 from jaxlstm.dropout import Noise, Rates, zone_out
+from jaxlstm.products import product
 from jaxlstm.types import State, Weights
 
 EPSILON = 1e-5  # added to the variance in layer normalisation
-
-
-def product(w: Float[Array, "m n"], x: Float[Array, "*batch n"], dtype: DTypeLike, sums: DTypeLike) -> Array:
-    """``W x`` over the last axis of ``x``: operands rounded to ``dtype``, sums and result in ``sums``."""
-    contract_last = (((x.ndim - 1,), (1,)), ((), ()))
-    return lax.dot_general(x.astype(dtype), w.astype(dtype), contract_last, preferred_element_type=jnp.dtype(sums))
 
 
 def input_part(weights: Weights, x: Float[Array, "*batch I"], dtype: DTypeLike, sums: DTypeLike) -> Array:

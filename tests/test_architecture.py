@@ -11,7 +11,7 @@ ROOT = Path(__file__).parent.parent
 FLOORS = [  # from the ground up; a module imports from floors below its own
     {"types", "data", "files", "synthetic", "packing"},
     {"series"},
-    {"cells", "initializers", "dropout", "regularisers"},
+    {"cells", "initializers", "dropout", "regularisers", "products"},
     {"step", "validation"},
     {"recurrence"},
     {"sequence"},

@@ -4,8 +4,9 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import Array, lax
+from jax import Array
 
+from jaxlstm.products import dot
 from jaxlstm.types import Size
 
 
@@ -86,5 +87,4 @@ class Layout(NamedTuple):
 
     def _dot(self, a: Array, b: Array, contract: tuple[int, int]) -> Array:
         """Product over one axis of each of two arrays: operands in ``dtype``, sums and result in ``sums``."""
-        axes = (((contract[0],), (contract[1],)), ((), ()))
-        return lax.dot_general(a.astype(self.dtype), b.astype(self.dtype), axes, preferred_element_type=self.sums)
+        return dot(a, b, ((contract[0],), (contract[1],)), self.dtype, self.sums)

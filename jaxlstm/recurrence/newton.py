@@ -30,10 +30,11 @@ from jaxtyping import Float, Int
 from jaxlstm import validation
 from jaxlstm.cells import Cell
 from jaxlstm.dropout import Noise, Rates, zone_out
+from jaxlstm.products import product
 from jaxlstm.recurrence import chunks
 from jaxlstm.recurrence.how import How
 from jaxlstm.recurrence.scan import along_batch, restart
-from jaxlstm.step import advance, input_part, product, slabs, step
+from jaxlstm.step import advance, input_part, slabs, step
 from jaxlstm.types import Layer, State, Weights
 
 UNITS_IN_THE_LAST_PLACE = 32  # by which a solved step may miss: what rounding leaves of a sum over a few hundred units

@@ -16,9 +16,10 @@ from jaxtyping import Float
 
 from jaxlstm.cells import Cell
 from jaxlstm.dropout import Noise, zone_out
+from jaxlstm.products import product
 from jaxlstm.recurrence import scan
 from jaxlstm.recurrence.how import How
-from jaxlstm.step import advance, input_part, product, slabs
+from jaxlstm.step import advance, input_part, slabs
 from jaxlstm.types import Layer, State, Weights
 
 BATCH, UNITS = "data", "model"  # axes of the mesh
