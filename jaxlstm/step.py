@@ -65,6 +65,7 @@ def advance(
     kept: Bool[Array, "*units"] | None,
     rates: Rates,
     axis: int,
+    across: str | None = None,
 ) -> tuple[Array | None, Array]:
     """All of a step but its matrix products: from pre-activations to ``(c, m)``.
 
@@ -77,6 +78,7 @@ def advance(
       kept: where the candidate is kept by recurrent dropout; None for everywhere.
       rates: of the regularisers.
       axis: of the units, counted in the shape of ``c``.
+      across: axis of a mesh of devices that each hold some of the units; None where all are here.
     """
 
     def per_unit(v: Float[Array, "*rows H"]) -> Array:
@@ -86,14 +88,14 @@ def advance(
         return v.astype(z.dtype).reshape(*v.shape[:-1], *units)
 
     def norm_c(c: Array) -> Array:
-        c = _normal(c, (axis,)) * per_unit(norm.c)
+        c = _normal(c, (axis,), across) * per_unit(norm.c)
         return c if norm.b_c is None else c + per_unit(norm.b_c)
 
     options: dict[str, Any] = {}
     norm: Any = weights.norm
     if norm is not None and z_h is not None:
         gains = [per_unit(gain.reshape(cell.num_gates, -1)) for gain in (norm.x, norm.h)]
-        z = _normal(z, (0, axis + 1)) * gains[0] + _normal(z_h, (0, axis + 1)) * gains[1]
+        z = _normal(z, (0, axis + 1), across) * gains[0] + _normal(z_h, (0, axis + 1), across) * gains[1]
         if weights.b is not None:
             z = z + per_unit(weights.b.reshape(cell.num_gates, -1))
         if cell.has_cell_state:
@@ -105,7 +107,12 @@ def advance(
     return cell.gates(z, c, **options)
 
 
-def _normal(x: Array, axes: tuple[int, ...]) -> Array:
+def _normal(x: Array, axes: tuple[int, ...], across: str | None) -> Array:
     """Mean 0 and variance 1 over ``axes``: over all gates of a layer at once (Ba, Kiros & Hinton 2016)."""
-    x = x - x.mean(axes, keepdims=True)
-    return x * lax.rsqrt((x * x).mean(axes, keepdims=True) + EPSILON)
+
+    def mean(x: Array) -> Array:
+        here = x.mean(axes, keepdims=True)
+        return here if across is None else lax.pmean(here, across)
+
+    x = x - mean(x)
+    return x * lax.rsqrt(mean(x * x) + EPSILON)

@@ -21,6 +21,10 @@ CASES = {
     "regularised": ({"recurrent_dropout": 0.2, "zoneout_h": 0.2, "zoneout_c": 0.1, "weight_drop": 0.2}, {"key"}),
     "learned state": ({"learned_state": True, "cell": "cifg"}, {"resets"}),
     "vanilla": ({"cell": "rnn", "use_bias": False}, {"lengths"}),
+    "projection": ({"proj_size": 5, "zoneout_h": 0.2, "bidirectional": True, "learned_state": True}, {"key", "resets"}),
+    "projection alone": ({"proj_size": 5}, {}),
+    "layer norm": ({"layer_norm": True, "cell": "peephole", "num_layers": 2}, {"mask"}),
+    "layer norm, projection": ({"layer_norm": True, "proj_size": 4, "use_bias": False}, {"lengths"}),
 }
 
 
@@ -53,8 +57,10 @@ def check(name, sizes, axes):
     with jax.set_mesh(jax.make_mesh(sizes, axes, axis_types=(AxisType.Auto,) * len(axes))):
         actual = sharded(params, xs)
         program = sharded.lower(params, xs).compile().as_text()
+    # Normalising divides by a deviation of few units, which is small at times, and rounding errors grow by as much.
+    terms = steps * batch * units * 4 * (1000 if "layer_norm" in options else 1)
     for a, b in zip(jax.tree.leaves(actual), jax.tree.leaves(wanted), strict=True):
-        np.testing.assert_allclose(a, b, **tolerance(np.float64, steps * batch * units * 4))
+        np.testing.assert_allclose(a, b, **tolerance(np.float64, terms))
     return program
 
 
@@ -70,13 +76,4 @@ def exchanges(program):
 for name in CASES:
     check(name, (4, 2), ("data", "model"))
 check("plain", (8,), ("model",))
-print(exchanges(check("plain", (4, 2), ("data", "model"))))
-for options, message in (({"layer_norm": True}, "no layer_norm"), ({"proj_size": 2}, "no proj_size")):
-    with jax.set_mesh(jax.make_mesh((2,), ("model",), axis_types=(AxisType.Auto,))):
-        lstm = jaxlstm.LSTM(3, 8, implementation="sharded", **options)
-        try:
-            lstm(lstm.init(jax.random.key(0)), jnp.ones((2, 2, 3), jnp.float32))
-        except ValueError as error:
-            assert message in str(error)  # noqa: PT017
-        else:
-            raise AssertionError(options)
+print([exchanges(check(name, (4, 2), ("data", "model"))) for name in ("plain", "projection alone")])

@@ -34,9 +34,9 @@ def test_units_and_rows_over_eight_devices():
     program = [sys.executable, str(ROOT / "tests" / "mesh_program.py")]
     done = subprocess.run(program, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
-    forward, backward = json.loads(done.stdout.strip().replace("'", '"'))
-    assert forward == ["all-gather"]
-    assert backward == ["reduce-scatter"]
+    plain, projection = json.loads(done.stdout.strip().replace("'", '"'))
+    assert plain == [["all-gather"], ["reduce-scatter"]]
+    assert projection == [["all-reduce"], ["all-reduce"]]
 
 
 def test_the_mesh_as_it_is_typed():

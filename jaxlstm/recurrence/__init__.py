@@ -25,7 +25,7 @@ IMPLEMENTATIONS = {
     "pallas": pallas.run,
     "cudnn": cudnn.run,
 }
-OVER_DEVICES = {"sharded": sharded.run}  # needs a mesh to be more than "scan", and does without some options
+OVER_DEVICES = {"sharded": sharded.run}  # needs a mesh to be more than "scan"
 Implementation = str | Newton  # a name, or one with options
 
 

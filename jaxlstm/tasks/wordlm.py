@@ -32,8 +32,8 @@ DEFAULTS: dict[str, Any] = {
     "learning_rate": 20.0,
     "clip": 0.25,
     "weight_decay": 1.2e-6,
-    "max_steps": 3000,
-    "valid_every": 250,
+    "max_steps": 6000,
+    "valid_every": 100,
 }
 
 
