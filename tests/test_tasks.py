@@ -1,5 +1,6 @@
 """Every task learns, short; and reaches its stated result, slow."""
 
+import itertools
 import json
 import typing
 
@@ -12,6 +13,7 @@ from jaxlstm import series
 from jaxlstm.data import DataError
 from jaxlstm.options import Options
 from jaxlstm.tasks import TASKS, forecast
+from jaxlstm.tasks.epochs import epochs
 
 OF_DIGITS = ["--task", "digits", "--hidden", "24", "--max-steps", "120", "--learning-rate", "0.02"]
 STORY = "the cat sat on the mat .\nthe dog lay on the rug .\na bird flew over the mat .\n" * 80
@@ -143,3 +145,14 @@ def test_adding_over_400_steps_is_solved_by_the_lstm_alone(tmp_path):
         losses[cell] = json.loads((tmp_path / cell / "summary.json").read_text())["valid_loss"]
     assert losses["lstm"] < 0.01
     assert losses["rnn"] > 0.1
+
+
+def test_epochs_take_every_example_once_and_go_on_from_any_batch():
+    taken = list(itertools.islice(epochs(10, 4, 7, 0), 10))
+    order = np.concatenate(taken).reshape(4, 10)
+    for each in order:
+        np.testing.assert_array_equal(np.sort(each), np.arange(10))
+    assert len({tuple(each) for each in order}) == 4
+    for a, b in zip(epochs(10, 4, 7, 3), taken[3:]):
+        np.testing.assert_array_equal(a, b)
+    assert not np.array_equal(next(epochs(10, 4, 8, 0)), taken[0])

@@ -15,6 +15,7 @@ from jax import Array
 
 from jaxlstm.options import Options
 from jaxlstm.readout import Readout
+from jaxlstm.tasks.epochs import epochs
 from jaxlstm.tasks.recurrent import network
 from jaxlstm.tasks.task import Task
 
@@ -48,10 +49,9 @@ def make(options: Options) -> Task:
     model = Readout(network(options, images.shape[-1]), 10, options.dropout)
 
     def batches(start: int) -> Iterator[Digits]:
-        while True:
-            start += 1
-            rng = np.random.default_rng((options.seed, start))
-            chosen = rng.choice(len(train.labels), options.batch, replace=False)
+        taken = epochs(len(train.labels), options.batch, options.seed, start)
+        for position, chosen in enumerate(taken, start):
+            rng = np.random.default_rng((options.seed, position))
             rows = np.pad(train.rows[:, chosen], ((1, 1), (0, 0), (1, 1)))
             down, right = rng.integers(3, size=2)
             yield Digits(rows[down : down + 8, :, right : right + 8], train.labels[chosen])

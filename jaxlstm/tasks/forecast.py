@@ -17,6 +17,7 @@ from jaxlstm import data, series
 from jaxlstm.files import written_whole
 from jaxlstm.options import Options
 from jaxlstm.readout import Readout
+from jaxlstm.tasks.epochs import epochs
 from jaxlstm.tasks.recurrent import network
 from jaxlstm.tasks.task import Task
 
@@ -70,10 +71,8 @@ def make(options: Options) -> Task:
         return Pairs(*((a - window.before[-1]) / scale for a in window))
 
     def batches(start: int) -> Iterator[Pairs]:
-        while True:
-            start += 1
-            rng = np.random.default_rng((options.seed, start))
-            drawn = relative(pairs(rng.integers(cuts[1] - span + 1, size=options.batch)))
+        for starts in epochs(cuts[1] - span + 1, options.batch, options.seed, start):
+            drawn = relative(pairs(starts))
             yield Pairs(*(a.astype(np.float32) for a in drawn))
 
     def answer(params: Any, before: Any, key: Array | None) -> Array:
