@@ -14,7 +14,7 @@ from jaxtyping import Bool, Float, Int
 from jaxlstm import cells, initializers, sequence, validation
 from jaxlstm.cells import Cell
 from jaxlstm.dropout import Noise, Rates, draw, dropout, keep_mask
-from jaxlstm.recurrence import IMPLEMENTATIONS, OVER_DEVICES, Implementation, Newton
+from jaxlstm.recurrence import IMPLEMENTATIONS, OF_LAYERS, OVER_DEVICES, Implementation, Newton
 from jaxlstm.recurrence.how import How
 from jaxlstm.step import input_part, step
 from jaxlstm.types import Layer, Norm, Params, State, Weights, output_dtype, state_dtype
@@ -333,15 +333,20 @@ class LSTM:
     @partial(jax.jit, static_argnums=(0, 2))
     def _run(self, arguments: Arguments, reverse: bool) -> tuple[Array, State]:
         # Compiled here, so that a call outside of `jit` compiles once per shape too.
-        return self._over_layers(partial(sequence.run, implementation=self.implementation), arguments, reverse)
+        run = partial(sequence.run, implementation=self.implementation)
+        nothing_between = arguments.key is None or self.dropout == 0.0
+        together = nothing_between and self.implementation in OF_LAYERS and len(arguments.xs) > 0
+        return self._over_layers(run, arguments, reverse, together=together)
 
     def _over_layers(
         self,
-        run: Callable[[Cell, Layer, Array, State, How], tuple[Array, State]],
+        run: Callable[[Cell, Any, Array, State, How], tuple[Array, State]],
         arguments: Arguments,
         reverse: bool,
+        *,
+        together: bool = False,
     ) -> tuple[Array, State]:
-        """The layers one after the other, each over time by ``run``."""
+        """The layers one after the other, each over time by ``run``; or all by one call of it, ``together``."""
         params, xs, state, lengths, mask, resets, key = arguments
         num_steps, *batch, _ = xs.shape
         how = How(
@@ -359,16 +364,16 @@ class LSTM:
         start = None if resets is None else jax.tree.map(lambda a: a.astype(self._state_dtype), params.state)
         ys = dropout(_part(key, 0, 3), self.input_dropout, xs.astype(self._output_dtype), over_time=False)
         last = []
-        for n, layer in enumerate(params.layers):
+        layers = [self._drop_weights(_part(key, n, 2), layer) for n, layer in enumerate(params.layers)]
+        for n, layer in [(0, tuple(layers))] if together else enumerate(layers):
             if n > 0:
                 k = None if key is None else jax.random.fold_in(key, n)
                 ys = dropout(k, self.dropout, ys, over_time=not self.variational)
-            rows = slice(n * self.num_directions, (n + 1) * self.num_directions)
+            rows = slice(None) if together else slice(n * self.num_directions, (n + 1) * self.num_directions)
             mine, fresh = jax.tree.map(lambda a: a[rows], (state, start))  # noqa: B023  (called at once)
             leading = (self.num_directions, num_steps, *batch)
             units = self.hidden_size if self._cell.has_cell_state else None
             noise = draw(_part(key, n, 1), self._rates, leading, self.output_size, units)
-            layer = self._drop_weights(_part(key, n, 2), layer)
             ys, after = run(self._cell, layer, ys, mine, how._replace(start=fresh, noise=noise))
             last.append(after)
         ys = dropout(_part(key, 0, 4), self.output_dropout, ys, over_time=False)

@@ -40,7 +40,7 @@ def laid_out_like(xs: Float[Array, "T *batch_and_inputs"], state: State) -> Stat
 
 def run(
     cell: Cell,
-    layer: Layer,
+    layer: Layer | tuple[Layer, ...],
     xs: Float[Array, "T *batch I"],
     state: State,
     how: How,
@@ -53,7 +53,7 @@ def run(
 
     Args:
       cell: the cell.
-      layer: its weights, in one direction or two.
+      layer: its weights, in one direction or two; layers for an implementation that takes several (`OF_LAYERS`).
       xs: inputs.
       state: initial state of this layer, h ``(D, *batch, P)`` and c ``(D, *batch, H)``.
       how: the rest, with ``*batch`` for B in its arrays.

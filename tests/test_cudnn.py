@@ -16,7 +16,7 @@ import jaxlstm
 from jaxlstm.recurrence import cudnn
 
 PLAIN = {"plain": ["one layer", "two layers", "two layers bidirectional", "no bias", "dropout"]}
-INPUTS = PLAIN | {"lengths": ["two layers bidirectional"], "reverse": ["one layer"]}
+INPUTS = PLAIN | {"lengths": ["two layers bidirectional"], "reverse": ["one layer", "two layers"]}
 INPUTS |= {"lengths reverse": ["one layer", "two layers bidirectional"]}
 FAST = [("plain", "no bias"), ("lengths reverse", "one layer"), ("lengths reverse", "two layers bidirectional")]
 
@@ -141,20 +141,32 @@ def test_derivatives_and_maps_that_it_lacks_raise(as_if_with_cuda):
 SAME = [pytest.param(*row, marks=pytest.mark.slow) for row in (("high", True), ("float32", False))]
 
 
+ALL = [(3, 4, 2, 2, 6, 0.0, True)]  # input and hidden size, layers, batch, steps, dropout, bidirectional
+EACH = [(3, 4, 1, 2, 6, 0.0, True), (8, 4, 1, 2, 6, 0.0, True)]
+
+
+@pytest.mark.parametrize(("dropout", "calls"), [(0.0, ALL), (0.5, EACH)])
 @pytest.mark.parametrize(("precision", "tf32"), [(None, True), ("highest", False), *SAME])
-def test_lowers_for_cuda_with_one_call_for_each_layer(precision, tf32, as_if_with_cuda):
-    lstm = LSTM(num_layers=2, bidirectional=True)
+def test_lowers_for_cuda_with_one_call_for_all_layers(precision, tf32, dropout, calls, as_if_with_cuda):
+    lstm = LSTM(num_layers=2, bidirectional=True, dropout=dropout)
     params = lstm.init(jax.random.key(0))
     xs = jnp.ones((6, 2, 3), jnp.float32)
 
-    def loss(params, xs):
-        return (lstm(params, xs, lengths=jnp.array([6, 0]))[0] ** 2).sum()
+    def loss(params, xs, key):
+        return (lstm(params, xs, lengths=jnp.array([6, 0]), key=key)[0] ** 2).sum()
 
     with jax.default_matmul_precision(precision):
-        traced = jax.jit(jax.grad(loss)).trace(params, xs)
+        traced = jax.jit(jax.grad(loss)).trace(params, xs, jax.random.key(1))
     text = traced.lower(lowering_platforms=("cuda",)).as_text()
-    assert len(re.findall(r"@cudnn_rnn_ffi\b", text)) == 2
-    assert len(re.findall(r"@cudnn_rnn_bwd_ffi\b", text)) == 2
-    # input and hidden size, layers, batch, steps, dropout, bidirectional, TF32
-    for sizes in ((3, 4, 1, 2, 6, 0.0, True, tf32), (8, 4, 1, 2, 6, 0.0, True, tf32)):
-        assert text.count(repr(sizes)[:-1]) == 2
+    assert len(re.findall(r"@cudnn_rnn_ffi\b", text)) == len(calls)
+    assert len(re.findall(r"@cudnn_rnn_bwd_ffi\b", text)) == len(calls)
+    for sizes in calls:
+        assert text.count(repr((*sizes, tf32))[:-1]) == 2
+
+
+def test_no_steps_and_no_rows(as_if_with_cuda):
+    for steps, rows in ((0, 2), (6, 0)):
+        lstm = LSTM(num_layers=2, bidirectional=True)
+        ys, state = jax.eval_shape(lstm, lstm.init(jax.random.key(0)), jnp.ones((steps, rows, 3), jnp.float32))
+        assert ys.shape == (steps, rows, 8)
+        assert state.c.shape == (4, rows, 4)

@@ -25,6 +25,7 @@ IMPLEMENTATIONS = {
     "pallas": pallas.run,
     "cudnn": cudnn.run,
 }
+OF_LAYERS = ("cudnn",)  # take a tuple of layers too, with the state of all of them, where nothing is between
 OVER_DEVICES = {"sharded": sharded.run}  # needs a mesh to be more than "scan"
 Implementation = str | Newton  # a name, or one with options
 

@@ -1,11 +1,14 @@
-"""cuDNN's LSTM on NVIDIA GPUs, through `jax.experimental.rnn`: one call for a layer and both of its directions.
+"""cuDNN's LSTM on NVIDIA GPUs, through `jax.experimental.rnn`: one call for both directions, and for all layers.
 
-What lies between layers, dropout among it, stays the caller's. The products are taken in TF32, with 10 bits of
-mantissa, as cuDNN does by default; under ``jax.default_matmul_precision("highest")`` in float32.
+Where there is dropout between layers, which cuDNN would draw by keys of its own, it is one call for each. The products
+are taken in TF32, with 10 bits of mantissa, as cuDNN does by default; under ``jax.default_matmul_precision("highest")``
+in float32.
 
 It knows nothing of `jax.jvp`, second derivatives and `jax.vmap`: the last is refused here, the others by JAX.
 """
 
+import itertools
+from functools import partial
 from typing import Any
 
 import jax
@@ -22,38 +25,50 @@ from jaxlstm.types import Layer, State, Weights
 
 
 def run(
-    cell: Cell, layer: Layer, xs: Float[Array, "T B I"], state: State, how: How
+    cell: Cell, layers: Layer | tuple[Layer, ...], xs: Float[Array, "T B I"], state: State, how: How
 ) -> tuple[Float[Array, "T B DP"], State]:
-    """One layer over time, its directions in one call. The signature is that of `jaxlstm.recurrence`.
+    """One layer over time or several, all directions in one call. The signature is that of `jaxlstm.recurrence`.
 
     Raises:
       ValueError: while tracing, for what cuDNN's LSTM cannot do; the message names it.
     """
-    check(cell, layer, xs.dtype, how)
+    layers = (layers,) if isinstance(layers, Layer) else layers
+    check(cell, layers[0], xs.dtype, how)
     steps, rows, inputs = xs.shape
+    directions, units = len(layers[0].directions), state.h.shape[-1]
     if rows == 0:
-        return jnp.zeros((steps, 0, state.h.shape[0] * state.h.shape[-1]), how.dtype), state
-    directions, units = len(layer.directions), state.h.shape[-1]
+        return jnp.zeros((steps, 0, directions * units), how.dtype), state
     lengths = (
         jnp.full(rows, steps, jnp.int32) if how.lengths is None else jnp.clip(how.lengths, 0, steps).astype(jnp.int32)
     )
     # cuDNN's first direction runs forward: where ours runs backward, two change places and one has its inputs turned.
     swapped, turned = how.reverse and directions == 2, how.reverse and directions == 1
-    order = slice(None, None, -1) if swapped else slice(None)
-    before = jax.tree.map(lambda a: a[order], state)
+    weights = [layer.directions for layer in layers]
+    if swapped:
+        weights = [tuple(map(partial(_swap_inputs, n), reversed(each))) for n, each in enumerate(weights)]
+        state = _swap(state)
     x = _turn(xs, lengths) if turned else xs
-    arguments = (jnp.swapaxes(x, 0, 1), before.h, before.c, pack(layer.directions[order]))
+    arguments = (jnp.swapaxes(x, 0, 1), state.h, state.c, pack(tuple(itertools.chain(*weights))))
     _refuse_vmap(*map(lax.stop_gradient, arguments))
-    sizes = (inputs, units, 1, 0.0, directions == 2, _precision())
+    sizes = (inputs, units, len(layers), 0.0, directions == 2, _precision())
     outputs: Any = rnn.lstm(*arguments, jnp.maximum(lengths, 1), *sizes)  # it takes no row of length 0
     y, h, c = outputs
     ys = jnp.swapaxes(y, 0, 1)
     if turned:
         ys = _turn(ys, lengths)
-    if swapped:
-        ys = jnp.concatenate([ys[..., units:], ys[..., :units]], axis=-1)
     held = (lengths == 0)[None, :, None]
-    return ys, jax.tree.map(lambda new, old: jnp.where(held, old, new[order]), State(h, c), state)
+    last = jax.tree.map(lambda new, old: jnp.where(held, old, new), State(h, c), state)
+    return (jnp.roll(ys, units, -1), _swap(last)) if swapped else (ys, last)
+
+
+def _swap(state: State) -> State:
+    """With the two directions of each layer in the other order."""
+    return jax.tree.map(lambda a: jnp.flip(a.reshape(-1, 2, *a.shape[1:]), 1).reshape(a.shape), state)
+
+
+def _swap_inputs(n: int, w: Weights) -> Weights:
+    """The weights of the n-th layer where the directions of the layer below have changed places."""
+    return w if n == 0 else w._replace(w_x=jnp.roll(w.w_x, w.w_x.shape[1] // 2, 1))
 
 
 def check(cell: Cell, layer: Layer, dtype: jnp.dtype, how: How) -> None:
@@ -77,11 +92,14 @@ def check(cell: Cell, layer: Layer, dtype: jnp.dtype, how: How) -> None:
             raise ValueError(f"implementation='cudnn' does not take {what}")
 
 
-def pack(directions: tuple[Weights, ...]) -> Float[Array, " numbers"]:
-    """The weights as cuDNN takes them: all matrices, then all biases, of which it has two; ours is the first."""
-    matrices = [w.ravel() for each in directions for w in (each.w_x, each.w_h)]
+def pack(weights: tuple[Weights, ...]) -> Float[Array, " numbers"]:
+    """The weights, by layer and direction, as cuDNN takes them: all matrices, then all biases, of which it has two.
+
+    Ours is the first.
+    """
+    matrices = [w.ravel() for each in weights for w in (each.w_x, each.w_h)]
     biases = []
-    for each in directions:
+    for each in weights:
         none = jnp.zeros(each.w_h.shape[:1], each.w_h.dtype)
         biases += [none if each.b is None else each.b, none]
     return jnp.concatenate(matrices + biases)
