@@ -198,7 +198,7 @@ SIZES = [(1024, 16, 64), (1024, 16, 256), (1024, 16, 384), (1000, 700, 370)]
 OPTIONS = [
     ({}, False),
     ({**CONFIGURATIONS["everything"], "bidirectional": True}, True),
-    ({"cell": "cifg", "remat": 100}, True),
+    ({"cell": "cifg", "remat": 300}, True),
     ({"cell": "rnn", "activation": "relu"}, False),
 ]
 

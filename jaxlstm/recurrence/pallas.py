@@ -61,8 +61,8 @@ def run(
     ``how.unroll`` is the steps in one iteration of the grid; a GPU takes one step after the other.
 
     Raises:
-      ValueError: without a TPU or a Hopper GPU, for a dtype that it does not have, for weights that do not fit, and on a
-        GPU for what `hopper.check` names.
+      ValueError: without a TPU or a Hopper GPU, for a dtype that it does not have, for weights that do not fit into
+        its memory, and on a GPU for what `hopper.check` names.
     """
     explicit = jax.typeof(xs).sharding.mesh.explicit_axes
     if explicit:
