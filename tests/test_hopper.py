@@ -130,10 +130,14 @@ def test_blocks_of_a_cluster(units, configuration):
     ("rows", "slots"), [(16, 1), *(pytest.param(*both, marks=pytest.mark.slow) for both in ((16, 4), (32, 4), (16, 3)))]
 )
 def test_rows_of_a_cluster_and_places_for_what_is_sent(rows, slots, monkeypatch):
-    """33 rows in clusters of 16 or 32; what is sent backward, four pieces, all at once or one after the other."""
+    """33 rows in clusters of 16 or 32, some of them with a reset on their very first step, and the last; what is sent
+    backward, four pieces, all at once or one after the other.
+    """
     monkeypatch.setattr(cluster, "rows_that_fit", lambda *sizes: rows)
     monkeypatch.setattr(cluster, "footprint", lambda *form: cluster.SHARED_MEMORY + (form[-1] > slots))
-    run, arguments = everything(network(3, 2), (2, 33))
+    resets = np.zeros((2, 33), bool)
+    resets[0, ::2] = resets[-1, ::3] = True
+    run, arguments = everything(network(3, 2), (2, 33), resets=resets)
     for actual, wanted in zip(*on_a_gpu_and_on_a_tpu(run, arguments)):
         assert_within(actual, wanted, ONE_ROUNDING)
 
