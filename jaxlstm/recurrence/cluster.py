@@ -250,14 +250,15 @@ class _Block:
         ]
         carry = [_load(ref.at[self.units, self.rows]) for ref in self.before]
         plgpu.barrier_wait(self.matrices_there)
-        *carry, _ = lax.fori_loop(np.int32(0), np.int32(form.steps), self.step, (*carry, self.now(np.int32(0))))
+        carry = lax.fori_loop(np.int32(0), np.int32(form.steps), self.step, carry)
         for ref, a in zip(self.last, carry):
             _store(ref.at[self.units, self.rows], a)
 
-    def step(self, n: Array, state: tuple[Any, ...]) -> tuple[Any, ...]:
-        """The n-th step: from the carry and what is read of this step to the carry and what is read of the next."""
-        *carry, now = state
-        ahead = self.now(jnp.minimum(n + 1, self.form.steps - 1))  # under way while the blocks wait for one another
+    def step(self, n: Array, carry: list[Array]) -> list[Array]:
+        """The n-th step: from the carry before it to that after it."""
+        for piece in range(self.form.slots):
+            self.fetch(n, piece)
+        now = self.now(n)  # comes while the product is waited for
         tile = (UNITS, self.form.rows)
         arguments = [
             *([lax.broadcast_in_dim(a, tile, (0,)) for a in each] for each in self.stays),
@@ -275,21 +276,23 @@ class _Block:
             for index, a in zip(np.ndindex(*ref.shape[1:-2]), values):
                 _store(ref.at[self.form.time(n), *index, self.units, self.rows], a)
         self.send(sent, n + 1)
-        return *carry, ahead
+        return carry
+
+    def fetch(self, n: Array, piece: int) -> None:
+        """One piece of what all blocks have sent before the n-th step, on its way into its slot."""
+        from jax.experimental import pallas as pl
+        from jax.experimental.pallas import mosaic_gpu as plgpu
+
+        form, slot = self.form, piece % self.form.slots
+        place = pl.ds((form.place(n) * form.pieces + piece) * form.units, form.units)
+        plgpu.copy_gmem_to_smem(self.places.at[place, self.rows], self.received.at[slot], self.received_there.at[slot])
 
     def products(self, n: Array) -> list[Array]:
-        """The product of this block's rows and of what all blocks have sent before the n-th step."""
+        """The product of this block's rows and of what all blocks have sent, its first pieces already on their way."""
         from jax.experimental import pallas as pl
         from jax.experimental.pallas import mosaic_gpu as plgpu
 
         form = self.form
-
-        def fetch(piece: int) -> None:
-            slot = piece % form.slots
-            place = pl.ds((form.place(n) * form.pieces + piece) * form.units, form.units)
-            plgpu.copy_gmem_to_smem(
-                self.places.at[place, self.rows], self.received.at[slot], self.received_there.at[slot]
-            )
 
         def multiply(*sums: Any) -> list[Array]:
             for piece in range(form.pieces):
@@ -299,11 +302,9 @@ class _Block:
                     plgpu.wgmma(total, self.matrices.at[part * form.pieces + piece], self.received.at[slot])
                 if piece + form.slots < form.pieces:
                     plgpu.wgmma_wait(0)  # for the slot to be free
-                    fetch(piece + form.slots)
+                    self.fetch(n, piece + form.slots)
             return [total[...] for total in sums]
 
-        for piece in range(form.slots):
-            fetch(piece)
         return pl.run_scoped(multiply, *[plgpu.WGMMAAccumulatorRef((UNITS, form.rows))] * form.parts)
 
     def send(self, sent: Sequence[Array], n: Any) -> None:
