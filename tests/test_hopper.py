@@ -3,6 +3,8 @@
 An interpreter carries out what is written of copies, barriers and products. It knows nothing of registers and caches.
 """
 
+import shutil
+from importlib.util import find_spec
 from typing import Any
 
 import cases
@@ -11,8 +13,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import test_parity
+from jax import lax
 from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
 from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams  # which JAX 0.10 has nowhere else
+from jax.experimental.topologies import get_topology_desc
+from jax.sharding import AxisType, PartitionSpec, SingleDeviceSharding
 from test_parity import assert_within
 
 import jaxlstm
@@ -96,6 +101,23 @@ def test_outputs_state_gradient_and_tangent_are_those_of_the_tpu_kernel(configur
     key: dict[str, Any] = {"key": jax.random.key(1)} if configuration == "everything" else {}
     options = {name: value for name, value in cases.make("one layer", inputs).options.items() if name != "key"}
     run, arguments = everything(network(3, 5, **CONFIGURATIONS[configuration]), (7, 4), **options, **key)
+    for actual, wanted in zip(*on_a_gpu_and_on_a_tpu(run, arguments)):
+        assert_within(actual, wanted, ONE_ROUNDING)
+
+
+@pytest.mark.slow
+def test_second_derivatives_are_those_of_the_tpu_kernel():
+    lstm = network(3, 5)
+    _, arguments = everything(lstm, (3, 4))
+    slopes = jax.tree.map(np.ones_like, arguments)
+    gradient = jax.grad(lambda *a: (lstm(*a)[0].astype(jnp.float32) ** 2).sum(), (0, 1, 2))
+
+    def along(*arguments):
+        return sum(a.sum() for a in jax.tree.leaves(gradient(*arguments)))
+
+    def run(*arguments):
+        return jax.jvp(gradient, arguments, slopes)[1], jax.grad(along, (0, 1, 2))(*arguments)
+
     for actual, wanted in zip(*on_a_gpu_and_on_a_tpu(run, arguments)):
         assert_within(actual, wanted, ONE_ROUNDING)
 
@@ -243,6 +265,67 @@ def test_it_is_lowered_for_cuda(options, marked, sizes):
     assert kernels[0] == directions
     assert kernels[1] == directions * (3 if "remat" in options else 2)  # computed again in a chunk
     assert kernels[2] == directions * 2
+
+
+@pytest.mark.slow
+def test_over_devices_it_is_lowered_within_shard_map():
+    lstm = network(3, 5)
+
+    def loss(params, xs):
+        return lax.psum((lstm(params, xs)[0].astype(jnp.float32) ** 2).sum(), "data")
+
+    mesh = jax.make_mesh((2,), ("data",), axis_types=(AxisType.Auto,))
+    specs = (PartitionSpec(), PartitionSpec(None, "data"))
+    total = jax.shard_map(loss, mesh=mesh, in_specs=specs, out_specs=PartitionSpec(), check_vma=False)
+    shapes = (jax.eval_shape(lstm.init, jax.random.key(0)), jax.ShapeDtypeStruct((4, 6, 3), jnp.float32))
+    assert lowered(jax.grad(total), *shapes).count("@mosaic_gpu") == 2
+
+
+H100 = """
+gpu_device_info {
+  threads_per_block_limit: 1024 threads_per_warp: 32 threads_per_core_limit: 2048 core_count: 132 fpus_per_core: 128
+  shared_memory_per_block: 49152 shared_memory_per_core: 233472 shared_memory_per_block_optin: 232448
+  registers_per_core_limit: 65536 registers_per_block_limit: 65536 clock_rate_ghz: 1.98 l2_cache_size: 52428800
+  block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
+  memory_bandwidth: 3352320000000 device_memory_size: 84929347584 cuda_compute_capability { major: 9 }
+}
+runtime_version { major: 12 minor: 8 } dnn_version_info { major: 9 minor: 7 }
+platform_name: "CUDA" device_description_str: "NVIDIA H100 80GB HBM3"
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    not (find_spec("jax_cuda12_plugin") or find_spec("jax_cuda13_plugin")) or shutil.which("ptxas") is None,
+    reason="needs the compiler that comes with jax[cuda] and ptxas; a GPU it does not need",
+)
+@pytest.mark.parametrize(
+    ("options", "marked", "units"), [(OPTIONS[0][0], False, 384), (*OPTIONS[1], 384), ({}, False, 5)]
+)
+def test_it_is_compiled_for_an_h100(options, marked, units):
+    device = SingleDeviceSharding(get_topology_desc("", "cuda", target_config=H100, topology="1x1x1").devices[0])
+    lstm = network(5, units, **options)
+
+    def there(a):
+        return jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=device)
+
+    shapes = [
+        jax.tree.map(there, jax.eval_shape(lstm.init, jax.random.key(0))),
+        there(jax.ShapeDtypeStruct((64, 16, 5), jnp.float32)),
+        *[there(jax.ShapeDtypeStruct((64, 16), jnp.bool_))] * (2 * marked),
+    ]
+
+    def loss(params, xs, mask=None, resets=None):
+        return (lstm(params, xs, mask=mask, resets=resets)[0].astype(jnp.float32) ** 2).sum()
+
+    def slope(params, *others):
+        return jax.jvp(lambda params: loss(params, *others), (params,), (jax.tree.map(jnp.ones_like, params),))
+
+    compiler_options: Any = {"xla_gpu_autotune_level": 0, "xla_gpu_enable_triton_gemm": False}  # of the other products
+    for function in (loss, jax.grad(loss), slope):
+        with kernel.making_for(HOPPER):
+            program = jax.jit(function).trace(*shapes).lower(lowering_platforms=("cuda",))
+        assert "mosaic_gpu" in str(program.compile(compiler_options).as_text())
 
 
 def traced(lstm):

@@ -5,9 +5,9 @@ send the slopes of z, and multiply by their rows of the transpose. The rest of a
 ``gates``, or their derivative, and what the mask, resets and regularisers make of it.
 
 Its numbers have been seen in the interpreter that Pallas has for these kernels, with blocks that wait for one another,
-and it has been lowered for CUDA on a host without a GPU. It has never run on a GPU. Not its speed alone is unknown, but
-whether what a block has written, and waited for, is there for the others beyond the barrier: an interpreter takes that
-for granted.
+and it has been compiled for an H100, down to machine code, on a host without a GPU. It has never run on one. Not its
+speed alone is unknown, but whether what a block has written, and waited for, is there for the others beyond the
+barrier: an interpreter takes that for granted.
 """
 
 from functools import partial
