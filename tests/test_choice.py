@@ -17,7 +17,7 @@ def _kernels_need_their_chip():
 
 def test_every_row_takes_one_and_has_a_reason_for_each_other():
     for platform, row in {**choice.TABLE, "other": choice.OTHER}.items():
-        refused = {"gpu": {"pallas"}, "tpu": {"cudnn"}}.get(platform, {"cudnn", "pallas"})
+        refused = {"gpu": set(), "tpu": {"cudnn"}}.get(platform, {"cudnn", "pallas"})
         assert {row.takes, *row.others} == set(recurrence.IMPLEMENTATIONS) - refused
         assert row.takes not in row.others
         assert all([row.because, *row.others.values()])
@@ -37,7 +37,10 @@ def test_what_is_explained_is_what_runs(monkeypatch):
 def test_each_other_has_a_line_that_says_why_not():
     said = explain(jaxlstm.LSTM(3, 4, proj_size=2, implementation="scan"), (5, 2, 3))
     assert said.others["cudnn"] == "refused: implementation='cudnn' needs an NVIDIA GPU, got the backend 'cpu'"
-    assert said.others["pallas"].startswith("refused: implementation='pallas' is a kernel for TPUs, got the backend")
+    assert said.others["pallas"] == (
+        "refused: implementation='pallas' is a kernel for TPUs and Hopper GPUs, got the backend 'cpu'; "
+        "'fused' and 'scan' run on every backend"
+    )
     assert said.others["scan"].startswith("slower: ")
     assert said.others["newton"].startswith("slower: ")
     lines = str(said).splitlines()
@@ -53,6 +56,7 @@ def test_where_nothing_is_measured_it_says_so(monkeypatch):
     assert said.because == "all are unmeasured on this platform"
     assert said.others["newton"] == "unmeasured on this platform"
     assert said.others["cudnn"] == "refused: implementation='cudnn' does not take a projection"
+    assert said.others["pallas"].startswith("refused: implementation='pallas' is a kernel for TPUs and Hopper GPUs, of")
 
 
 def test_wrong_inputs_are_an_error_and_not_a_refusal():

@@ -29,7 +29,7 @@ TABLE = {
             "newton": f"slower: 1.9 to 23 times the training step, 2 to 197 times the inference, at 8 shapes {CPU}",
         },
     ),
-    "gpu": Row("fused", f"all are {UNMEASURED}", dict.fromkeys(("scan", "newton", "cudnn"), UNMEASURED)),
+    "gpu": Row("fused", f"all are {UNMEASURED}", dict.fromkeys(("scan", "newton", "pallas", "cudnn"), UNMEASURED)),
     "tpu": Row("fused", f"all are {UNMEASURED}", dict.fromkeys(("scan", "newton", "pallas"), UNMEASURED)),
 }
 OTHER = Row("fused", "this platform is not in the table", dict.fromkeys(("scan", "newton"), UNMEASURED))

@@ -15,13 +15,22 @@ import numpy as np
 from jax import Array, lax
 from jax.extend.core import ClosedJaxpr, Jaxpr, Literal, jaxpr_as_fun
 
+
+class Hopper(NamedTuple):
+    """A GPU of compute capability 9, for `making_for`."""
+
+    interpreted: Any = (
+        None  # how: parameters of the interpreter, `jax.experimental.pallas.mosaic_gpu.InterpretGPUParams`
+    )
+
+
 INTERPRET = "interpret"
 making_for = jax.make_user_context(default_value=None)
-"""What kernels are made for, where that is not the TPU at hand.
+"""What kernels are made for, where that is not the TPU or GPU at hand.
 
-Within ``making_for(INTERPRET)`` a kernel is carried out operation by operation, on any backend, slowly: that is how
-its numbers are checked. Within ``making_for(chip)``, a `jax.experimental.pallas.tpu.ChipVersion`, it is lowered for
-that chip from any host.
+Within ``making_for(INTERPRET)`` a kernel for TPUs is carried out operation by operation, on any backend, slowly: that
+is how its numbers are checked. Within ``making_for(chip)``, a `jax.experimental.pallas.tpu.ChipVersion`, it is lowered
+for that chip from any host. ``making_for(Hopper())`` and ``making_for(Hopper(parameters))`` are the same for GPUs.
 """
 
 ZERO = np.int32(0)  # an index of a block; a bare 0 is an int64 where those are switched on, and a TPU has none
@@ -68,7 +77,7 @@ def chip() -> Any:
         return tpu.get_tpu_info_for_chip(making_for.value, 1)
     if jax.default_backend() != "tpu":
         raise ValueError(
-            f"implementation='pallas' is a kernel for TPUs, got the backend {jax.default_backend()!r}; "
+            f"implementation='pallas' is a kernel for TPUs and Hopper GPUs, got the backend {jax.default_backend()!r}; "
             "'fused' and 'scan' run on every backend"
         )
     return tpu.get_tpu_info()

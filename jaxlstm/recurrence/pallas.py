@@ -1,4 +1,6 @@
-r"""The recurrence as a TPU kernel: recurrent weights resident in VMEM, time an axis of the grid (`kernel.scan`).
+r"""The recurrence as a kernel whose weights stay on the chip: for TPUs, and in `hopper` for NVIDIA's Hopper GPUs.
+
+On a TPU the recurrent weights are resident in VMEM, and time is an axis of the grid (`kernel.scan`).
 
 The product of the input is taken outside, for all steps at once; the kernel takes that of the state and calls the
 cell's ``gates``. All that is kept for the derivative is the path of the state, ``s_t = (h_t, c_t)``, for it is the
@@ -12,15 +14,15 @@ kernel and its transpose, which runs backward in time, a third. `jax.lax.custom_
 forward and reverse mode and higher derivatives need. With ``remat`` there are first derivatives only: `jax.checkpoint`
 drops the rule under a second one, and what is left is a kernel that JAX cannot differentiate.
 
-What it can do has been seen in interpret mode, against the same suite as the other implementations, and in programs
-lowered for a TPU and compiled for a v5e on a host without one. It has never run on a TPU: its speed is unknown.
+What it can do on a TPU has been seen in interpret mode, against the same suite as the other implementations, and in
+programs lowered for a TPU and compiled for a v5e on a host without one. It has never run on one: its speed is unknown.
 
 Several devices each run a kernel of their own, within ``jax.shard_map(..., check_vma=False)``.
 """
 
 import bisect
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -28,49 +30,27 @@ from jax import Array, lax
 from jaxtyping import Float
 
 from jaxlstm.cells import Cell
-from jaxlstm.dropout import Noise, Rates, zone_out
-from jaxlstm.recurrence import chunks, kernel
+from jaxlstm.recurrence import chunks, cluster, hopper, kernel
 from jaxlstm.recurrence.how import How
-from jaxlstm.step import advance, input_part, slabs
+from jaxlstm.recurrence.stepping import (
+    Given,
+    Marks,
+    Path,
+    Static,
+    elementwise,
+    keep,
+    laid_out,
+    narrow,
+    products,
+    restart,
+    starts,
+    step,
+    times,
+)
+from jaxlstm.step import input_part, slabs
 from jaxlstm.types import Layer, State, Weights
 
 MOST_ROWS, FEWEST_ROWS = 128, 32  # of the batch in one block
-
-
-class Static(NamedTuple):
-    """What is known when the program is compiled."""
-
-    cell: Cell
-    rates: Rates
-    dtype: jnp.dtype  # of the operands of products, and of outputs
-    sums: jnp.dtype  # of sums and state
-    reverse: bool
-    rows: int  # of the batch in one block
-    steps: int  # of time in one iteration of the grid
-
-
-class Given(NamedTuple):
-    """What the path depends on, and a derivative can be asked for."""
-
-    weights: Weights  # laid out by `_laid_out`
-    x: Array  # (T, G, B, H): W_x x + b; with layer normalisation W_x x
-    begin: State  # (B, .)
-    fresh: State | None  # (1, .) from which a sequence starts at a reset; None for zeros
-
-
-class Marks(NamedTuple):
-    """What else a step reads."""
-
-    taken: Array | None  # (T, B, 1) bool: where False the state is held
-    fresh: Array | None  # (T, B, 1) bool: where True the state starts anew before the step
-    noise: Noise  # (T, B, .)
-
-
-class Path(NamedTuple):
-    """The state all along."""
-
-    begin: State  # (B, .)
-    after: State  # (T, B, .), after each step
 
 
 def run(
@@ -78,10 +58,11 @@ def run(
 ) -> tuple[Float[Array, "T B DP"], State]:
     """One layer over time, one direction after the other. The signature is that of `jaxlstm.recurrence`.
 
-    ``how.unroll`` is the steps in one iteration of the grid.
+    ``how.unroll`` is the steps in one iteration of the grid; a GPU takes one step after the other.
 
     Raises:
-      ValueError: without a TPU, for a dtype that it does not have, and for weights that do not fit into its VMEM.
+      ValueError: without a TPU or a Hopper GPU, for a dtype that it does not have, for weights that do not fit into
+        its memory, and on a GPU for what `hopper.check` names.
     """
     explicit = jax.typeof(xs).sharding.mesh.explicit_axes
     if explicit:
@@ -101,105 +82,50 @@ def run(
 
 def _direction(cell: Cell, weights: Weights, xs: Array, before: State, how: How) -> tuple[Array, State]:
     """One direction: outputs ``(T, B, P)`` and the last state."""
-    static = Static(cell, how.rates, jnp.dtype(how.dtype), before.h.dtype, how.reverse, 0, how.unroll)
+    static = Static(
+        cell, how.rates, jnp.dtype(how.dtype), before.h.dtype, how.reverse, 0, how.unroll, hopper.made_for()
+    )
     fresh = jax.tree.map(lambda a: a[None], how.start)
     resets = how.resets
     if resets is not None and how.reverse:  # a fresh start is before the step that follows in the order of the run
         resets = jnp.concatenate([resets[1:], jnp.zeros_like(resets[:1])])
     taken, restarts = jax.tree.map(lambda a: a[..., None], (how.mask, resets))
     marks = Marks(taken, restarts, how.noise)
-    laid_out = _laid_out(cell, weights)
-    static = static._replace(rows=_rows_that_fit(static, laid_out, marks, xs.shape[1]))
+    mine, batch = laid_out(cell, weights), xs.shape[1]
+    if static.hopper:
+        hopper.check(static, mine)
+        rows = cluster.rows_that_fit(cell.num_gates, before.h.shape[-1], batch)
+    else:
+        rows = _rows_that_fit(static, mine, marks, batch)
+    static = static._replace(rows=rows)
 
     def over_time(before: State, steps: tuple[Array, Marks]) -> tuple[State, Array]:
         xs, marks = steps
         x = slabs(input_part(weights, xs, static.dtype, static.sums), cell.num_gates, -1)
-        return _outputs(static, Given(laid_out, jnp.moveaxis(x, 0, 1), before, fresh), marks)
+        return _outputs(static, Given(mine, jnp.moveaxis(x, 0, 1), before, fresh), marks)
 
     if how.remat is None:
         last, ys = over_time(before, (xs, marks))
     else:  # between chunks only the state is kept; within one, all is computed again for the derivative
         last, ys = chunks.over(jax.checkpoint(over_time), before, (xs, marks), size=how.remat, reverse=how.reverse)
     if how.resets is not None and how.reverse:  # a reset on the very first step is one of the state that is returned
-        last = _restart(how.resets[0, :, None], fresh, last)
+        last = restart(how.resets[0, :, None], fresh, last)
     return ys, last
-
-
-def _laid_out(cell: Cell, w: Weights) -> Weights:
-    """The weights that the kernel reads: matrices for the right of a product, vectors over all gates with two axes."""
-    matrix = partial(jnp.swapaxes, axis1=-1, axis2=-2)
-    by_gate = partial(jnp.reshape, shape=(cell.num_gates, -1))
-    return Weights(
-        w_x=None,  # pyright: ignore[reportArgumentType]
-        w_h=matrix(w.w_h.reshape(cell.num_gates, -1, w.w_h.shape[1])),  # (G, P, H)
-        b=None if w.norm is None or w.b is None else by_gate(w.b),
-        w_p=None if w.w_p is None else matrix(w.w_p),  # (H, P)
-        w_c=w.w_c,
-        norm=None if w.norm is None else w.norm._replace(x=by_gate(w.norm.x), h=by_gate(w.norm.h)),
-    )
-
-
-def _times(static: Static, x: Array, w: Array) -> Array:
-    """``x W``: operands in ``dtype``, sums and result in ``sums``."""
-    contract = (((x.ndim - 1,), (0,)), ((), ()))
-    return lax.dot_general(x.astype(static.dtype), w.astype(static.dtype), contract, preferred_element_type=static.sums)
-
-
-def _products(static: Static, w: Weights, x: Array, h: Array) -> tuple[Array, Array | None]:
-    """``z`` of a step; with layer normalisation its two parts."""
-    z_h = jnp.stack([_times(static, h, slab) for slab in jnp.unstack(w.w_h)])
-    return (x + z_h, None) if w.norm is None else (x, z_h)
-
-
-def _advance(
-    static: Static, noise: Noise, w: Weights, z: Array, z_h: Array | None, c: Array | None
-) -> tuple[Array | None, Array]:
-    """`jaxlstm.step.advance` for arrays (B, H)."""
-    return advance(static.cell, w, z, z_h, c, noise.kept, static.rates, axis=1)
-
-
-def _keep(static: Static, marks: Marks, after: State, before: State) -> State:
-    """The state after a step, but for what zoneout or the mask leaves as it was."""
-    after = zone_out(static.rates, marks.noise, after, before)
-    if marks.taken is None:
-        return after
-    return jax.tree.map(partial(_where, marks.taken), after, before)
-
-
-def _restart(rows: Array | None, fresh: State | None, state: State) -> State:
-    """``state (..., B, .)`` with the marked rows ``(..., B, 1)`` at ``fresh (1, .)``, zeros where that is None."""
-    if rows is None:
-        return state
-    if fresh is None:
-        return jax.tree.map(lambda a: _where(rows, jnp.zeros_like(a), a), state)
-    return jax.tree.map(
-        lambda a, b: _where(rows, jnp.broadcast_to(b.reshape(*[1] * (a.ndim - 2), *b.shape), a.shape), a), state, fresh
-    )
-
-
-def _where(rows: Array, a: Array, b: Array) -> Array:
-    """``a`` in the marked rows, else ``b``."""
-    return jnp.where(jnp.broadcast_to(rows, a.shape), a, b)
-
-
-def _step(static: Static, w: Weights, x: Array, marks: Marks, start: State) -> State:
-    """One step."""
-    c, m = _advance(static, marks.noise, w, *_products(static, w, x, start.h), start.c)
-    h = m if w.w_p is None else _times(static, m, w.w_p)
-    return _keep(static, marks, State(h, c), start)
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(0,))
 def _outputs(static: Static, given: Given, marks: Marks) -> tuple[State, Array]:
     """The last state and ``(T, B, P)`` outputs; where no step is taken, the held h."""
+    if static.hopper:
+        return hopper.outputs(static, given, marks)
 
     def body(resident: Any, before: State, now: Any) -> tuple[State, Array]:
         w, fresh = resident
         x, marks = now
-        after = _step(static, w, x, marks, _restart(marks.fresh, fresh, before))
+        after = step(static, w, x, marks, restart(marks.fresh, fresh, before))
         return after, after.h.astype(static.dtype)
 
-    resident = (_narrow(static, given.weights), given.fresh)
+    resident = (narrow(static, given.weights), given.fresh)
     return _scan(static, body, resident, given.begin, (given.x, marks))
 
 
@@ -217,14 +143,16 @@ def _(static: Static, primals: Any, tangents: Any) -> Any:
 @partial(jax.custom_jvp, nondiff_argnums=(0,))
 def _path(static: Static, given: Given, marks: Marks) -> Path:
     """The states that solve the equations above."""
+    if static.hopper:
+        return hopper.path(static, given, marks)
 
     def body(resident: Any, before: State, now: Any) -> tuple[State, State]:
         w, fresh = resident
         x, marks = now
-        after = _step(static, w, x, marks, _restart(marks.fresh, fresh, before))
+        after = step(static, w, x, marks, restart(marks.fresh, fresh, before))
         return after, after
 
-    resident = (_narrow(static, given.weights), given.fresh)
+    resident = (narrow(static, given.weights), given.fresh)
     return Path(given.begin, _scan(static, body, resident, given.begin, (given.x, marks))[1])
 
 
@@ -235,8 +163,8 @@ def _(static: Static, primals: Any, tangents: Any) -> Any:
 
     def steps(given: Given, path: Path) -> Path:
         """The right-hand side of the first equation, all steps at once."""
-        start = _starts(static, given, marks, path)
-        return Path(given.begin, jax.vmap(partial(_step, static, given.weights))(given.x, marks, start))
+        start = starts(static, given, marks, path)
+        return Path(given.begin, jax.vmap(partial(step, static, given.weights))(given.x, marks, start))
 
     @jax.checkpoint  # or the partials of all steps would be kept
     def by_given(given: Given, path: Path, d_given: Given) -> Path:
@@ -259,56 +187,45 @@ def _(static: Static, primals: Any, tangents: Any) -> Any:
 
 def _solve(static: Static, given: Given, marks: Marks, path: Path, b: Path) -> Path:
     """``ds`` of the second equation, from its right-hand side."""
+    if static.hopper:
+        return hopper.solve(static, given, marks, path, b)
 
     def body(w: Weights, before: State, now: Any) -> tuple[State, State]:
         x, marks, start, b = now
-        d_start = _restart(marks.fresh, None, before)
-        d_after = jax.jvp(partial(_step, static, w, x, marks), (start,), (d_start,))[1]
+        d_start = restart(marks.fresh, None, before)
+        d_after = jax.jvp(partial(step, static, w, x, marks), (start,), (d_start,))[1]
         after = jax.tree.map(jnp.add, d_after, b)
         return after, after
 
-    over_time = (given.x, marks, _starts(static, given, marks, path), b.after)
-    return Path(b.begin, _scan(static, body, _narrow(static, given.weights), b.begin, over_time)[1])
+    over_time = (given.x, marks, starts(static, given, marks, path), b.after)
+    return Path(b.begin, _scan(static, body, narrow(static, given.weights), b.begin, over_time)[1])
 
 
 def _solve_transposed(static: Static, given: Given, marks: Marks, path: Path, b: Path) -> Path:
     """The transpose of `_solve`: what a loss with the slopes ``b`` along the path has in all, by its way through it."""
-    start = _starts(static, given, marks, path)
-    z, z_h = jax.vmap(partial(_products, static, given.weights))(given.x, start.h)
+    if static.hopper:
+        return hopper.solve_transposed(static, given, marks, path, b)
+    start = starts(static, given, marks, path)
+    z, z_h = jax.vmap(partial(products, static, given.weights))(given.x, start.h)
 
     def body(resident: Any, after: State, now: Any) -> tuple[State, State]:
         w, w_h, w_p = resident
         z, z_h, c, marks, b = now
         after = jax.tree.map(jnp.add, after, b)
-        d, d_start = jax.linear_transpose(partial(_keep, static, marks), after, after)(after)
-        dm = d.h if w_p is None else _times(static, d.h, w_p)
-        dz, dz_h, dc = jax.vjp(partial(_advance, static, marks.noise, w), z, z_h, c)[1]((d.c, dm))
+        d, d_start = jax.linear_transpose(partial(keep, static, marks), after, after)(after)
+        dm = d.h if w_p is None else times(static, d.h, w_p)
+        dz, dz_h, dc = jax.vjp(partial(elementwise, static, marks.noise, w), z, z_h, c)[1]((d.c, dm))
         slabs = jnp.unstack(dz if dz_h is None else dz_h)
-        dh = sum((_times(static, *pair) for pair in zip(slabs, jnp.unstack(w_h))), jnp.zeros_like(d_start.h))
+        dh = sum((times(static, *pair) for pair in zip(slabs, jnp.unstack(w_h))), jnp.zeros_like(d_start.h))
         d_start = jax.tree.map(jnp.add, d_start, State(dh, dc))
-        return _restart(marks.fresh, None, d_start), after
+        return restart(marks.fresh, None, d_start), after
 
-    w = _narrow(static, given.weights)
+    w = narrow(static, given.weights)
     w_h, w_p = jax.tree.map(partial(jnp.swapaxes, axis1=-1, axis2=-2), (w.w_h, w.w_p))
     resident = (w._replace(w_h=None, w_p=None), w_h, w_p)
     zeros = jax.tree.map(jnp.zeros_like, b.begin)
     begin, after = _scan(static, body, resident, zeros, (z, z_h, start.c, marks, b.after), backward=True)
     return Path(jax.tree.map(jnp.add, begin, b.begin), after)
-
-
-def _starts(static: Static, given: Given, marks: Marks, path: Path) -> State:
-    """The states from which the steps are taken: those after the step before, or of a fresh start."""
-
-    def shift(first: Array, after: Array) -> Array:
-        return jnp.concatenate([after[1:], first[None]] if static.reverse else [first[None], after[:-1]])
-
-    return _restart(marks.fresh, given.fresh, jax.tree.map(shift, path.begin, path.after))
-
-
-def _narrow(static: Static, w: Weights) -> Weights:
-    """Weights as they enter products."""
-    w_h, w_p = jax.tree.map(lambda a: a.astype(static.dtype), (w.w_h, w.w_p))
-    return w._replace(w_h=w_h, w_p=w_p)
 
 
 def _scan(
