@@ -33,11 +33,19 @@ class Kind(NamedTuple):
 
     def times(self, a: Array, b: Array) -> Array:
         """The product."""
-        # Of one dtype its transpose is of the same kind; on explicit axes of a mesh JAX's own says where sums lie.
-        if self.dtype == self.sums or any(jax.typeof(x).sharding.mesh.explicit_axes for x in (a, b)):
+        if self.dtype == self.sums or placed(a, b):  # of one dtype the transpose is of the same kind anyhow
             return _plain(a, b, kind=self)
         found = jax.make_jaxpr(lambda a, b: _plain(a, b, kind=self))(a, b).out_avals[0]
         return _product.bind(a, b, kind=self, found=found)
+
+
+def placed(*arrays: Array) -> bool:
+    """Whether the program says where arrays lie on a mesh, by explicit or manual axes.
+
+    JAX's own operations know what that means for their derivatives, and a primitive of ours does not.
+    """
+    meshes = [jax.typeof(a).sharding.mesh for a in arrays]
+    return any(mesh.explicit_axes or mesh.manual_axes for mesh in meshes)
 
 
 def product(w: Float[Array, "m n"], x: Float[Array, "*batch n"], dtype: DTypeLike, sums: DTypeLike) -> Array:

@@ -156,7 +156,8 @@ def test_gradients_with_respect_to_every_state():
     assert flow.jacobian is flow.network_jacobian is None
 
 
-@pytest.mark.parametrize("kind", ["frobenius", pytest.param("spectral", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["frobenius", "spectral"])
 def test_jacobians_of_the_last_state(kind):
     """Against JAX's own Jacobian of the rest of the run, as one matrix."""
     lstm, params = network(num_layers=2, proj_size=3, implementation="scan")
@@ -372,6 +373,7 @@ def test_pictures_of_eigenvalues(options):
         np.testing.assert_allclose(np.sort_complex(drawn), np.sort_complex(np.linalg.eigvals(block)), atol=1e-9)
 
 
+@pytest.mark.slow
 def test_vanishing():
     """A few updates: the pieces fit, the numbers in the sentence are those of the curves."""
     with jax.numpy_dtype_promotion("standard"):  # Optax relies on it

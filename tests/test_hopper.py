@@ -150,7 +150,7 @@ def test_blocks_of_a_cluster(units, configuration):
 
 
 @pytest.mark.parametrize(
-    ("rows", "slots"), [(16, 1), *(pytest.param(*both, marks=pytest.mark.slow) for both in ((16, 4), (32, 4), (16, 3)))]
+    ("rows", "slots"), [pytest.param(*both, marks=pytest.mark.slow) for both in ((16, 1), (16, 4), (32, 4), (16, 3))]
 )
 def test_rows_of_a_cluster_and_places_for_what_is_sent(rows, slots, monkeypatch):
     """33 rows in clusters of 16 or 32, some of them with a reset on their very first step, and the last; what is sent
@@ -233,9 +233,7 @@ OPTIONS = [
 @pytest.mark.parametrize(
     ("options", "marked", "sizes"),
     [
-        pytest.param(
-            options, marked, sizes, marks=[] if n == 0 or (n, m) == (1, 2) else [pytest.mark.slow], id=f"{n}-{sizes}"
-        )
+        pytest.param(options, marked, sizes, marks=[] if n == 0 else [pytest.mark.slow], id=f"{n}-{sizes}")
         for n, (options, marked) in enumerate(OPTIONS)
         for m, sizes in enumerate(SIZES)
     ],

@@ -120,7 +120,7 @@ def test_any_batch_axes(batch, implementation):
 @pytest.mark.parametrize("implementation", cases.DEFAULT_FIRST)
 @pytest.mark.parametrize(
     "configuration",
-    ["projection", "rnn", *(pytest.param(name, marks=pytest.mark.slow) for name in ("two layers", "all of it"))],
+    ["rnn", *(pytest.param(name, marks=pytest.mark.slow) for name in ("projection", "two layers", "all of it"))],
 )
 def test_forward_mode_and_second_derivatives(configuration, implementation):
     """jvp, Hessian-vector product and reverse over reverse agree with the oracle's gradient, differenced."""
@@ -181,7 +181,7 @@ def test_vmap_and_vmap_of_grad(implementation):
     assert_close(jax.tree.map(lambda a: a.sum(0), apart), together, np.float64, terms(case))
 
 
-@pytest.mark.parametrize("steps", [CHUNK, 2 * CHUNK + 3])
+@pytest.mark.parametrize("steps", [CHUNK, pytest.param(2 * CHUNK + 3, marks=pytest.mark.slow)])
 def test_fused_over_chunks_of_time_equals_the_reference(steps):
     case = cases.make("two layers bidirectional projection", "everything reverse", steps=steps)
     networks = [

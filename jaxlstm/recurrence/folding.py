@@ -18,6 +18,7 @@ from jax import Array
 from jax.extend.core import ClosedJaxpr, Primitive, jaxpr_as_fun
 from jax.interpreters import ad, batching, mlir
 
+from jaxlstm.products import placed
 from jaxlstm.types import Size
 
 SHARED = -1  # in place of an axis: the whole batch has one array
@@ -68,6 +69,8 @@ def call(
       outs: the same for what is returned.
     """
     leaves, given = jax.tree.flatten(trees)
+    if placed(*leaves):
+        return run(rows, *trees)
     program, found = jax.make_jaxpr(lambda *a: run(rows, *given.unflatten(a)), return_shape=True)(*leaves)
     found = jax.tree.structure(found)
     return found.unflatten(_call(program, OfTrees(run, ins, outs, given, found), rows, leaves))
