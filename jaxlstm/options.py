@@ -15,9 +15,9 @@ from jaxlstm.model import RATES
 class Options:
     """Train a character language model, an LSTM, on real text."""
 
-    task: Literal["charlm", "wordlm", "adding", "copying", "digits", "forecast"] = "charlm"
+    task: Literal["charlm", "wordlm", "adding", "copy", "digits", "forecast"] = "charlm"
     """What is learnt: the next character or word of a text (charlm, wordlm), memory over --window steps (adding,
-    copying), digits from the rows of their images, or the next --horizon steps of a time series (forecast)."""
+    copy), digits from the rows of their images, or the next --horizon steps of a time series (forecast)."""
     data: str = data.EMBEDDED
     """Text: python-reference (inside every CPython), tinyshakespeare (fetched once), or the path of a UTF-8 file. Of
     --task forecast: the path of a CSV file with a header and a column of dates."""
@@ -46,7 +46,7 @@ class Options:
     """A second direction, backward in time; not for language models."""
     chrono: int | None = None
     """Longest dependency expected, in steps: draws the biases of forget and input gate for it. By default that of
-    --task adding and copying, and none of the others."""
+    --task adding and copy, and none of the others."""
     layer_norm: bool = False
     """Normalise the layers' pre-activations and cell states."""
     projection: int | None = None

@@ -44,7 +44,7 @@ def test_adding(tmp_path):
 
 @pytest.mark.slow
 def test_copying(tmp_path):
-    options = "--task copying --window 2 --hidden 32 --batch 64 --max-steps 250 --learning-rate 0.03"
+    options = "--task copy --window 2 --hidden 32 --batch 64 --max-steps 250 --learning-rate 0.03"
     _, last = figures(tmp_path, *options.split())
     assert last["accuracy"] > 0.2  # an eighth by chance
     assert last["loss"] < 0.93 * 10 * np.log(8) / 22
@@ -114,7 +114,7 @@ def test_a_series_from_a_file(tmp_path):
 
 
 def test_batches_depend_on_their_position_alone():
-    for name in ("adding", "copying", "digits", "forecast"):
+    for name in ("adding", "copy", "digits", "forecast"):
         task = TASKS[name].make(train.parse(["--task", name]))
         whole, later = task.batches(0), task.batches(3)
         for _ in range(3):

@@ -12,7 +12,7 @@ TASKS: dict[str, ModuleType] = {
     "charlm": charlm,
     "wordlm": wordlm,
     "adding": adding,
-    "copying": copying,
+    "copy": copying,
     "digits": digits,
     "forecast": forecast,
 }
