@@ -1,8 +1,8 @@
 """Matrix products of rounded operands with wider sums, whose derivatives are products of the same kind.
 
 `jax.lax.dot_general` takes bfloat16 operands and gives float32 sums. Its transpose does otherwise: it multiplies the
-float32 cotangent with a bfloat16 operand, which no processor has an instruction for, and rounds the sums. That of
-`dot` rounds the cotangent, an operand like others, and keeps the sums.
+float32 cotangent with a bfloat16 operand, on a CPU no faster than float32, and rounds the sums. That of `dot` rounds
+the cotangent, an operand like others, and keeps the sums.
 """
 
 import math
@@ -110,12 +110,11 @@ def _tangent(operands: Sequence[Array], tangents: Sequence[Any], *, kind: Kind, 
 
 def _transpose(ct: Any, a: Any, b: Any, *, kind: Kind, **_: Any) -> tuple[Array | None, Array | None]:
     """The cotangent of one operand: that of the product, times the other operand."""
+    if isinstance(ct, ad.Zero):
+        return None, None
     of_b = ad.is_undefined_primal(b)
     unknown, known = (b, a) if of_b else (a, b)
     aval = unknown.aval
-    if isinstance(ct, ad.Zero):
-        zero = jnp.zeros(aval.shape, aval.dtype)
-        return (None, zero) if of_b else (zero, None)
     (mine, its), (side, its_side) = ((x[::-1] if of_b else x) for x in (kind.contract, kind.batch))
     batch, left, its_left = tuple(range(len(side))), kind.left(of_b, aval.ndim), tuple(kind.left(not of_b, known.ndim))
     # Of the product's axes, those that came from the other operand are summed over with it again.

@@ -383,7 +383,7 @@ def test_gates_that_are_not_elementwise_are_refused():
         return c + jnp.arange(5, dtype=z.dtype)[None], z[0]
 
     with kernel.making_for(HOPPER):
-        with pytest.raises(TypeError, match="are elementwise, got the operation 'cumsum'"):
+        with pytest.raises(ValueError, match="are elementwise, got the operation 'cumsum'"):
             traced(network(3, 5, cell=Cell(over_gates, num_gates=2)))
         with pytest.raises(ValueError, match="are elementwise: for one unit of one sequence"):
             traced(network(3, 5, cell=Cell(over_units, num_gates=1)))

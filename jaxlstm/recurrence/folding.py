@@ -165,6 +165,8 @@ def _transpose(
     cotangents: Sequence[Any], *operands: Any, program: ClosedJaxpr, make: Make, rows: Size
 ) -> list[Array | None]:
     """The rule of backpropagation."""
+    if all(isinstance(a, ad.Zero) for a in cotangents):
+        return [None] * len(operands)
     unknown = tuple(
         jax.ShapeDtypeStruct(a.aval.shape, a.aval.dtype) if ad.is_undefined_primal(a) else None for a in operands
     )

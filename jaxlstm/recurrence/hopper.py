@@ -10,6 +10,7 @@ speed alone is unknown, but whether what a block has written, and waited for, is
 barrier: an interpreter takes that for granted.
 """
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -82,7 +83,7 @@ def _forward(static: Static, given: Given, marks: Marks, out: Any) -> tuple[Stat
     begin = restart(first, given.fresh, given.begin)
     resident = (Weights(None, None, w_c=given.weights.w_c), given.fresh)  # pyright: ignore[reportArgumentType]
     w_h = jnp.swapaxes(given.weights.w_h, -1, -2)[:, None]
-    return _scan(static, body, w_h, begin.h[None], resident, begin, (given.x, marks, following))
+    return _scan(static)(body, w_h, begin.h[None], resident, begin, (given.x, marks, following))
 
 
 def solve(static: Static, given: Given, marks: Marks, path: Path, b: Path) -> Path:
@@ -104,7 +105,7 @@ def solve(static: Static, given: Given, marks: Marks, path: Path, b: Path) -> Pa
     resident = Weights(None, None, w_c=given.weights.w_c)  # pyright: ignore[reportArgumentType]
     w_h = jnp.swapaxes(given.weights.w_h, -1, -2)[:, None]
     over_time = (z, start.c, marks, following, b.after)
-    return Path(b.begin, _scan(static, body, w_h, begin.h[None], resident, begin, over_time)[2])
+    return Path(b.begin, _scan(static)(body, w_h, begin.h[None], resident, begin, over_time)[2])
 
 
 def solve_transposed(static: Static, given: Given, marks: Marks, path: Path, b: Path) -> Path:
@@ -125,7 +126,7 @@ def solve_transposed(static: Static, given: Given, marks: Marks, path: Path, b: 
     zeros = jax.tree.map(jnp.zeros_like, b.begin)
     over_time = (z, start.c, marks, following, b.after)
     w = given.weights.w_h[None]
-    held, dz, after = _scan(static, body, w, jnp.zeros_like(z[0]), resident, zeros, over_time, backward=True)
+    held, dz, after = _scan(static, backward=True)(body, w, jnp.zeros_like(z[0]), resident, zeros, over_time)
     dz = dz[-1 if static.reverse else 0]
     dh = jnp.stack(list(map(partial(times, static), dz, jnp.swapaxes(given.weights.w_h, -1, -2)))).sum(0)
     begin = restart(first, None, State(held.h + dh, held.c))
@@ -153,17 +154,6 @@ def _restarts(static: Static, marks: Marks) -> tuple[Array | None, Array | None]
     return marks.fresh[0], jnp.concatenate([marks.fresh[1:], none])
 
 
-def _scan(
-    static: Static,
-    body: cluster.Body,
-    w: Array,
-    sent: Array,
-    resident: Any,
-    carry: Any,
-    over_time: Any,
-    *,
-    backward: bool = False,
-) -> tuple[Any, Array, Any]:
+def _scan(static: Static, *, backward: bool = False) -> Callable[..., tuple[Any, Array, Any]]:
     """`cluster.scan`, in the order of the steps or ``backward``."""
-    reverse = static.reverse ^ backward
-    return cluster.scan(body, w, sent, resident, carry, over_time, rows=static.rows, reverse=reverse)
+    return partial(cluster.scan, rows=static.rows, reverse=static.reverse ^ backward)

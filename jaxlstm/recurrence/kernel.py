@@ -19,9 +19,7 @@ from jax.extend.core import ClosedJaxpr, Jaxpr, Literal, jaxpr_as_fun
 class Hopper(NamedTuple):
     """A GPU of compute capability 9, for `making_for`."""
 
-    interpreted: Any = (
-        None  # how: parameters of the interpreter, `jax.experimental.pallas.mosaic_gpu.InterpretGPUParams`
-    )
+    interpreted: Any = None  # by `jax.experimental.pallas.mosaic_gpu.InterpretGPUParams`; None for not at all
 
 
 INTERPRET = "interpret"

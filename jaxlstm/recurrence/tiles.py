@@ -33,7 +33,7 @@ def carry_out(program: Any, tile: tuple[int, int], arguments: Sequence[Sequence[
       the tiles of each result, likewise.
 
     Raises:
-      TypeError: for an operation that is not elementwise, with its name.
+      ValueError: for an operation that is not elementwise, with its name.
     """
     tiles: list[Any] = []  # all there are; an array of the program is an array of numbers of these
 
@@ -69,7 +69,7 @@ def carry_out(program: Any, tile: tuple[int, int], arguments: Sequence[Sequence[
         elif name in PER_NUMBER:
             primitive = equation.primitive
         else:
-            raise TypeError(f"gates inside a kernel for Hopper GPUs are elementwise, got the operation {name!r}")
+            raise ValueError(f"gates inside a kernel for Hopper GPUs are elementwise, got the operation {name!r}")
         operands = list(np.broadcast_arrays(*operands))
         values = [primitive.bind(*(tiles[n] for n in each), **params) for each in zip(*(a.flat for a in operands))]
         return [put(values, operands[0].shape)]

@@ -48,10 +48,11 @@ def make(options: Options) -> Task:
     )
     model = Readout(network(options, images.shape[-1]), 10, options.dropout)
 
+    examples = epochs(len(train.labels), options.batch, options.seed)
+
     def batches(start: int) -> Iterator[Digits]:
-        taken = epochs(len(train.labels), options.batch, options.seed, start)
-        for position, chosen in enumerate(taken, start):
-            rng = np.random.default_rng((options.seed, position))
+        for position in itertools.count(start):
+            chosen, rng = examples(position), np.random.default_rng((options.seed, position))
             rows = np.pad(train.rows[:, chosen], ((1, 1), (0, 0), (1, 1)))
             down, right = rng.integers(3, size=(2, options.batch))
             eight = np.arange(8)[:, None, None]

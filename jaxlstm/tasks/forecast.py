@@ -4,6 +4,7 @@ A window is seen relative to its last value, in units of the mean change over a 
 first 70 % of the series are trained on, the next 15 % choose the best parameters, the last 15 % are the test.
 """
 
+import itertools
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -70,9 +71,11 @@ def make(options: Options) -> Task:
     def relative(window: Pairs) -> Pairs:
         return Pairs(*((a - window.before[-1]) / scale for a in window))
 
+    examples = epochs(cuts[1] - span + 1, options.batch, options.seed)
+
     def batches(start: int) -> Iterator[Pairs]:
-        for starts in epochs(cuts[1] - span + 1, options.batch, options.seed, start):
-            drawn = relative(pairs(starts))
+        for position in itertools.count(start):
+            drawn = relative(pairs(examples(position)))
             yield Pairs(*(a.astype(np.float32) for a in drawn))
 
     def answer(params: Any, before: Any, key: Array | None) -> Array:
