@@ -7,7 +7,7 @@ from jax import Array, lax
 from jax.typing import DTypeLike
 from jaxtyping import Bool, Float
 
-from jaxlstm.cells import Cell
+from jaxlstm.cells import Activated, Cell
 from jaxlstm.dropout import Noise, Rates, zone_out
 from jaxlstm.products import product
 from jaxlstm.types import State, Weights
@@ -66,6 +66,7 @@ def advance(
     rates: Rates,
     axis: int,
     across: str | None = None,
+    activated: Activated | None = None,
 ) -> tuple[Array | None, Array]:
     """All of a step but its matrix products: from pre-activations to ``(c, m)``.
 
@@ -79,6 +80,7 @@ def advance(
       rates: of the regularisers.
       axis: of the units, counted in the shape of ``c``.
       across: axis of a mesh of devices that each hold some of the units; None where all are here.
+      activated: for `jaxlstm.cells.activated`, in cells whose gates take it.
     """
 
     def per_unit(v: Float[Array, "*rows H"]) -> Array:
@@ -104,6 +106,8 @@ def advance(
         options["keep"] = jnp.where(kept, jnp.asarray(1 / (1 - rates.candidate), z.dtype), 0)
     if weights.w_c is not None:
         options["w"] = per_unit(weights.w_c)
+    if activated is not None and cell.takes("activated"):
+        options["activated"] = activated
     return cell.gates(z, c, **options)
 
 

@@ -32,7 +32,7 @@ from jaxtyping import Float
 
 from jaxlstm.cells import Cell
 from jaxlstm.dropout import Noise, Rates, zone_out
-from jaxlstm.recurrence import chunks, folding
+from jaxlstm.recurrence import chunks, folding, threads
 from jaxlstm.recurrence.how import How
 from jaxlstm.recurrence.layout import Layout
 from jaxlstm.step import advance, input_part, slabs
@@ -215,7 +215,8 @@ def _advance(
     gates = static.cell.num_gates
     kept = None if noise.kept is None else layout.from_batch_major(noise.kept)
     z_h = None if z_h is None else slabs(z_h, gates, layout.axis)
-    return advance(static.cell, w, slabs(z, gates, layout.axis), z_h, c, kept, static.rates, layout.axis)
+    z, activated = slabs(z, gates, layout.axis), threads.activated if layout.threads else None
+    return advance(static.cell, w, z, z_h, c, kept, static.rates, layout.axis, activated=activated)
 
 
 @partial(_recurrence.defjvp, symbolic_zeros=True)
@@ -247,7 +248,7 @@ def _tangent(static: Static, rows: Size, given: Parts) -> Parts:
     def body(before: States, now: Any) -> tuple[States, tuple[Array, ...]]:
         step = partial(_tangent_step, static, layout)
         d_after = tuple(map(step, weights, d_inner, recurrent, d_fresh, before, *now))
-        return d_after, tuple(layout.to_batch_major(s.h) for s in d_after)
+        return d_after, tuple(s.h for s in d_after)
 
     def over_chunk(carry: Any, chunk: Any) -> tuple[Any, tuple[Array, ...]]:
         before, y = carry
@@ -255,7 +256,7 @@ def _tangent(static: Static, rows: Size, given: Parts) -> Parts:
         brackets = tuple(map(partial(_brackets, layout), weights, fresh, d_weights, d_xs, now, saved, ys, y))
         now = tuple(i._replace(x=None) for i in now)
         after, d_ys = lax.scan(body, before, (now, saved, brackets), unroll=static.unroll)
-        return (after, tuple(each[-1] for each in ys)), d_ys
+        return (after, tuple(each[-1] for each in ys)), tuple(map(layout.to_batch_major, d_ys))
 
     y = tuple(layout.to_batch_major(state.h).astype(layout.dtype) for state in begin)
     (d_after, _), d_ys = chunks.over(over_chunk, (d_begin, y), (d_xs, inputs, given.saved, ys), size=layout.chunk)

@@ -23,6 +23,7 @@ class Layout(NamedTuple):
     axis: int  # of the units: 0 feature-major, 1 batch-major
     hoisted: bool  # whether the product of the input is taken before the loop
     chunk: int = 16  # steps whose tangents are taken together: enough for one large product, few enough for the cache
+    threads: bool = False  # whether the gates are written for all threads of a CPU: `jaxlstm.recurrence.threads`
 
     @classmethod
     def choose(cls, rows: Size, units: int, dtype: jnp.dtype, sums: jnp.dtype) -> "Layout":
@@ -39,13 +40,17 @@ class Layout(NamedTuple):
         otherwise             yes         no       16
         =========  =========  ==========  =======  =====
 
+        Gates in float32 are written for all threads where rows times units is 2^12 or more and less than 2^14: below,
+        waking a thread costs more than it does, and above, XLA has it awake anyway.
+
         A batch whose size is a symbol, while a program is exported for batches of any size, is laid out as a large one.
         """
         if jax.default_backend() != "cpu":
             return cls(dtype, sums, axis=1, hoisted=True, chunk=64)
         few, some = (isinstance(rows, int) and rows <= limit for limit in (8, 16))
         small = some and units <= 128
-        return cls(dtype, sums, axis=1 if small else 0, hoisted=few, chunk=64 if small else 16)
+        threads = isinstance(rows, int) and 2**12 <= rows * units < 2**14 and sums == jnp.float32
+        return cls(dtype, sums, 1 if small else 0, hoisted=few, chunk=64 if small else 16, threads=threads)
 
     def along_units(self, a: Array) -> Array:
         """A vector over units, with an axis for the batch."""
