@@ -29,7 +29,7 @@ import numpy as np
 import tyro
 from rich.console import Console
 
-from jaxlstm import devices, training
+from jaxlstm import devices, memory, training
 from jaxlstm import options as configuration
 from jaxlstm.checkpoints import CheckpointError, Checkpoints
 from jaxlstm.data import cache_folder
@@ -396,6 +396,7 @@ def obey(arguments: list[str], console: Console) -> None:
 
 def main() -> None:
     """The command."""
+    memory.keep_freed()
     for noisy in ("absl", "asyncio"):  # Orbax logs, thread by thread, what is also raised
         logging.getLogger(noisy).setLevel(logging.CRITICAL)
     sys.unraisablehook = say_unless_raised

@@ -9,7 +9,7 @@ from jaxlstm import cells
 
 ROOT = Path(__file__).parent.parent
 FLOORS = [  # from the ground up; a module imports from floors below its own
-    {"types", "data", "files", "synthetic", "packing"},
+    {"types", "data", "files", "memory", "synthetic", "packing"},
     {"series"},
     {"cells", "initializers", "dropout", "regularisers", "products"},
     {"step", "validation"},
@@ -23,7 +23,7 @@ FLOORS = [  # from the ground up; a module imports from floors below its own
     {"diagnostics"},
     {"train"},
 ]
-STANDS_ALONE = {"data", "files", "synthetic", "packing"}
+STANDS_ALONE = {"data", "files", "memory", "synthetic", "packing"}
 
 
 def floor(module):

@@ -1,0 +1,21 @@
+"""What the process does with memory that it has freed."""
+
+import ctypes
+import sys
+
+TRIM_THRESHOLD, MMAP_THRESHOLD = -1, -3  # parameters of mallopt, from malloc.h of the GNU C library
+LARGEST = 2**31 - 1  # an int of C
+
+
+def keep_freed() -> bool:
+    """Have freed memory stay with the process, instead of giving it back to the system.
+
+    On a CPU, XLA allocates the buffers of a step of training anew each time. Given back, they are fetched again page by
+    page at the first touch, which can take a quarter of the step. The process holds on to the most that it ever
+    needed at once. For programs: a library does not choose this for whoever imports it.
+
+    Returns:
+      Whether the C library has such a choice: that of GNU on Linux has.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    return mallopt is not None and all(mallopt(which, LARGEST) for which in (TRIM_THRESHOLD, MMAP_THRESHOLD))
