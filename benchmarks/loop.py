@@ -21,7 +21,7 @@ from rich.console import Console
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import train
-from jaxlstm import training
+from jaxlstm import memory, training
 from jaxlstm.checkpoints import Checkpoints
 from jaxlstm.options import Options
 from jaxlstm.tasks import TASKS
@@ -76,6 +76,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="folder for loop.json")
     parser.add_argument("--rounds", type=int, default=3)
     arguments = parser.parse_args()
+    memory.keep_freed()  # as train.py does
     times: dict[str, list[float]] = {"bare": [], "whole": [], "whole, diagnose 0": [], "saving": []}
     for _ in range(arguments.rounds):
         times["bare"] += bare(Options())
