@@ -13,8 +13,8 @@ matrix from shared memory as many times. The sums go through shared memory to li
 The blocks wait for one another at a semaphore in global memory, which counts what has been sent since the kernel began.
 Nothing else makes one of them run before another is done, so all have to run at once: a grid of more blocks than the
 GPU has processors is refused, since each needs the shared memory of one. Another kernel that holds processors delays
-it; two kernels of this kind at once, each with some processors and in want of more, would wait for ever. XLA runs one
-after the other.
+it; two kernels of this kind at once, each with some processors and in want of more, would wait for ever. On one stream,
+where XLA puts them unless it is told otherwise, one runs after the other.
 
 Interpreters know no semaphore, but that of JAX 0.12 knows the barrier of a cluster of any size. There the blocks are a
 cluster, and wait as one; all else is the same, so that numbers are checked and the wait itself is not.
