@@ -72,7 +72,7 @@ def at_the_top(node):
 
 def test_no_module_imports_an_optional_or_a_heavy_package_at_the_top():
     """The library itself needs JAX, NumPy and jaxtyping; importing it touches neither optax nor matplotlib."""
-    light = {"jax", "jaxtyping", "numpy", "jaxlstm", *sys.stdlib_module_names}
+    light = {"jax", "jaxlib", "jaxtyping", "numpy", "jaxlstm", *sys.stdlib_module_names}
     seen = set()
     for name, path in modules():
         if (floor(name) > floor("export") and name not in ("__init__", "options", "readout")) or name in STANDS_ALONE:

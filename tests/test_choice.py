@@ -59,6 +59,25 @@ def test_where_nothing_is_measured_it_says_so(monkeypatch):
     assert said.others["pallas"].startswith("refused: implementation='pallas' is a kernel for TPUs and Hopper GPUs, of")
 
 
+def test_a_kernel_for_a_hopper_gpu_is_unmeasured_or_refused_with_its_arithmetic(monkeypatch):
+    class Gpu:
+        device_kind, compute_capability, core_count = "NVIDIA H100 PCIe", "9.0", 114
+
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(jax, "devices", lambda: [Gpu()])
+    monkeypatch.setattr(cudnn, "_on_cuda", lambda: True)
+    lstm = jaxlstm.LSTM(3, 768, dtype=jnp.bfloat16)
+    assert explain(lstm, (5, 16, 3)).others["pallas"] == "unmeasured on this platform"
+    said = explain(lstm, (5, 65, 3))
+    assert said.takes == "fused"
+    assert said.others["pallas"].startswith(
+        "refused: implementation='pallas' keeps the recurrent weights in the shared"
+    )
+    assert said.others["pallas"].endswith(
+        "114 blocks run at once; hidden_size fits up to 1600, and a batch with 768 units up to 64"
+    )
+
+
 def test_wrong_inputs_are_an_error_and_not_a_refusal():
     with pytest.raises(ValueError, match="xs must have shape"):
         explain(jaxlstm.LSTM(3, 4), (5, 2, 4))

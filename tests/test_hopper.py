@@ -1,8 +1,10 @@
-"""The kernel for Hopper GPUs: its numbers by interpretation, its program by lowering it for CUDA, its refusals by name.
+"""The kernels for Hopper GPUs: numbers by interpretation, programs by lowering them for CUDA, refusals by name.
 
-An interpreter carries out what is written of copies, barriers and products. It knows nothing of registers and caches.
+An interpreter carries out what is written of copies, barriers and products. It knows nothing of registers and caches,
+nor of semaphores: the blocks of a grid wait in it as those of a cluster.
 """
 
+import os
 import shutil
 from importlib.util import find_spec
 from typing import Any
@@ -22,7 +24,7 @@ from test_parity import assert_within
 
 import jaxlstm
 from jaxlstm.cells import Cell
-from jaxlstm.recurrence import cluster, kernel, tiles
+from jaxlstm.recurrence import blocks, cluster, grid, kernel, tiles
 
 BLOCKS_MEET = hasattr(gpu_callbacks, "call_allocate_cluster_barriers")
 RACES = "detect_races" in InterpretGPUParams.__dataclass_fields__
@@ -149,6 +151,58 @@ def test_blocks_of_a_cluster(units, configuration):
         assert not interpret_pallas_call.get_races().races_found
 
 
+def needs(blocks):
+    """Blocks that wait for one another in the interpreter each want threads of XLA's pool, or all wait for ever."""
+    threads = int(os.environ.get("NPROC", os.cpu_count() or 1))
+    return pytest.mark.skipif(
+        not BLOCKS_MEET or threads < 2 * blocks > 4,
+        reason=f"needs a JAX whose interpreter knows barriers between blocks, and NPROC={2 * blocks}, got {threads}",
+    )
+
+
+@pytest.mark.parametrize(
+    ("units", "configuration", "rows"),
+    [
+        (5, "rnn", 16),  # one block
+        pytest.param(70, "rnn", 16, marks=[pytest.mark.slow, needs(2)]),
+        pytest.param(64, "everything", 16, marks=[pytest.mark.slow, needs(4)]),
+        pytest.param(64, "cifg expected", 16, marks=[pytest.mark.slow, needs(4)]),
+        pytest.param(5, "rnn", 32, marks=pytest.mark.slow),
+    ],
+)
+def test_blocks_of_a_grid(units, configuration, rows, monkeypatch):
+    """Two sets of blocks, or of one block, the second not full; their wait apart, all is what a GPU would be given."""
+    monkeypatch.setattr(cluster, "rows_that_fit", lambda *sizes: None)
+    monkeypatch.setattr(grid, "rows_that_fit", lambda *sizes: rows)
+    rng = np.random.default_rng(0)
+    steps, batch = 3, rows + 1
+    options = {"mask": rng.random((steps, batch)) < 0.7, "resets": rng.random((steps, batch)) < 0.3}
+    run, arguments = everything(network(3, units, **CONFIGURATIONS[configuration]), (steps, batch), **options)
+    for actual, wanted in zip(*on_a_gpu_and_on_a_tpu(run, arguments)):
+        assert_within(actual, wanted, ONE_ROUNDING)
+    if RACES:
+        from jax._src.pallas.mosaic_gpu.interpret import interpret_pallas_call
+
+        assert not interpret_pallas_call.get_races().races_found
+
+
+@pytest.mark.slow
+@needs(8)
+@pytest.mark.parametrize(("depth", "slots"), [(64, 1), (64, 2), (128, 1)])
+def test_pieces_of_what_a_grid_has_sent(depth, slots, monkeypatch):
+    """128 units, fetched in two pieces into one place or two, or all at once."""
+
+    def product(parts, pieces, units, rows):
+        assert units == 128
+        return blocks.Product(1, units // depth, 64, depth, pieces * rows, slots)
+
+    monkeypatch.setattr(cluster, "rows_that_fit", lambda *sizes: None)
+    monkeypatch.setattr(grid, "product", product)
+    run, arguments = everything(network(3, 100), (2, 3))
+    for actual, wanted in zip(*on_a_gpu_and_on_a_tpu(run, arguments)):
+        assert_within(actual, wanted, ONE_ROUNDING)
+
+
 @pytest.mark.parametrize(
     ("rows", "slots"), [pytest.param(*both, marks=pytest.mark.slow) for both in ((16, 1), (16, 4), (32, 4), (16, 3))]
 )
@@ -222,6 +276,8 @@ def test_numbers_moved_about_stand_for_tiles():
 
 
 SIZES = [(1024, 16, 64), (1024, 16, 256), (1024, 16, 384), (1000, 700, 370)]
+OVER_A_GRID = [(1024, 16, 768), (1000, 60, 1000), (1024, 16, 1600)]
+FAST_SIZES = [*SIZES, OVER_A_GRID[0]]
 OPTIONS = [
     ({}, False),
     ({**CONFIGURATIONS["everything"], "bidirectional": True}, True),
@@ -233,9 +289,15 @@ OPTIONS = [
 @pytest.mark.parametrize(
     ("options", "marked", "sizes"),
     [
-        pytest.param(options, marked, sizes, marks=[] if n == 0 else [pytest.mark.slow], id=f"{n}-{sizes}")
+        pytest.param(
+            options,
+            marked,
+            sizes,
+            marks=[] if n == 0 and sizes in FAST_SIZES else [pytest.mark.slow],
+            id=f"{n}-{sizes}",
+        )
         for n, (options, marked) in enumerate(OPTIONS)
-        for m, sizes in enumerate(SIZES)
+        for sizes in SIZES + OVER_A_GRID
     ],
 )
 def test_it_is_lowered_for_cuda(options, marked, sizes):
@@ -299,7 +361,8 @@ platform_name: "CUDA" device_description_str: "NVIDIA H100 80GB HBM3"
     reason="needs the compiler that comes with jax[cuda] and ptxas; a GPU it does not need",
 )
 @pytest.mark.parametrize(
-    ("options", "marked", "units"), [(OPTIONS[0][0], False, 384), (*OPTIONS[1], 384), ({}, False, 5)]
+    ("options", "marked", "units"),
+    [(OPTIONS[0][0], False, 384), (*OPTIONS[1], 384), ({}, False, 5), ({}, False, 768), (*OPTIONS[1], 768)],
 )
 def test_it_is_compiled_for_an_h100(options, marked, units):
     device = SingleDeviceSharding(get_topology_desc("", "cuda", target_config=H100, topology="1x1x1").devices[0])
@@ -348,17 +411,45 @@ def test_what_it_cannot_do_is_refused_by_name(options, said):
         traced(network(3, 5, **options))
 
 
-@pytest.mark.parametrize(("cell", "gates", "largest"), [("lstm", 4, 384), ("cifg", 3, 512), ("rnn", 1, 512)])
-def test_weights_that_do_not_fit_are_refused_with_the_size_that_does(cell, gates, largest):
-    blocks = largest // 64 + 1
+def test_a_cluster_comes_before_the_grid(monkeypatch):
+    monkeypatch.setattr(grid, "rows_that_fit", None)
+    with kernel.making_for(HOPPER):
+        for cell, largest in (("lstm", 384), ("cifg", 512), ("rnn", 512)):
+            traced(network(3, largest, cell=cell))
+            with pytest.raises(TypeError, match="'NoneType' object is not callable"):
+                traced(network(3, largest + 1, cell=cell))
+
+
+@pytest.mark.parametrize(("cell", "mine", "largest"), [("lstm", 16, 1600), ("cifg", 16, 1600), ("rnn", 64, 1728)])
+def test_weights_that_do_not_fit_are_refused_with_the_size_that_does(cell, mine, largest):
+    count = (largest + 64) // mine
     said = (
-        f"{largest + 1} units are {blocks} blocks, each with {gates} x 64 x {64 * blocks} of bfloat16, "
-        f"{gates * 8 * blocks} KiB, .* of 227 KiB; hidden_size fits up to {largest}"
+        f"{largest + 1} units are {count} blocks of {mine}, each with {(largest + 64) // 8} KiB of weights in 227 KiB, "
+        f".* 132 blocks run at once; hidden_size fits up to {largest}"
     )
     with kernel.making_for(HOPPER):
         traced(network(3, largest, cell=cell))
         with pytest.raises(ValueError, match=said):
             traced(network(3, largest + 1, cell=cell))
+
+
+def test_blocks_that_would_not_run_at_once_are_refused_with_the_batch_that_does():
+    sizes = (4, 768)  # 48 blocks for every 16 or 32 rows
+    with kernel.making_for(HOPPER):
+        assert [grid.rows_that_fit(*sizes, batch) for batch in (0, 16, 32, 33, 64)] == [16, 16, 16, 32, 32]
+        with pytest.raises(
+            ValueError, match=r"48 blocks .* batch of 65, and 132 .*, and a batch with 768 units up to 64"
+        ):
+            grid.rows_that_fit(*sizes, 65)
+    with kernel.making_for(kernel.Hopper(processors=47)), pytest.raises(ValueError, match=r"47 .* fits up to 704$"):
+        grid.rows_that_fit(*sizes, 16)
+
+
+def test_many_gates_are_refused_with_none_that_fits():
+    with kernel.making_for(HOPPER):
+        assert grid.rows_that_fit(8, 512, 16) == 16
+        with pytest.raises(ValueError, match=r"hidden_size fits up to 0$"):
+            grid.rows_that_fit(9, 512, 16)
 
 
 def test_another_gpu_is_refused(monkeypatch):

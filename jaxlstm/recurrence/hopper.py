@@ -1,13 +1,14 @@
-"""The recurrences of `jaxlstm.recurrence.pallas` as kernels for Hopper GPUs, each a `cluster.scan`.
+"""The recurrences of `jaxlstm.recurrence.pallas` as kernels for Hopper GPUs, each a `cluster.scan` or a `grid.scan`.
 
-Forward the blocks of a cluster send h, for a tangent that of h, and multiply by their rows of ``W_h``. Backward they
-send the slopes of z, and multiply by their rows of the transpose. The rest of a step is elementwise: the cell's
-``gates``, or their derivative, and what the mask, resets and regularisers make of it.
+The blocks that share the weights are those of a cluster or, where they do not fit into one, of the grid. Forward they
+send h, for a tangent that of h, and multiply by their rows of ``W_h``. Backward they send the slopes of z, and multiply
+by their rows of the transpose. The rest of a step is elementwise: the cell's ``gates``, or their derivative, and what
+the mask, resets and regularisers make of it.
 
-Its numbers have been seen in the interpreter that Pallas has for these kernels, with blocks that wait for one another,
-and it has been compiled for an H100, down to machine code, on a host without a GPU. It has never run on one. Not its
-speed alone is unknown, but whether what a block has written, and waited for, is there for the others beyond the
-barrier: an interpreter takes that for granted.
+The numbers have been seen in the interpreter that Pallas has for these kernels, with blocks that wait for one another,
+and both have been compiled for an H100, down to machine code, on a host without a GPU. They have never run on one. Not
+their speed alone is unknown, but whether what a block has written, and waited for, is there for the others beyond the
+barrier: an interpreter takes that for granted, and of the grid it has not seen the semaphore either.
 """
 
 from collections.abc import Callable
@@ -18,7 +19,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from jaxlstm.recurrence import cluster, kernel
+from jaxlstm.recurrence import cluster, grid, kernel
 from jaxlstm.recurrence.stepping import Given, Marks, Path, Static, elementwise, keep, products, restart, starts, times
 from jaxlstm.types import State, Weights
 
@@ -52,6 +53,19 @@ def check(static: Static, w: Weights) -> None:
     for what, present in lacking.items():
         if present:
             raise ValueError(f"implementation='pallas' does not take {what} on a Hopper GPU")
+
+
+def spread_out(static: Static, units: int, batch: int) -> Static:
+    """With what the weights are spread over: a cluster if they fit into one, else the grid.
+
+    Raises:
+      ValueError: if they fit into neither.
+    """
+    gates = static.cell.num_gates
+    rows = cluster.rows_that_fit(gates, units, batch)
+    if rows is not None:
+        return static._replace(spread="cluster", rows=rows)
+    return static._replace(spread="grid", rows=grid.rows_that_fit(gates, units, batch))
 
 
 def outputs(static: Static, given: Given, marks: Marks) -> tuple[State, Array]:
@@ -155,5 +169,6 @@ def _restarts(static: Static, marks: Marks) -> tuple[Array | None, Array | None]
 
 
 def _scan(static: Static, *, backward: bool = False) -> Callable[..., tuple[Any, Array, Any]]:
-    """`cluster.scan`, in the order of the steps or ``backward``."""
-    return partial(cluster.scan, rows=static.rows, reverse=static.reverse ^ backward)
+    """`blocks.scan`, in the order of the steps or ``backward``."""
+    scan = {"cluster": cluster.scan, "grid": grid.scan}[static.spread]
+    return partial(scan, rows=static.rows, reverse=static.reverse ^ backward)

@@ -20,6 +20,7 @@ class Hopper(NamedTuple):
     """A GPU of compute capability 9, for `making_for`."""
 
     interpreted: Any = None  # by `jax.experimental.pallas.mosaic_gpu.InterpretGPUParams`; None for not at all
+    processors: int = 132  # streaming multiprocessors: of an H100 SXM; one for PCIe has 114
 
 
 INTERPRET = "interpret"

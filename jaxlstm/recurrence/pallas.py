@@ -30,7 +30,7 @@ from jax import Array, lax
 from jaxtyping import Float
 
 from jaxlstm.cells import Cell
-from jaxlstm.recurrence import chunks, cluster, hopper, kernel
+from jaxlstm.recurrence import chunks, hopper, kernel
 from jaxlstm.recurrence.how import How
 from jaxlstm.recurrence.stepping import (
     Given,
@@ -94,10 +94,9 @@ def _direction(cell: Cell, weights: Weights, xs: Array, before: State, how: How)
     mine, batch = laid_out(cell, weights), xs.shape[1]
     if static.hopper:
         hopper.check(static, mine)
-        rows = cluster.rows_that_fit(cell.num_gates, before.h.shape[-1], batch)
+        static = hopper.spread_out(static, before.h.shape[-1], batch)
     else:
-        rows = _rows_that_fit(static, mine, marks, batch)
-    static = static._replace(rows=rows)
+        static = static._replace(rows=_rows_that_fit(static, mine, marks, batch))
 
     def over_time(before: State, steps: tuple[Array, Marks]) -> tuple[State, Array]:
         xs, marks = steps

@@ -24,9 +24,10 @@ class Static(NamedTuple):
     dtype: jnp.dtype  # of the operands of products, and of outputs
     sums: jnp.dtype  # of sums and state
     reverse: bool
-    rows: int  # of the batch in one block, or in one cluster of blocks
+    rows: int  # of the batch in one block; on a Hopper GPU, in one set of blocks
     steps: int  # of time in one iteration of the grid
     hopper: bool = False  # whether it is compiled for a Hopper GPU, not for a TPU
+    spread: str = ""  # there, what the recurrent weights are spread over: "cluster" or "grid"
 
 
 class Given(NamedTuple):
