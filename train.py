@@ -1,6 +1,6 @@
 """Train a recurrent network, by default a character language model on real text.
 
-python train.py                                   the Python language reference, about three minutes on two cores
+python train.py                                   the Python language reference, about two minutes on two cores
 python train.py --data my.txt --max-seconds 600   a text of your own
 python train.py --data tinyshakespeare --max-seconds 600
 python train.py --resume runs/NAME                go on after a stop, a crash or a power cut

@@ -8,11 +8,10 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from tolerance import tolerance
 
 import jaxlstm
-from jaxlstm.recurrence import IMPLEMENTATIONS
 
 
 # Newton's method refuses shard_map; a kernel runs on each device by itself, for which `test_pallas` has its own test.
-@pytest.mark.parametrize("implementation", [name for name in IMPLEMENTATIONS if name in ("scan", "fused")])
+@pytest.mark.parametrize("implementation", ["fused", pytest.param("scan", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit, "shard_map"])
 @pytest.mark.parametrize("given_state", [True, False])
 def test_batch_over_two_devices(given_state, axis_type, implementation):

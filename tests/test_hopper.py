@@ -163,7 +163,7 @@ def needs(blocks):
 @pytest.mark.parametrize(
     ("units", "configuration", "rows"),
     [
-        (5, "rnn", 16),  # one block
+        pytest.param(5, "rnn", 16, marks=pytest.mark.slow),  # one block
         pytest.param(70, "rnn", 16, marks=[pytest.mark.slow, needs(2)]),
         pytest.param(64, "everything", 16, marks=[pytest.mark.slow, needs(4)]),
         pytest.param(64, "cifg expected", 16, marks=[pytest.mark.slow, needs(4)]),

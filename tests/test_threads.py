@@ -47,7 +47,7 @@ def test_the_derivatives_are_those_of_the_usual_activations(kinds):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, **tolerance(jnp.float32, 8)), found, wanted)
 
 
-@pytest.mark.parametrize("cell", ["lstm", "cifg"])
+@pytest.mark.parametrize("cell", ["lstm", pytest.param("cifg", marks=pytest.mark.slow)])
 def test_a_layer_of_such_a_size(cell):
     """Value, gradient and curvature against the same layer one step at a time, in whose gates nothing is rewritten."""
     rng = np.random.default_rng(0)
@@ -71,7 +71,7 @@ def test_a_layer_of_such_a_size(cell):
 
 
 @pytest.mark.skipif(jax.default_backend() != "cpu", reason="of CPUs")
-@pytest.mark.parametrize("cell", ["lstm", "cifg"])
+@pytest.mark.parametrize("cell", ["lstm", pytest.param("cifg", marks=pytest.mark.slow)])
 def test_where_they_are_written_so(cell):
     lstm = jaxlstm.LSTM(INPUTS, UNITS, cell=cell, implementation="fused")
     params = lstm.init(jax.random.key(0))
