@@ -11,8 +11,8 @@ def keep_freed() -> bool:
     """Have freed memory stay with the process, instead of giving it back to the system.
 
     On a CPU, XLA allocates the buffers of a step of training anew each time. Given back, they are fetched again page by
-    page at the first touch, which can take a quarter of the step. The process holds on to the most that it ever
-    needed at once. For programs: a library does not choose this for whoever imports it.
+    page at the first touch: of a step of the default `train.py`, 20 of 84 ms on two cores of an AMD EPYC. The process
+    holds on to the most that it ever needed at once. For programs: a library does not choose this for its users.
 
     Returns:
       Whether the C library has such a choice: that of GNU on Linux has.

@@ -1,13 +1,16 @@
 """Freed memory that stays with the process."""
 
+import json
 import platform
 import subprocess
 import sys
 
 import pytest
 
+from jaxlstm import memory
+
 PROGRAM = """
-import resource
+import json, resource
 from jaxlstm import memory
 
 def touched():
@@ -15,14 +18,14 @@ def touched():
     b"x" * 2**26
     return (resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before) * resource.getpagesize()
 
-print(touched(), touched(), memory.keep_freed(), touched(), touched())
+print(json.dumps([touched(), touched(), memory.keep_freed(), touched(), touched()]))
 """
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="of the GNU C library")
 def test_freed_memory_is_not_fetched_again():
     found = subprocess.run([sys.executable, "-c", PROGRAM], capture_output=True, text=True, check=True)
-    first, second, kept, third, fourth = map(eval, found.stdout.split())
+    first, second, kept, third, fourth = json.loads(found.stdout)
     assert kept is True
     # Pages of 64 MiB, unless the system hands out huge ones, which count as one each.
     assert min(first, second, third) > 2**26 // 1024
@@ -30,7 +33,5 @@ def test_freed_memory_is_not_fetched_again():
 
 
 def test_other_systems_have_no_such_choice(monkeypatch):
-    from jaxlstm import memory
-
     monkeypatch.setattr(sys, "platform", "darwin")
     assert memory.keep_freed() is False

@@ -18,7 +18,7 @@ def test_tanh_to_the_last_places():
     x = np.concatenate([np.linspace(-12, 12, 200_001), np.logspace(-37, 1, 10_001)]).astype(np.float32)
     wanted = np.tanh(x.astype(np.float64))
     found = np.asarray(threads.tanh(jnp.asarray(x)), np.float64)
-    # Nine roundings in either polynomial, most of them of terms that hardly count: twice the 3 units that are seen.
+    # Nine roundings in either polynomial, most of them of terms that hardly count: twice the 3 epsilons that are seen.
     np.testing.assert_allclose(found, wanted, rtol=6 * 2.0**-23, atol=2.0**-149)
     assert np.abs(found).max() == 1
 

@@ -83,7 +83,14 @@ class Form(NamedTuple):
 
 
 def scan(
-    form: Form, kind: type["Block"], body: Body, matrix: Array, sent: Array, resident: Any, carry: Any, over_time: Any
+    form_of: Callable[[int, int, int, int], Form],
+    kind: type["Block"],
+    body: Body,
+    matrix: Array,
+    sent: Array,
+    resident: Any,
+    carry: Any,
+    over_time: Any,
 ) -> tuple[Any, Array, Any]:
     """A scan over time whose steps are elementwise, but for a product by one and the same matrix.
 
@@ -91,7 +98,7 @@ def scan(
     ``carry, sent, out = body(resident, products, carry, now)``, is taken for every row of the batch.
 
     Args:
-      form: what the kernel is compiled for.
+      form_of: from M, E, H and T to what the kernel is compiled for.
       kind: of the blocks.
       body: the elementwise part of a step, for one unit in one row.
       matrix: ``(M, E, H, H)`` bfloat16.
@@ -108,7 +115,8 @@ def scan(
     Raises:
       ValueError: if ``body`` does not return a number for each unit in each row.
     """
-    units, batch = matrix.shape[-1], sent.shape[1]
+    parts, pieces, units, _ = matrix.shape
+    form, batch = form_of(parts, pieces, units, len(jax.tree.leaves(over_time)[0])), sent.shape[1]
     sets = max(1, -(-batch // form.rows))
     program, shapes = _for_one_unit(form, body, resident, carry, over_time)
 

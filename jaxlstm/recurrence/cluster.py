@@ -4,13 +4,7 @@ Each block has 64 of the hidden units. To write into the shared memory of the ot
 `plgpu.async_store_smem`, would save half of the way of what is sent; interpreters do not know it.
 """
 
-from typing import Any
-
-import jax
-from jax import Array
-
-from jaxlstm.recurrence import blocks
-from jaxlstm.recurrence.blocks import RESERVED, ROWS, SHARED_MEMORY, Block, Body, Form, Product
+from jaxlstm.recurrence.blocks import RESERVED, ROWS, SHARED_MEMORY, Form, Product
 
 UNITS = 64  # of a block: the rows of the smallest product of matrices that a Hopper GPU knows
 MOST_BLOCKS = 8  # in a cluster, on every Hopper GPU
@@ -47,21 +41,9 @@ def _fits(gates: int, units: int, rows: int) -> bool:
     return blocks <= MOST_BLOCKS and largest <= SHARED_MEMORY
 
 
-def scan(
-    body: Body,
-    matrix: Array,
-    sent: Array,
-    resident: Any,
-    carry: Any,
-    over_time: Any,
-    *,
-    rows: int,
-    reverse: bool = False,
-) -> tuple[Any, Array, Any]:
-    """`blocks.scan`, with ``rows`` of the batch in one cluster."""
-    parts, pieces, units, _ = matrix.shape
+def form(parts: int, pieces: int, units: int, steps: int, *, rows: int, reverse: bool) -> Form:
+    """What a kernel of clusters is compiled for, for `blocks.scan`; ``rows`` of the batch in one cluster."""
     count = blocks_of(units)
     slots = max(n for n in range(1, pieces + 1) if n == 1 or footprint(parts, pieces, count, rows, n) <= SHARED_MEMORY)
     product = Product(parts, pieces, UNITS, count * UNITS, rows, slots)
-    form = Form(parts, pieces, count, UNITS, rows, len(jax.tree.leaves(over_time)[0]), reverse, product)
-    return blocks.scan(form, Block, body, matrix, sent, resident, carry, over_time)
+    return Form(parts, pieces, count, UNITS, rows, steps, reverse, product)

@@ -28,7 +28,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from jaxlstm.recurrence import blocks, kernel
-from jaxlstm.recurrence.blocks import RESERVED, ROWS, SHARED_MEMORY, Body, Form, Product, interpreted
+from jaxlstm.recurrence.blocks import RESERVED, ROWS, SHARED_MEMORY, Form, Product, interpreted
 
 LOWEST = 64  # rows of the smallest product of matrices that a Hopper GPU knows; the columns of swizzled memory
 FEWEST_UNITS = 16  # of a block
@@ -105,24 +105,11 @@ def _processors() -> int:
     return said.processors if isinstance(said, kernel.Hopper) else jax.devices()[0].core_count
 
 
-def scan(
-    body: Body,
-    matrix: Array,
-    sent: Array,
-    resident: Any,
-    carry: Any,
-    over_time: Any,
-    *,
-    rows: int,
-    reverse: bool = False,
-) -> tuple[Any, Array, Any]:
-    """`blocks.scan`, with ``rows`` of the batch in one set of blocks."""
-    parts, pieces, units, _ = matrix.shape
+def form(parts: int, pieces: int, units: int, steps: int, *, rows: int, reverse: bool) -> Form:
+    """What a kernel of a grid is compiled for, for `blocks.scan`; ``rows`` of the batch in one set of blocks."""
     mine, taken = units_of(parts * pieces), product(parts, pieces, _filled(units), rows)
     assert taken is not None, "rows_that_fit has refused it"
-    steps = len(jax.tree.leaves(over_time)[0])
-    form = Form(parts, pieces, _filled(units) // mine, mine, rows, steps, reverse, taken)
-    return blocks.scan(form, Block, body, matrix, sent, resident, carry, over_time)
+    return Form(parts, pieces, _filled(units) // mine, mine, rows, steps, reverse, taken)
 
 
 class Block(blocks.Block):

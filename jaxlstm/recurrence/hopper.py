@@ -1,4 +1,4 @@
-"""The recurrences of `jaxlstm.recurrence.pallas` as kernels for Hopper GPUs, each a `cluster.scan` or a `grid.scan`.
+"""The recurrences of `jaxlstm.recurrence.pallas` as kernels for Hopper GPUs, each a `blocks.scan`.
 
 The blocks that share the weights are those of a cluster or, where they do not fit into one, of the grid. Forward they
 send h, for a tangent that of h, and multiply by their rows of ``W_h``. Backward they send the slopes of z, and multiply
@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from jaxlstm.recurrence import cluster, grid, kernel
+from jaxlstm.recurrence import blocks, cluster, grid, kernel
 from jaxlstm.recurrence.stepping import Given, Marks, Path, Static, elementwise, keep, products, restart, starts, times
 from jaxlstm.types import State, Weights
 
@@ -170,5 +170,5 @@ def _restarts(static: Static, marks: Marks) -> tuple[Array | None, Array | None]
 
 def _scan(static: Static, *, backward: bool = False) -> Callable[..., tuple[Any, Array, Any]]:
     """`blocks.scan`, in the order of the steps or ``backward``."""
-    scan = {"cluster": cluster.scan, "grid": grid.scan}[static.spread]
-    return partial(scan, rows=static.rows, reverse=static.reverse ^ backward)
+    form, kind = {"cluster": (cluster.form, blocks.Block), "grid": (grid.form, grid.Block)}[static.spread]
+    return partial(blocks.scan, partial(form, rows=static.rows, reverse=static.reverse ^ backward), kind)

@@ -41,7 +41,7 @@ class Layout(NamedTuple):
         =========  =========  ==========  =======  =====
 
         Gates in float32 are written for all threads where rows times units is 2^12 or more and less than 2^14: below,
-        waking a thread costs more than it does, and above, XLA has it awake anyway.
+        waking a thread costs more than it does, and above the difference is within 4 %.
 
         A batch whose size is a symbol, while a program is exported for batches of any size, is laid out as a large one.
         """

@@ -16,7 +16,7 @@ from jaxtyping import Float
 from jaxlstm import cells
 
 # tanh(x) / x as P(x^2) / Q(x^2), fitted for the least relative error, 6.5e-9, up to LIMIT, where tanh is 4 units in the
-# last place of float32 below 1. Evaluated in float32 it is off by up to 3 of them, and never above 1.
+# last place of float32 below 1. Evaluated in float32 it is off by up to 6 of them, 3.6e-7, and never above 1.
 LIMIT = 8.0
 P = (9.99999993615955e-01, 1.344448076824418e-01, 3.571576856137938e-03, 2.189427918380165e-05, 1.5229804750153446e-08)
 Q = (1.0, 4.677780810644379e-01, 2.616436432388474e-02, 3.411256002091602e-04, 8.522214383205788e-07)
@@ -37,7 +37,7 @@ def _polynomial(coefficients: tuple[float, ...], x: Array) -> Array:
 
 @partial(jax.custom_jvp, nondiff_argnums=(1,))
 def activated(z: Float[Array, "G *units"], kinds: str) -> list[Float[Array, "*units"]]:
-    """`jaxlstm.cells.activated`, for all threads of a CPU."""
+    """`jaxlstm.cells.activated` in float32, for all threads of a CPU."""
     return list(jnp.unstack(cells.sigmoid_or_tanh(z, kinds, tanh)))
 
 
@@ -50,7 +50,7 @@ def _(kinds: str, primals: tuple[Array], tangents: tuple[Array]) -> tuple[list[A
     quotient would be computed again in each kernel that reads them.
     """
     (z,), (dz,) = primals, tangents
-    y, scale = cells.sigmoid_or_tanh(z, kinds), cells.scales(kinds, z)
+    y, scale = cells.sigmoid_or_tanh(z, kinds), cells.scales(z, kinds)
     dy = dz * (scale**2 - (y - (1 - scale)) ** 2)
     slab = lax.broadcasted_iota(jnp.int32, z.shape, 0)
     return list(jnp.unstack(y)), [jnp.where(slab == n, dy, 0).sum(0) for n in range(len(kinds))]
