@@ -103,12 +103,17 @@ def advance(
         if cell.has_cell_state:
             options["norm"] = norm_c
     if kept is not None:
-        options["keep"] = jnp.where(kept, jnp.asarray(1 / (1 - rates.candidate), z.dtype), 0)
+        options["keep"] = candidate_scale(kept, rates, z.dtype)
     if weights.w_c is not None:
         options["w"] = per_unit(weights.w_c)
     if activated is not None and cell.takes("activated"):
         options["activated"] = activated
     return cell.gates(z, c, **options)
+
+
+def candidate_scale(kept: Bool[Array, "*units"], rates: Rates, dtype: DTypeLike) -> Float[Array, "*units"]:
+    """What recurrent dropout multiplies the candidate by: such that its mean stays."""
+    return jnp.where(kept, jnp.asarray(1 / (1 - rates.candidate), dtype), 0)
 
 
 def _normal(x: Array, axes: tuple[int, ...], across: str | None) -> Array:

@@ -10,7 +10,7 @@ from tolerance import narrow_operands, tolerance
 import jaxlstm
 from jaxlstm.recurrence.layout import Layout
 
-CHUNK = Layout.choose(4, 5, jnp.dtype("float64"), jnp.dtype("float64")).chunk
+CHUNK, CHUNK_OF_MANY = (Layout.choose(rows, 5, jnp.dtype("float64"), jnp.dtype("float64")).chunk for rows in (4, 64))
 
 
 def assert_close(actual, wanted, dtype, terms):
@@ -181,9 +181,16 @@ def test_vmap_and_vmap_of_grad(implementation):
     assert_close(jax.tree.map(lambda a: a.sum(0), apart), together, np.float64, terms(case))
 
 
-@pytest.mark.parametrize("steps", [CHUNK, pytest.param(2 * CHUNK + 3, marks=pytest.mark.slow)])
-def test_fused_over_chunks_of_time_equals_the_reference(steps):
-    case = cases.make("two layers bidirectional projection", "everything reverse", steps=steps)
+@pytest.mark.parametrize(
+    ("inputs", "rows", "steps"),
+    [
+        ("everything reverse", 4, CHUNK),
+        pytest.param("everything reverse", 4, 2 * CHUNK + 3, marks=pytest.mark.slow),
+        ("mask and resets", 64, 2 * CHUNK_OF_MANY + 3),
+    ],
+)
+def test_fused_over_chunks_of_time_equals_the_reference(inputs, rows, steps):
+    case = cases.make("two layers bidirectional projection", inputs, steps=steps, batch=rows)
     networks = [
         jaxlstm.LSTM(3, 5, param_dtype=jnp.float64, implementation=name, num_layers=2, bidirectional=True, proj_size=2)
         for name in ("fused", "scan")

@@ -13,8 +13,8 @@ The brackets do not wait for the step before. They are matrix products over many
 transposes: the gradient of a weight is one product per chunk of time, not one product and one addition of a
 weight-sized array per step. The rule is linear in the tangents and written in JAX, so JAX transposes it into
 backpropagation through time, and forward mode and second derivatives work as everywhere else. The partials of ``gates``
-are taken by `jax.jvp`, again in the backward pass: what is kept of a step is ``z``, ``c`` and the output, 6 arrays of
-H numbers for an LSTM.
+are taken by `jax.jvp`, or for the LSTM as `jaxlstm.recurrence.partials` arranges them, again in the backward pass: what
+is kept of a step is ``z``, ``c`` and the output, 6 arrays of H numbers for an LSTM.
 
 How a step's arrays lie in memory, and when the product of the input is taken, is `jaxlstm.recurrence.layout`'s to say;
 that sequences mapped one by one are worked on as a batch, `jaxlstm.recurrence.folding`'s doing.
@@ -32,10 +32,11 @@ from jaxtyping import Float
 
 from jaxlstm.cells import Cell
 from jaxlstm.dropout import Noise, Rates, zone_out
-from jaxlstm.recurrence import chunks, folding, threads
+from jaxlstm.recurrence import chunks, folding, partials, threads
 from jaxlstm.recurrence.how import How
 from jaxlstm.recurrence.layout import Layout
-from jaxlstm.step import advance, input_part, slabs
+from jaxlstm.recurrence.partials import Partials
+from jaxlstm.step import advance, candidate_scale, input_part, slabs
 from jaxlstm.types import Layer, Size, State, Weights
 
 
@@ -49,6 +50,11 @@ class Static(NamedTuple):
     dtype: jnp.dtype  # of the operands of products, and of outputs
     sums: jnp.dtype  # of sums and state
     normalised: bool  # whether W_x x and W_h h are normalised apart
+
+    @property
+    def arranged(self) -> bool:
+        """Whether the derivative of the gates is that of `jaxlstm.recurrence.partials`."""
+        return self.cell.gates in partials.ARRANGED and not self.normalised
 
     def layout(self, rows: Size) -> Layout:
         """The layout for a batch of ``rows``."""
@@ -250,17 +256,26 @@ def _tangent(static: Static, rows: Size, given: Parts) -> Parts:
         d_after = tuple(map(step, weights, d_inner, recurrent, d_fresh, before, *now))
         return d_after, tuple(s.h for s in d_after)
 
-    def over_chunk(carry: Any, chunk: Any) -> tuple[Any, tuple[Array, ...]]:
-        before, y = carry
-        d_xs, now, saved, ys = chunk
-        brackets = tuple(map(partial(_brackets, layout), weights, fresh, d_weights, d_xs, now, saved, ys, y))
+    @partial(jax.checkpoint, prevent_cse=False)  # or what a chunk is computed from would be kept, side by side
+    def over_chunk(before: States, chunk: Any) -> tuple[States, tuple[Array, ...]]:
+        t, d_xs, now, saved, y = chunk
+        h = tuple(map(partial(_outputs_before, layout, t[0]), begin, ys, y))
+        brackets = tuple(map(partial(_brackets, layout), weights, fresh, d_weights, d_xs, now, saved, h))
+        needed = tuple(map(partial(_partials, static, layout), now, saved)) if static.arranged else saved
         now = tuple(i._replace(x=None) for i in now)
-        after, d_ys = lax.scan(body, before, (now, saved, brackets), unroll=static.unroll)
-        return (after, tuple(each[-1] for each in ys)), tuple(map(layout.to_batch_major, d_ys))
+        after, d_ys = lax.scan(body, before, (now, needed, brackets), unroll=static.unroll)
+        return after, tuple(map(layout.to_batch_major, d_ys))
 
-    y = tuple(layout.to_batch_major(state.h).astype(layout.dtype) for state in begin)
-    (d_after, _), d_ys = chunks.over(over_chunk, (d_begin, y), (d_xs, inputs, given.saved, ys), size=layout.chunk)
+    over_time = (jnp.arange(ys[0].shape[0]), d_xs, inputs, given.saved, ys)
+    d_after, d_ys = chunks.over(over_chunk, d_begin, over_time, size=layout.chunk)
     return Parts(None, d_after, tuple(d.astype(layout.dtype) for d in d_ys))
+
+
+def _outputs_before(layout: Layout, t: Array, begin: State, ys: Array, y: Array) -> Array:
+    """The output before each step of the chunk ``y`` of ``ys`` that begins at step ``t``."""
+    first = layout.to_batch_major(begin.h).astype(y.dtype)
+    first = jnp.where(t == 0, first, lax.dynamic_index_in_dim(ys, jnp.maximum(t - 1, 0), keepdims=False))
+    return jnp.concatenate([first[None], y[:-1]])
 
 
 def _inner(w: Weights, like: Weights) -> Weights:
@@ -268,7 +283,13 @@ def _inner(w: Weights, like: Weights) -> Weights:
     return Weights(None, None, None if w.norm is None else like.b, None, like.w_c, like.norm)  # pyright: ignore
 
 
-@partial(jax.checkpoint, static_argnums=0)  # or x and h of all steps would be kept side by side
+def _partials(static: Static, layout: Layout, now: Inputs, saved: Saved) -> Partials:
+    """The partials of the gates in a chunk."""
+    kept, c = now.noise.kept, saved.c
+    keep = 1.0 if kept is None else layout.from_batch_major(candidate_scale(kept, static.rates, layout.sums))
+    return partials.of(static.cell.gates, saved.z, c, keep, layout.axis)  # pyright: ignore[reportArgumentType]
+
+
 def _brackets(
     layout: Layout,
     w: Weights,
@@ -277,15 +298,13 @@ def _brackets(
     dx: Array | None,
     now: Inputs,
     saved: Saved,
-    ys: Array,
-    y: Array,
+    h: Array,
 ) -> Brackets:
-    """The brackets of a chunk; ``y`` is the output before its first step."""
+    """The brackets of a chunk; ``h`` are the outputs before its steps."""
     z = jnp.zeros(saved.z.shape, layout.sums)
     z_h = None
     if dx is not None:
         z = z + layout.times_over_time(w.w_x, layout.from_batch_major(dx))
-    h = jnp.concatenate([y[None], ys[:-1]])
     if now.fresh is not None:
         anew = 0 if fresh is None else jnp.broadcast_to(fresh.h.astype(h.dtype), h.shape)
         h = jnp.where(now.fresh[:, :, None], anew, h)
@@ -315,7 +334,7 @@ def _tangent_step(
     d_fresh: State | None,
     before: State,
     now: Inputs,
-    saved: Saved,
+    saved: Saved | Partials,
     brackets: Brackets,
 ) -> State:
     """The tangent of the state after a step, from that before it."""
@@ -325,8 +344,11 @@ def _tangent_step(
         dz = dz + layout.times_in_transpose(recurrent, before.h)
     else:
         dz_h = dz_h + layout.times_in_transpose(recurrent, before.h)
-    primals = (_inner(w, w), saved.z, saved.z_h, saved.c)
-    dc, dh = jax.jvp(partial(_advance, static, layout, now.noise), primals, (d_inner, dz, dz_h, before.c))[1]
+    if isinstance(saved, Partials):
+        dc, dh = partials.step(saved, dz, before.c, layout.axis)  # pyright: ignore[reportArgumentType]
+    else:
+        primals = (_inner(w, w), saved.z, saved.z_h, saved.c)
+        dc, dh = jax.jvp(partial(_advance, static, layout, now.noise), primals, (d_inner, dz, dz_h, before.c))[1]
     if w.w_p is not None:
         dh = layout.times(layout.prepare(w.w_p), dh)
     if brackets.h is not None:

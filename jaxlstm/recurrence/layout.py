@@ -31,14 +31,16 @@ class Layout(NamedTuple):
 
         For a CPU by measurement (`benchmarks/README.md`). For the others by what their libraries prefer, unmeasured.
 
-        =========  =========  ==========  =======  =====
-        rows       units      units lead  hoisted  chunk
-        =========  =========  ==========  =======  =====
-        up to 8    up to 128  no          yes      64
-        up to 8    more       yes         yes      16
-        9 to 16    up to 128  no          no       64
-        otherwise             yes         no       16
-        =========  =========  ==========  =======  =====
+        =========  ===========  ==========  =======  =====
+        rows       units        units lead  hoisted  chunk
+        =========  ===========  ==========  =======  =====
+        up to 8    up to 128    no          yes      64
+        up to 8    more         yes         yes      64
+        9 to 16    up to 128    no          no       32
+        9 to 16    more         yes         no       32
+        17 to 63   512 or more  yes         no       16
+        otherwise               yes         no       8
+        =========  ===========  ==========  =======  =====
 
         Gates in float32 are written for all threads where rows times units is 2^12 or more and less than 2^14: below,
         waking a thread costs more than it does, and above the difference is within 4 %.
@@ -47,10 +49,11 @@ class Layout(NamedTuple):
         """
         if jax.default_backend() != "cpu":
             return cls(dtype, sums, axis=1, hoisted=True, chunk=64)
-        few, some = (isinstance(rows, int) and rows <= limit for limit in (8, 16))
-        small = some and units <= 128
+        few, some, many = (not isinstance(rows, int) or rows > limit for limit in (8, 16, 63))
+        axis = 0 if some or units > 128 else 1
+        chunk = 64 if not few else 32 if not some else 8 if many or units < 512 else 16
         threads = isinstance(rows, int) and 2**12 <= rows * units < 2**14 and sums == jnp.float32
-        return cls(dtype, sums, 1 if small else 0, hoisted=few, chunk=64 if small else 16, threads=threads)
+        return cls(dtype, sums, axis, hoisted=not few, chunk=chunk, threads=threads)
 
     def along_units(self, a: Array) -> Array:
         """A vector over units, with an axis for the batch."""
