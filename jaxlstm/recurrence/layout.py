@@ -14,7 +14,7 @@ class Layout(NamedTuple):
     """The two axes of a step's arrays, units and batch, in one order or the other; which products wait for the loop.
 
     Feature-major, ``(H, B)``, has the large operand of each step's product, the weights, on the left, read as it lies
-    in memory. Batch-major, ``(B, H)``, has less to move when the arrays are small. A hoisted input product is taken
+    in memory. Batch-major, ``(B, H)``, has less to move when the weights are small. A hoisted input product is taken
     for all steps at once; otherwise x and h meet the weights of both in one product per step.
     """
 
@@ -36,8 +36,9 @@ class Layout(NamedTuple):
         =========  ===========  ==========  =======  =====
         up to 8    up to 128    no          yes      64
         up to 8    more         yes         yes      64
-        9 to 16    up to 128    no          no       32
+        9 to 16    up to 255    no          no       32
         9 to 16    more         yes         no       32
+        more       up to 256    no          no       8
         17 to 63   512 or more  yes         no       16
         otherwise               yes         no       8
         =========  ===========  ==========  =======  =====
@@ -50,7 +51,7 @@ class Layout(NamedTuple):
         if jax.default_backend() != "cpu":
             return cls(dtype, sums, axis=1, hoisted=True, chunk=64)
         few, some, many = (not isinstance(rows, int) or rows > limit for limit in (8, 16, 63))
-        axis = 0 if some or units > 128 else 1
+        axis = int(units <= (128 if not few else 255 if not some else 256))
         chunk = 64 if not few else 32 if not some else 8 if many or units < 512 else 16
         threads = isinstance(rows, int) and 2**12 <= rows * units < 2**14 and sums == jnp.float32
         return cls(dtype, sums, axis, hoisted=not few, chunk=chunk, threads=threads)
