@@ -78,6 +78,11 @@ def sigmoid_or_tanh(
     return tanh(z * scale) * scale + (1 - scale)
 
 
+def slope(y: Float[Array, "G *units"], scale: np.ndarray) -> Float[Array, "G *units"]:
+    """The derivative of `sigmoid_or_tanh` where its value is ``y``, with the ``scale`` of each slab."""
+    return -((y - (1 - scale)) ** 2) + scale**2
+
+
 def activated(z: Float[Array, "G *units"], kinds: str) -> list[Float[Array, "*units"]]:
     """The slabs one by one, after their sigmoid or tanh."""
     return list(jnp.unstack(sigmoid_or_tanh(z, kinds)))

@@ -19,6 +19,7 @@ from jaxtyping import Float
 
 from jaxlstm import cells
 from jaxlstm.cells import Gates
+from jaxlstm.recurrence import threads
 from jaxlstm.step import slabs
 
 
@@ -56,7 +57,7 @@ def of(gates: Gates, z: Float[Array, "T _ _"], c: Float[Array, "T _ _"], keep: A
     kinds, arranged = ARRANGED[gates]
     z_slabs = slabs(z, len(kinds), axis + 1)
     scale, activated = cells.scales(z_slabs, kinds), cells.sigmoid_or_tanh(z_slabs, kinds)
-    slope = scale**2 - (activated - (1 - scale)) ** 2
+    slope = cells.slope(activated, scale)
     *_, o = each = jnp.unstack(activated)
     by_gates, by_c, c = arranged(*each, c, keep)
     tanh = jnp.tanh(c)
@@ -79,6 +80,4 @@ def _cut(dz: Array, gates: int, axis: int) -> list[Array]:
     """
     if axis == 1:
         return list(lax.split(dz, [dz.shape[1] // gates] * gates, axis=1))
-    dz = slabs(dz, gates, axis)
-    which = lax.broadcasted_iota(jnp.int32, dz.shape, 0)
-    return [jnp.where(which == n, dz, 0).sum(0) for n in range(gates)]
+    return threads.selected(slabs(dz, gates, axis))

@@ -51,6 +51,11 @@ def _(kinds: str, primals: tuple[Array], tangents: tuple[Array]) -> tuple[list[A
     """
     (z,), (dz,) = primals, tangents
     y, scale = cells.sigmoid_or_tanh(z, kinds), cells.scales(z, kinds)
-    dy = dz * (scale**2 - (y - (1 - scale)) ** 2)
-    slab = lax.broadcasted_iota(jnp.int32, z.shape, 0)
-    return list(jnp.unstack(y)), [jnp.where(slab == n, dy, 0).sum(0) for n in range(len(kinds))]
+    dy = dz * cells.slope(y, scale)
+    return list(jnp.unstack(y)), selected(dy)
+
+
+def selected(dz: Float[Array, "G *units"]) -> list[Float[Array, "*units"]]:
+    """The slabs of ``dz``, one by one, by selection: so is the transpose, and XLA counts its operations."""
+    slab = lax.broadcasted_iota(jnp.int32, dz.shape, 0)
+    return [jnp.where(slab == n, dz, 0).sum(0) for n in range(dz.shape[0])]
