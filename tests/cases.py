@@ -20,13 +20,8 @@ from jaxlstm.model import _part
 # configurations are among the slow tests, and all others need the option --every-case.
 HEAVY = ("newton", "pallas")
 OF_HEAVY = ("two layers bidirectional projection", "remat", "peephole", "cifg", "rnn", "all of it")
+# Fast with the default, slow with all others; what is fast with the reference too is among NAMES.
 IMPLEMENTATIONS = [
-    pytest.param(name, marks=[pytest.mark.slow] if name in HEAVY else [])
-    for name in recurrence.IMPLEMENTATIONS
-    if name != "cudnn"
-]
-# The same for properties that need no second look with every change: fast with the default, slow with all others.
-DEFAULT_FIRST = [
     pytest.param(name, marks=[] if name == "fused" else [pytest.mark.slow])
     for name in recurrence.IMPLEMENTATIONS
     if name != "cudnn"
@@ -90,6 +85,8 @@ INPUTS: dict[str, tuple[str, ...]] = {
 EVERY_INPUT = ("one layer", "two layers bidirectional projection")
 EVERY_CONFIGURATION = ("plain", "everything", "everything reverse")
 FAST = ("everything",)  # the others are slow tests, but for the first configuration
+# With the reference a few of these are enough: the default, what people run, meets them all.
+FAST_WITH_SCAN = ("one layer", "two layers bidirectional projection", "remat", "layer norm")
 
 
 @dataclass(frozen=True)
@@ -108,13 +105,20 @@ class Case:
         return f"rnn_{self.lstm.activation or 'tanh'}" if self.lstm.cell == "rnn" else str(self.lstm.cell)
 
 
+def _fast(configuration: str, inputs: str, implementation: str) -> bool:
+    if implementation == "scan":
+        return configuration in FAST_WITH_SCAN and inputs in FAST
+    return implementation == "fused" and (configuration in EVERY_INPUT[:1] or inputs in FAST)
+
+
 NAMES = [
-    pytest.param(
-        configuration, inputs, marks=[] if configuration in EVERY_INPUT[:1] or inputs in FAST else [pytest.mark.slow]
-    )
+    pytest.param(*case, marks=[] if _fast(*case) else [pytest.mark.slow])
     for configuration in CONFIGURATIONS
     for inputs in INPUTS
     if configuration in EVERY_INPUT or inputs in EVERY_CONFIGURATION
+    for implementation in recurrence.IMPLEMENTATIONS
+    if implementation != "cudnn"
+    for case in [(configuration, inputs, implementation)]
 ]
 
 

@@ -196,6 +196,7 @@ def interrupted(monkeypatch, at, what):
     monkeypatch.setattr(Report, "train", reported)
 
 
+@pytest.mark.slow
 def test_a_run_that_is_stopped_and_then_crashes_ends_bit_for_bit_as_one_in_one_go(whole, tmp_path, monkeypatch):
     arguments = ["--data", str(whole.parent / "text.txt"), "--max-steps", "40", "--run-dir", str(tmp_path / "run")]
 

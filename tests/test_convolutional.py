@@ -37,6 +37,12 @@ CASES = {
         (1, 2, 2), {"kernel_size": (1, 3, 3), "cell": "peephole", "unroll": 2}, {"resets": RESETS, "reverse": True},
     ),
 }  # fmt: skip
+# The others are slow; two of them are looked at again below, in other dtypes and in the form of other platforms.
+FAST = (
+    "1-D, kernel 1, no bias",
+    "2-D, mixed kernel, two layers both directions",
+    "3-D, mixed kernel, peephole, unroll",
+)
 
 
 def network(name, **options):
@@ -104,7 +110,9 @@ def same(a, b):
     assert_close(a, b, tolerance(np.float64, 1000))
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[] if name in FAST else [pytest.mark.slow]) for name in CASES]
+)
 def test_outputs_state_and_gradients(name):
     params, xs, state, cotangents = material(name)
 
@@ -142,7 +150,7 @@ def test_convolution(form, spatial, kernel):
     same(form(w, x, jnp.float64, jnp.float64), wanted)
 
 
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("dtype", [pytest.param(jnp.float32, marks=pytest.mark.slow), jnp.bfloat16])
 def test_narrow_dtypes(dtype):
     """Outputs in ``dtype``, state in float32, all within rounding of the operands."""
     name = "2-D, peephole, both directions"
@@ -218,7 +226,7 @@ def test_positions_do_not_mix_beyond_the_kernel():
     np.testing.assert_array_equal(np.argwhere(changed), [[0, 3], [0, 4], [1, 3], [1, 4]])
 
 
-@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("reverse", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_a_sequence_cut_in_two_with_the_state_carried_equals_one_run(reverse):
     conv = network("2-D, peephole, both directions", bidirectional=False)
     rng = np.random.default_rng(1)
@@ -232,7 +240,7 @@ def test_a_sequence_cut_in_two_with_the_state_carried_equals_one_run(reverse):
     same(whole, (np.concatenate([outputs[0], outputs[3]]), state))
 
 
-@pytest.mark.parametrize("bidirectional", [False, True])
+@pytest.mark.parametrize("bidirectional", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_a_packed_row_equals_its_sequences_run_apart(bidirectional):
     conv = network("2-D", bidirectional=bidirectional)
     rng = np.random.default_rng(2)
@@ -303,6 +311,7 @@ def test_any_batch_axes_and_vmap():
     same(jax.tree.map(lambda a: a[:, 0, :, 0], folded), wanted)
 
 
+@pytest.mark.slow
 def test_ensembles_of_parameters_are_mapped():
     conv = network("2-D")
     xs = material("2-D")[1]
@@ -395,6 +404,7 @@ def test_initialisation():
     assert half.layers[0].forward.b is half.layers[0].forward.w_c is None
 
 
+@pytest.mark.slow
 def test_remat_keeps_less():
     xs = jnp.ones((256, 2, 8, 4), jnp.float32)
 
@@ -406,6 +416,7 @@ def test_remat_keeps_less():
     assert temporary(16) < temporary(None) / 2
 
 
+@pytest.mark.slow
 def test_batch_over_two_devices():
     conv = network("2-D", cell="peephole")
     _, xs, _, (cotangents, _) = material("2-D")

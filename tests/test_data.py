@@ -173,6 +173,7 @@ def test_packing_keeps_every_example_and_marks_where_it_begins(lengths):
     assert len(used) == 1 or used[0] + used[1] > 9
 
 
+@pytest.mark.slow  # a row packed by hand is in test_properties
 def test_an_lstm_on_packed_rows_is_an_lstm_on_each_example():
     import jax
 

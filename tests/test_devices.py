@@ -13,7 +13,7 @@ import jaxlstm
 # Newton's method refuses shard_map; a kernel runs on each device by itself, for which `test_pallas` has its own test.
 @pytest.mark.parametrize("implementation", ["fused", pytest.param("scan", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit, "shard_map"])
-@pytest.mark.parametrize("given_state", [True, False])
+@pytest.mark.parametrize("given_state", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_batch_over_two_devices(given_state, axis_type, implementation):
     configuration = "two layers bidirectional projection"
     case = cases.make(configuration, "everything")

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from itertools import product
 from typing import NamedTuple
 
 import jax
@@ -48,19 +49,24 @@ def equal(a, b):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, **BOUND), a, b)
 
 
+TRACED = [
+    {},
+    {"num_layers": 2, "bidirectional": True, "proj_size": 2},
+    {"cell": "peephole", "layer_norm": True},
+    {"cell": "cifg", "zoneout_h": 0.2, "zoneout_c": 0.3},
+    {"cell": "rnn", "num_layers": 2},
+    {"learned_state": True, "remat": 2},
+]
+FAST = [(False, TRACED[1]), (True, TRACED[2])]
+
+
 @pytest.mark.parametrize(
-    "options",
+    ("reverse", "options"),
     [
-        {},
-        {"num_layers": 2, "bidirectional": True, "proj_size": 2},
-        {"cell": "peephole", "layer_norm": True},
-        {"cell": "cifg", "zoneout_h": 0.2, "zoneout_c": 0.3},
-        {"cell": "rnn", "num_layers": 2},
-        {"learned_state": True, "remat": 2},
+        pytest.param(*case, marks=[] if case in FAST else [pytest.mark.slow], id=f"{case[0]}-{case[1]}")
+        for case in product((False, True), TRACED)
     ],
-    ids=str,
 )
-@pytest.mark.parametrize("reverse", [False, True])
 def test_a_trace_is_the_run(options, reverse):
     lstm, params = network(**options)
     xs = inputs(B)

@@ -71,7 +71,7 @@ def test_a_program_without_this_package_gives_the_same_numbers(tmp_path):
 
 EVERY_CELL = [
     {"cell": "rnn", "bidirectional": True, "unroll": 4, "remat": 2},
-    {"learned_state": True, "layer_norm": True, "dtype": "bfloat16"},
+    pytest.param({"learned_state": True, "layer_norm": True, "dtype": "bfloat16"}, marks=pytest.mark.slow),
     pytest.param({"cell": "peephole", "param_dtype": "float64"}, marks=pytest.mark.slow),
     pytest.param({"cell": "cifg", "implementation": "scan", "zoneout_c": 0.3}, marks=pytest.mark.slow),
 ]

@@ -66,7 +66,7 @@ def test_mapped_sequences_are_worked_on_as_a_batch():
     )
 
 
-@pytest.mark.parametrize("axis", [0, 1, 2])
+@pytest.mark.parametrize("axis", [0, *(pytest.param(n, marks=pytest.mark.slow) for n in (1, 2))])
 def test_a_mapped_axis_of_batches(axis):
     lstm, xs = network(), draw(STEPS, ROWS, 2, INPUTS)
     params = lstm.init(jax.random.key(0))

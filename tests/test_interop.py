@@ -31,7 +31,7 @@ LIVE_CASES = [name for name in interop_cases.CASES if name not in RECORDED_CASES
 # The others are slow tests.
 FAST = (
     "haiku both deep", "equinox both deep", "keras both deep", "keras rnn", "linen both deep", "nnx both",
-    "nnx optimized", "cudnn both deep",
+    "cudnn both deep",
 )  # fmt: skip
 OPTIONS = {
     "one layer": {},

@@ -18,7 +18,6 @@ from jaxlstm.recurrence import Newton
 
 STEPS = 60
 MODES = [Newton("full"), Newton("diagonal", damping=0.1)]
-EACH = [MODES[0], pytest.param(MODES[1], marks=pytest.mark.slow)]
 
 
 def test_parity_of_the_defaults():
@@ -62,6 +61,7 @@ def close(a, b, growth=1e5):
         np.testing.assert_allclose(x, y, rtol=growth * 1e-15, atol=growth * 1e-15 * max(1, np.abs(y).max()))
 
 
+@pytest.mark.slow
 def test_a_tame_network_takes_a_few_iterations_and_the_answer_misses_nothing():
     lstm, params, xs, state = network()
     found = {options.mode: newton_effort(replace(lstm, implementation=options), params, xs, state) for options in MODES}
@@ -81,7 +81,7 @@ def test_a_looser_tolerance_takes_fewer_iterations():
     assert tight.residual[0] < loose.residual[0] <= 1e-2
 
 
-@pytest.mark.parametrize("options", EACH)
+@pytest.mark.parametrize("options", [MODES[0], pytest.param(MODES[1], marks=pytest.mark.slow)])
 def test_what_is_left_over_is_taken_one_by_one(options):
     lstm, params, xs, state = network(**CHAOTIC)
     options = replace(options, max_iterations=5)
@@ -94,7 +94,8 @@ def test_what_is_left_over_is_taken_one_by_one(options):
     close(failing(params, xs, state), wanted(params, xs, state))
 
 
-@pytest.mark.parametrize("options", EACH)
+@pytest.mark.slow
+@pytest.mark.parametrize("options", MODES)
 def test_as_many_iterations_as_steps_are_enough_even_where_products_of_jacobians_overflow(options):
     lstm, params, xs, _ = network(scale=1e12)  # at the guess, a state of zeros, no unit is saturated
     enough = replace(lstm, implementation=replace(options, max_iterations=STEPS))

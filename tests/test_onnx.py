@@ -74,7 +74,7 @@ def test_recorded(name):
     compare(lstm, jaxlstm.Params(tuple(layers)), arrays, arrays)
 
 
-FAST = ("everything", "peephole", "cifg", "rnn relu")
+FAST = ("everything", "cifg", "rnn relu")
 LIVE = [pytest.param(name, marks=[] if name in FAST else [pytest.mark.slow]) for name in onnx_cases.CASES]
 
 

@@ -41,7 +41,9 @@ def test_forward_mode_and_second_derivatives_of_all_but_remat(monkeypatch):
     test_parity.test_forward_mode_and_second_derivatives("all of it", "pallas")
 
 
-@pytest.mark.parametrize(("rows", "steps", "reverse"), [(3, 1, False), (2, 3, True), (8, 20, False)])
+@pytest.mark.parametrize(
+    ("rows", "steps", "reverse"), [pytest.param(3, 1, False, marks=pytest.mark.slow), (2, 3, True), (8, 20, False)]
+)
 def test_the_scan_of_the_kernel_is_that_of_jax(rows, steps, reverse):
     """In blocks that do not divide rows and steps, with constants, names, booleans, vectors and no array at all."""
     rng = np.random.default_rng(0)

@@ -38,8 +38,7 @@ def terms(case):
     return normalised * case.xs.size * case.lstm.num_layers * case.lstm.num_directions
 
 
-@pytest.mark.parametrize("implementation", cases.IMPLEMENTATIONS)
-@pytest.mark.parametrize(("configuration", "inputs"), cases.NAMES)
+@pytest.mark.parametrize(("configuration", "inputs", "implementation"), cases.NAMES)
 def test_outputs_state_and_gradients(configuration, inputs, implementation):
     case = cases.make(configuration, inputs)
     (ys, state), gradient = cases.expected(configuration, inputs)
@@ -58,7 +57,10 @@ def test_outputs_state_and_gradients(configuration, inputs, implementation):
 
 @pytest.mark.parametrize(
     "configuration",
-    ["two layers bidirectional projection", "rnn", "remat", pytest.param("all of it", marks=pytest.mark.slow)],
+    [
+        "two layers bidirectional projection",
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("rnn", "remat", "all of it")),
+    ],
 )
 @pytest.mark.parametrize("inputs", ["everything"])
 @pytest.mark.parametrize(("axis", "hoisted"), [(0, False), (0, True), (1, False)])
@@ -73,7 +75,11 @@ def test_fused_in_the_layouts_of_larger_sizes(configuration, inputs, axis, hoist
 @pytest.mark.parametrize("implementation", cases.IMPLEMENTATIONS)
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 @pytest.mark.parametrize(
-    "configuration", ["one layer", pytest.param("two layers bidirectional projection", marks=pytest.mark.slow), "rnn"]
+    "configuration",
+    [
+        "one layer",
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("two layers bidirectional projection", "rnn")),
+    ],
 )
 def test_narrow_dtypes(configuration, dtype, implementation):
     inputs = "everything"
@@ -95,7 +101,7 @@ def test_narrow_dtypes(configuration, dtype, implementation):
 
 
 @pytest.mark.parametrize("implementation", cases.IMPLEMENTATIONS)
-@pytest.mark.parametrize("batch", [(), (1,), (2, 2), (1, 2, 2)])
+@pytest.mark.parametrize("batch", [(), (2, 2), *(pytest.param(n, marks=pytest.mark.slow) for n in ((1,), (1, 2, 2)))])
 def test_any_batch_axes(batch, implementation):
     configuration, inputs = "two layers bidirectional projection", "everything reverse"
     case = cases.make(configuration, inputs)
@@ -117,7 +123,7 @@ def test_any_batch_axes(batch, implementation):
     assert_close(result, jax.tree.map(lambda a: fold(a, 1), wanted), np.float64, terms(case))
 
 
-@pytest.mark.parametrize("implementation", cases.DEFAULT_FIRST)
+@pytest.mark.parametrize("implementation", cases.IMPLEMENTATIONS)
 @pytest.mark.parametrize(
     "configuration",
     ["rnn", *(pytest.param(name, marks=pytest.mark.slow) for name in ("projection", "two layers", "all of it"))],
@@ -158,7 +164,7 @@ def test_forward_mode_and_second_derivatives(configuration, implementation):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("implementation", cases.DEFAULT_FIRST)
+@pytest.mark.parametrize("implementation", cases.IMPLEMENTATIONS)
 def test_vmap_and_vmap_of_grad(implementation):
     """One sequence mapped over a batch equals the batched call; per-sequence gradients add up to the batch's."""
     case = cases.make("two layers bidirectional", "everything")
@@ -184,7 +190,7 @@ def test_vmap_and_vmap_of_grad(implementation):
 @pytest.mark.parametrize(
     ("inputs", "rows", "steps"),
     [
-        ("everything reverse", 4, CHUNK),
+        pytest.param("everything reverse", 4, CHUNK, marks=pytest.mark.slow),
         pytest.param("everything reverse", 4, 2 * CHUNK + 3, marks=pytest.mark.slow),
         ("mask and resets", 64, 2 * CHUNK_OF_MANY + 3),
     ],

@@ -1,5 +1,7 @@
 """The derivative that is arranged by hand, against the gates that it is of."""
 
+from itertools import product
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,11 +14,16 @@ from jaxlstm.recurrence import partials
 from jaxlstm.step import slabs
 
 STEPS, ROWS, UNITS = 3, 5, 4
+FAST = [("lstm", True, 1), ("cifg", False, 0)]
 
 
-@pytest.mark.parametrize("axis", [0, 1])
-@pytest.mark.parametrize("dropped", [False, True])
-@pytest.mark.parametrize("name", ["lstm", "cifg"])
+@pytest.mark.parametrize(
+    ("name", "dropped", "axis"),
+    [
+        pytest.param(*case, marks=[] if case in FAST else [pytest.mark.slow])
+        for case in product(("lstm", "cifg"), (False, True), (0, 1))
+    ],
+)
 def test_the_tangents_and_cotangents_are_those_of_the_gates(name, dropped, axis):
     cell, rng = cells.CELLS[name], np.random.default_rng(0)
     step = [(UNITS, ROWS), (ROWS, UNITS)][axis]

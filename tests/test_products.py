@@ -18,13 +18,16 @@ KINDS = {  # contracted axes, batch axes, shapes
     "side by side": (((2, 0), (0, 3)), ((1,), (2,)), (3, 2, 4, 6), (4, 5, 2, 3)),
     "a matrix and a vector": (((1,), (1,)), ((), ()), (1, 4), (5, 4)),
 }
+FAST = ("rows by columns", "side by side")
 
 
 def whole(*shape, seed):
     return jnp.asarray(np.random.default_rng(seed).integers(-2, 3, shape), jnp.float32)
 
 
-@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[] if name in FAST else [pytest.mark.slow]) for name in KINDS]
+)
 def test_values_and_every_derivative(name):
     """Against `jax.lax.dot_general` in float64, by JAX's own rules."""
     contract, batch, *shapes = KINDS[name]

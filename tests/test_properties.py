@@ -17,7 +17,7 @@ from tolerance import tolerance
 import jaxlstm
 
 T, B, H = 6, 3, 5
-each = pytest.mark.parametrize("implementation", cases.DEFAULT_FIRST)
+each = pytest.mark.parametrize("implementation", cases.IMPLEMENTATIONS)
 steps = hnp.arrays(bool, (T, B))
 
 
@@ -38,7 +38,7 @@ def same(a, b):
 
 
 @each
-@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("reverse", [pytest.param(False, marks=pytest.mark.slow), True])
 @settings(max_examples=25, deadline=None)
 @given(mask=steps, resets=steps, cut=st.integers(0, T))
 def test_a_sequence_cut_in_two_with_the_state_carried_equals_one_run(implementation, reverse, mask, resets, cut):
@@ -54,7 +54,7 @@ def test_a_sequence_cut_in_two_with_the_state_carried_equals_one_run(implementat
 
 
 @each
-@pytest.mark.parametrize("bidirectional", [False, True])
+@pytest.mark.parametrize("bidirectional", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_a_packed_row_equals_its_sequences_run_apart(implementation, bidirectional):
     lstm = network(implementation, bidirectional=bidirectional, num_layers=2)
     params, xs, _ = material(lstm)

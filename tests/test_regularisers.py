@@ -192,7 +192,7 @@ def test_layer_norm_makes_the_step_blind_to_the_scale_of_weights():
         np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-3)  # but for epsilon under the root
 
 
-@pytest.mark.parametrize("dtype", [jnp.float64, jnp.bfloat16])
+@pytest.mark.parametrize("dtype", [pytest.param(jnp.float64, marks=pytest.mark.slow), jnp.bfloat16])
 def test_activation_terms(dtype):
     ys = jnp.asarray([[[3.0, 4.0]], [[3.0, 0.0]], [[0.0, 0.0]]], dtype)  # (T, B, P) = (3, 1, 2)
     assert float(regularisers.activation(ys)) == pytest.approx((9 + 16 + 9) / 6)

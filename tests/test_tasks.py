@@ -56,6 +56,7 @@ def test_digits(tmp_path):
     assert summary["test_accuracy"] > 0.6
 
 
+@pytest.mark.slow
 def test_wordlm(tmp_path):
     (tmp_path / "text.txt").write_text(STORY)
     options = "--task wordlm --embedding 8 --projection 8 --hidden 16 --batch 4 --window 8 --max-steps 150"

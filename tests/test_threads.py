@@ -29,7 +29,7 @@ def test_tanh_of_what_is_no_number():
     assert jnp.signbit(found[3])
 
 
-@pytest.mark.parametrize("kinds", ["ssts", "t"])
+@pytest.mark.parametrize("kinds", ["ssts", pytest.param("t", marks=pytest.mark.slow)])
 def test_the_derivatives_are_those_of_the_usual_activations(kinds):
     rng = np.random.default_rng(0)
     z, dz, ct = (jnp.asarray(3 * rng.standard_normal((len(kinds), 5)), jnp.float32) for _ in range(3))
@@ -47,7 +47,8 @@ def test_the_derivatives_are_those_of_the_usual_activations(kinds):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, **tolerance(jnp.float32, 8)), found, wanted)
 
 
-@pytest.mark.parametrize("cell", ["lstm", pytest.param("cifg", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("cell", ["lstm", "cifg"])
 def test_a_layer_of_such_a_size(cell):
     """Value, gradient and curvature against the same layer one step at a time, in whose gates nothing is rewritten."""
     rng = np.random.default_rng(0)

@@ -14,6 +14,12 @@ from jaxlstm.interop import from_torch
 
 RECORDED = np.load(torch_cases.RECORDED)
 live = pytest.mark.skipif(importlib.util.find_spec("torch") is None, reason="torch is not installed")
+FAST = ("plain", "no bias", "packed everything", "rnn relu packed")
+FAST_LIVE = ("packed everything", "rnn relu packed")  # layers, directions, a projection, lengths, both kinds
+
+
+def mark(fast):
+    return [pytest.param(name, marks=[] if name in fast else [pytest.mark.slow]) for name in torch_cases.CASES]
 
 
 def recorded(name):
@@ -42,13 +48,13 @@ def check(name, arrays, implementation):
 
 
 @pytest.mark.parametrize("implementation", cases.IMPLEMENTATIONS)
-@pytest.mark.parametrize("name", torch_cases.CASES)
+@pytest.mark.parametrize("name", mark(FAST))
 def test_recorded(name, implementation):
     check(name, recorded(name), implementation)
 
 
 @live
-@pytest.mark.parametrize("name", torch_cases.CASES)
+@pytest.mark.parametrize("name", mark(FAST_LIVE))
 def test_live(name):
     check(name, torch_cases.compute(name), None)
     for key, value in torch_cases.compute(name).items():

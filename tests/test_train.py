@@ -166,6 +166,7 @@ def test_a_seed_makes_a_run_repeatable(run, tmp_path):
     assert losses[4] != wanted
 
 
+@pytest.mark.slow  # seconds of a clock; the one that is put forward, in test_checkpoints, is fast
 def test_the_clock_bounds_a_run(tmp_path):
     (tmp_path / "text.txt").write_text(TEXT, encoding="utf-8")
     command("--data", "text.txt", "--run-dir", "run", "--max-seconds", 4, *SMALL, cwd=tmp_path)
