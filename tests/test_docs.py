@@ -11,7 +11,8 @@ ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
 FIGURES = DOCS / "figures"
 LSTM = (DOCS / "lstm.md").read_text(encoding="utf-8")
-BLOCKS = re.findall(r"^```python\n(.*?)^```", LSTM, re.DOTALL | re.MULTILINE)
+PAGES = [LSTM, (DOCS / "scaling.md").read_text(encoding="utf-8")]
+BLOCKS = re.findall(r"^```python\n(.*?)^```", "\n".join(PAGES), re.DOTALL | re.MULTILINE)
 QUOTED = re.findall(r"^```python cells.py\n(.*?)^```", LSTM, re.DOTALL | re.MULTILINE)
 MADE = [DOCS / "lstm.md", DOCS / "gallery.md"]
 
@@ -25,7 +26,7 @@ def test_the_code_runs(block):
 def test_the_equations_are_those_of_the_library():
     (quoted,) = QUOTED
     assert quoted in (ROOT / "jaxlstm" / "cells.py").read_text(encoding="utf-8")
-    assert len(BLOCKS) >= 4
+    assert len(BLOCKS) >= 5
 
 
 def test_every_number_is_the_one_that_was_measured():
