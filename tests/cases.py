@@ -15,17 +15,22 @@ from jaxlstm import recurrence
 from jaxlstm.dropout import Rates, draw, dropout, keep_mask
 from jaxlstm.model import _part
 
+
+def slow_but(fast, every):
+    """Each of ``every`` as a parameter, or as several where it is a tuple; slow, but for those in ``fast``."""
+    return [
+        pytest.param(*(case if isinstance(case, tuple) else [case]), marks=[] if case in fast else [pytest.mark.slow])
+        for case in every
+    ]
+
+
 # cuDNN needs a GPU: what is tested of it elsewhere is in `test_cudnn`. Newton's method and interpreted kernels take
 # several times as long to compile as the others: what is not slow of them is in `test_newton` and `test_pallas`, these
 # configurations are among the slow tests, and all others need the option --every-case.
 HEAVY = ("newton", "pallas")
 OF_HEAVY = ("two layers bidirectional projection", "remat", "peephole", "cifg", "rnn", "all of it")
 # Fast with the default, slow with all others; what is fast with the reference too is among NAMES.
-IMPLEMENTATIONS = [
-    pytest.param(name, marks=[] if name == "fused" else [pytest.mark.slow])
-    for name in recurrence.IMPLEMENTATIONS
-    if name != "cudnn"
-]
+IMPLEMENTATIONS = slow_but(["fused"], [name for name in recurrence.IMPLEMENTATIONS if name != "cudnn"])
 CONFIGURATIONS: dict[str, dict[str, Any]] = {
     "one layer": {},
     "two layers": {"num_layers": 2},
@@ -111,15 +116,15 @@ def _fast(configuration: str, inputs: str, implementation: str) -> bool:
     return implementation == "fused" and (configuration in EVERY_INPUT[:1] or inputs in FAST)
 
 
-NAMES = [
-    pytest.param(*case, marks=[] if _fast(*case) else [pytest.mark.slow])
+_EVERY = [
+    (configuration, inputs, implementation)
     for configuration in CONFIGURATIONS
     for inputs in INPUTS
     if configuration in EVERY_INPUT or inputs in EVERY_CONFIGURATION
     for implementation in recurrence.IMPLEMENTATIONS
     if implementation != "cudnn"
-    for case in [(configuration, inputs, implementation)]
 ]
+NAMES = slow_but([case for case in _EVERY if _fast(*case)], _EVERY)
 
 
 def random_params(lstm: jaxlstm.LSTM, rng: np.random.Generator, dtype: Any = np.float64) -> jaxlstm.Params:

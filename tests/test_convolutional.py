@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import oracle
 import pytest
+from cases import slow_but
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from tolerance import narrow_operands, tolerance
 
@@ -110,9 +111,7 @@ def same(a, b):
     assert_close(a, b, tolerance(np.float64, 1000))
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[] if name in FAST else [pytest.mark.slow]) for name in CASES]
-)
+@pytest.mark.parametrize("name", slow_but(FAST, CASES))
 def test_outputs_state_and_gradients(name):
     params, xs, state, cotangents = material(name)
 

@@ -55,12 +55,8 @@ def as_if_with_cuda(as_if_on_a_gpu):
 
 
 @pytest.mark.parametrize(
-    ("configuration", "inputs"),
-    [
-        pytest.param(name, inputs, marks=[pytest.mark.slow] if (inputs, name) not in FAST else [])
-        for inputs, names in INPUTS.items()
-        for name in names
-    ],
+    ("inputs", "configuration"),
+    cases.slow_but(FAST, [(inputs, name) for inputs, names in INPUTS.items() for name in names]),
 )
 def test_against_the_oracle_with_the_reference_in_place_of_cudnn(configuration, inputs, as_if_on_a_gpu):
     as_if_on_a_gpu.setattr(rnn, "lstm", reference)

@@ -92,12 +92,15 @@ FAST = [("one layer", "plain")]
 
 @pytest.mark.parametrize(
     ("configuration", "inputs"),
-    [
-        pytest.param(c, i, marks=[] if (c, i) in FAST else [pytest.mark.slow])
-        for c in CONFIGURATIONS
-        for i in ("plain", "everything", "everything reverse")
-        if i != "plain" or c == "one layer"
-    ],
+    cases.slow_but(
+        FAST,
+        [
+            (c, i)
+            for c in CONFIGURATIONS
+            for i in ("plain", "everything", "everything reverse")
+            if i != "plain" or c == "one layer"
+        ],
+    ),
 )
 def test_outputs_state_gradient_and_tangent_are_those_of_the_tpu_kernel(configuration, inputs):
     """Lengths, a mask, resets and random masks among it; 5 units of a block's 64, 4 rows of a cluster's 16."""

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import random_params
+from cases import random_params, slow_but
 from foreign import assert_close, compare
 
 import jaxlstm
@@ -39,10 +39,6 @@ OPTIONS = {
     "both": {"bidirectional": True},
     "both deep": {"bidirectional": True, "num_layers": 2},
 }
-
-
-def mark(names):
-    return [pytest.param(name, marks=[] if name in FAST else [pytest.mark.slow]) for name in names]
 
 
 def installed(name):
@@ -117,21 +113,21 @@ def same(a, b):
 # What the other libraries compute
 
 
-@pytest.mark.parametrize("name", mark(RECORDED_CASES))
+@pytest.mark.parametrize("name", slow_but(FAST, RECORDED_CASES))
 def test_another_library_computes_the_same_as_recorded(name):
     lstm, there, _ = network(name)
     weights, gradient, arrays = recorded(name)
     compare(lstm, there, weights, gradient, arrays)
 
 
-@pytest.mark.parametrize("name", mark(LIVE_CASES))
+@pytest.mark.parametrize("name", slow_but(FAST, LIVE_CASES))
 def test_another_library_computes_the_same(name):
     lstm, there, _ = network(name)
     weights, gradient, arrays, _ = computed(name)
     compare(lstm, there, weights, gradient, arrays, biases=2 if name.startswith("cudnn") else 1)
 
 
-@pytest.mark.parametrize("name", mark(LIVE_CASES))
+@pytest.mark.parametrize("name", slow_but(FAST, LIVE_CASES))
 def test_another_library_takes_what_goes_out(name):
     _, there, back = network(name)
     weights, _, arrays, run = computed(name)

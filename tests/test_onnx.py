@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import onnx_cases
 import pytest
+from cases import slow_but
 from onnx_cases import random_params
 from tolerance import tolerance
 
@@ -75,7 +76,7 @@ def test_recorded(name):
 
 
 FAST = ("everything", "cifg", "rnn relu")
-LIVE = [pytest.param(name, marks=[] if name in FAST else [pytest.mark.slow]) for name in onnx_cases.CASES]
+LIVE = slow_but(FAST, onnx_cases.CASES)
 
 
 @installed("onnx", "onnxruntime")

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from cases import slow_but
 from tolerance import tolerance
 
 import jaxlstm
@@ -17,13 +18,7 @@ STEPS, ROWS, UNITS = 3, 5, 4
 FAST = [("lstm", True, 1), ("cifg", False, 0)]
 
 
-@pytest.mark.parametrize(
-    ("name", "dropped", "axis"),
-    [
-        pytest.param(*case, marks=[] if case in FAST else [pytest.mark.slow])
-        for case in product(("lstm", "cifg"), (False, True), (0, 1))
-    ],
-)
+@pytest.mark.parametrize(("name", "dropped", "axis"), slow_but(FAST, product(("lstm", "cifg"), (False, True), (0, 1))))
 def test_the_tangents_and_cotangents_are_those_of_the_gates(name, dropped, axis):
     cell, rng = cells.CELLS[name], np.random.default_rng(0)
     step = [(UNITS, ROWS), (ROWS, UNITS)][axis]

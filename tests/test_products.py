@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from cases import slow_but
 from jax import lax
 
 from jaxlstm.products import Kind, product
@@ -25,9 +26,7 @@ def whole(*shape, seed):
     return jnp.asarray(np.random.default_rng(seed).integers(-2, 3, shape), jnp.float32)
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[] if name in FAST else [pytest.mark.slow]) for name in KINDS]
-)
+@pytest.mark.parametrize("name", slow_but(FAST, KINDS))
 def test_values_and_every_derivative(name):
     """Against `jax.lax.dot_general` in float64, by JAX's own rules."""
     contract, batch, *shapes = KINDS[name]

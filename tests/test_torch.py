@@ -18,10 +18,6 @@ FAST = ("plain", "no bias", "packed everything", "rnn relu packed")
 FAST_LIVE = ("packed everything", "rnn relu packed")  # layers, directions, a projection, lengths, both kinds
 
 
-def mark(fast):
-    return [pytest.param(name, marks=[] if name in fast else [pytest.mark.slow]) for name in torch_cases.CASES]
-
-
 def recorded(name):
     return {key.split("/")[1]: RECORDED[key] for key in RECORDED.files if key.startswith(f"{name}/")}
 
@@ -48,13 +44,13 @@ def check(name, arrays, implementation):
 
 
 @pytest.mark.parametrize("implementation", cases.IMPLEMENTATIONS)
-@pytest.mark.parametrize("name", mark(FAST))
+@pytest.mark.parametrize("name", cases.slow_but(FAST, torch_cases.CASES))
 def test_recorded(name, implementation):
     check(name, recorded(name), implementation)
 
 
 @live
-@pytest.mark.parametrize("name", mark(FAST_LIVE))
+@pytest.mark.parametrize("name", cases.slow_but(FAST_LIVE, torch_cases.CASES))
 def test_live(name):
     check(name, torch_cases.compute(name), None)
     for key, value in torch_cases.compute(name).items():
