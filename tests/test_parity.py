@@ -100,6 +100,84 @@ def test_narrow_dtypes(configuration, dtype, implementation):
     assert_within(jax.grad(loss, (0, 1, 2))(*narrow), gradient, bounds)
 
 
+LAYOUTS_OF_BFLOAT16 = [(0, False), (1, False), (1, True)]  # axis, hoisted
+
+
+def choose(axis, hoisted):
+    """A layout like those of larger sizes, in chunks of a few steps."""
+    return lambda rows, units, dtype, sums: Layout(dtype, sums, axis, hoisted, chunk=3, bits=True)
+
+
+@pytest.mark.parametrize("configuration", ["one layer", pytest.param("layer norm", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(("axis", "hoisted"), LAYOUTS_OF_BFLOAT16)
+def test_bfloat16_in_the_layouts_of_larger_sizes(configuration, axis, hoisted, monkeypatch):
+    assert Layout.choose(64, 512, jnp.dtype("bfloat16"), jnp.dtype("float32")).bits
+    monkeypatch.setattr(Layout, "choose", choose(axis, hoisted))
+    jax.clear_caches()
+    test_narrow_dtypes(configuration, jnp.bfloat16, "fused")
+    jax.clear_caches()
+
+
+@pytest.mark.parametrize(("axis", "hoisted"), cases.slow_but([(1, False)], LAYOUTS_OF_BFLOAT16))
+def test_second_derivatives_of_bfloat16(axis, hoisted, monkeypatch):
+    """Of the fused recurrence against the plain scan, which moves no numbers as bits; for one set of weights and three.
+
+    Bits have no derivative, and JAX takes that for zero without a word.
+    """
+    monkeypatch.setattr(Layout, "choose", choose(axis, hoisted))
+    jax.clear_caches()
+    xs = jax.random.normal(jax.random.key(0), (7, 3, 3), jnp.float32)
+
+    def findings(implementation):
+        lstm = jaxlstm.LSTM(3, 5, dtype=jnp.bfloat16, learned_state=True, implementation=implementation)
+        many = jax.vmap(lstm.init)(jax.random.split(jax.random.key(1), 3))
+        one = jax.tree.map(lambda a: a[0], many)
+
+        def loss(params, xs):
+            ys, state = lstm(params, xs, resets=jnp.zeros(xs.shape[:-1], bool).at[4].set(True))
+            return (ys.astype(jnp.float32) ** 2).sum() + (state.c**3).sum()
+
+        def both(gradient, params, xs):
+            def along(params, xs):
+                return sum(map(jnp.vdot, jax.tree.leaves(gradient(params, xs)), jax.tree.leaves((params, xs))))
+
+            return jax.jvp(gradient, (params, xs), (params, xs))[1], jax.grad(along, (0, 1))(params, xs)
+
+        gradient = jax.grad(loss, (0, 1))
+        return both(gradient, one, xs), both(jax.vmap(gradient, (0, 1)), many, xs)
+
+    bits, plain = (jax.jit(lambda name=name: findings(name))() for name in ("fused", "scan"))
+    assert_within(bits, plain, narrow_operands(jnp.bfloat16, 4 * len(xs)))  # four times through time
+    jax.clear_caches()
+
+
+@pytest.mark.parametrize("batch_and_units", [(64, 16), (16, 8), (2, 8)])
+def test_loops_move_bfloat16_as_bits(batch_and_units):
+    """XLA on a CPU passes over a whole bfloat16 array to read or write one step of it, and float32 is twice as long."""
+    rows, units = batch_and_units
+    lstm = jaxlstm.LSTM(3, units, dtype=jnp.bfloat16)
+    params, xs = lstm.init(jax.random.key(0)), jnp.zeros((70, rows, 3), jnp.bfloat16)
+
+    def loss(params, xs):
+        return lstm(params, xs)[0].astype(jnp.float32).sum()
+
+    def loops(jaxpr):
+        for equation in jaxpr.eqns:
+            if equation.primitive.name == "scan":
+                first = equation.params["num_consts"] + equation.params["num_carry"]
+                yield equation.invars[first:] + equation.outvars[equation.params["num_carry"] :]
+            for inner in jax.tree.leaves(equation.params, is_leaf=lambda p: hasattr(p, "eqns")):
+                inner = getattr(inner, "jaxpr", inner)
+                if hasattr(inner, "eqns"):
+                    yield from loops(inner)
+
+    for function in (loss, jax.grad(loss, (0, 1))):
+        dtypes = [a.aval.dtype for arrays in loops(jax.make_jaxpr(function)(params, xs).jaxpr) for a in arrays]
+        assert jnp.bfloat16 not in dtypes
+        # Read forward, unless multiplied before the loop, and by the derivative; written, and read by the derivative.
+        assert dtypes.count(jnp.uint16) == (2 if function is loss else 4) - (rows <= 8)
+
+
 @pytest.mark.parametrize("implementation", cases.IMPLEMENTATIONS)
 @pytest.mark.parametrize("batch", [(), (2, 2), *(pytest.param(n, marks=pytest.mark.slow) for n in ((1,), (1, 2, 2)))])
 def test_any_batch_axes(batch, implementation):

@@ -7,6 +7,9 @@ transposed into work of its own kind, which can be mapped in turn.
 
 Where something that the whole batch shares is mapped too, or where a sum over the batch is asked for (the gradient of
 shared weights, for each sequence by itself), what is in it is mapped as it is.
+
+Work may be given in two forms. What is compiled, and transposed in what it is linear in, is the quick one; where it is
+differentiated, the smooth one takes its place, so that the quick one may do what has no derivative.
 """
 
 from collections.abc import Callable, Sequence
@@ -32,23 +35,27 @@ class Work(NamedTuple):
     outs: Sequence[int]
 
 
-Make = Callable[[Size], Work]  # the work for a number of rows; from one to another only the batch's axes may move
+# The work for a number of rows, from one to another of which only the batch's axes may move; and whether it is to be
+# smooth: whether all that it computes must have a derivative.
+Make = Callable[[Size, bool], Work]
 
 
 class OfTrees(NamedTuple):
     """Work on trees as work on their leaves."""
 
     run: Callable[..., Any]
+    smooth: Callable[..., Any]
     ins: Callable[[Size], Any]
     outs: Callable[[Size], Any]
     given: Any  # structure of the operands
     found: Any  # structure of what is returned
 
-    def __call__(self, rows: Size) -> Work:
+    def __call__(self, rows: Size, smooth: bool) -> Work:
         """The work for a number of rows."""
+        run = self.smooth if smooth else self.run
 
         def function(*leaves: Array) -> Sequence[Array]:
-            return jax.tree.leaves(self.run(rows, *self.given.unflatten(leaves)))
+            return jax.tree.leaves(run(rows, *self.given.unflatten(leaves)))
 
         def axes(prefix: Any, structure: Any) -> Sequence[int]:
             return jax.tree.leaves(jax.tree.broadcast(prefix, structure.unflatten([0] * structure.num_leaves)))
@@ -57,7 +64,12 @@ class OfTrees(NamedTuple):
 
 
 def call(
-    run: Callable[..., Any], rows: Size, trees: tuple[Any, ...], ins: Callable[[Size], Any], outs: Callable[[Size], Any]
+    run: Callable[..., Any],
+    rows: Size,
+    trees: tuple[Any, ...],
+    ins: Callable[[Size], Any],
+    outs: Callable[[Size], Any],
+    smooth: Callable[..., Any],
 ) -> Any:
     """What ``run(rows, *trees)`` returns.
 
@@ -67,13 +79,14 @@ def call(
       trees: the operands.
       ins: the axis of the batch in each array of ``trees`` for a number of rows, or `SHARED`, as prefixes of trees.
       outs: the same for what is returned.
+      smooth: what returns the same and is differentiated in place of ``run``, which need not have a derivative.
     """
     leaves, given = jax.tree.flatten(trees)
     if placed(*leaves):
-        return run(rows, *trees)
+        return smooth(rows, *trees)
     program, found = jax.make_jaxpr(lambda *a: run(rows, *given.unflatten(a)), return_shape=True)(*leaves)
     found = jax.tree.structure(found)
-    return found.unflatten(_call(program, OfTrees(run, ins, outs, given, found), rows, leaves))
+    return found.unflatten(_call(program, OfTrees(run, smooth, ins, outs, given, found), rows, leaves))
 
 
 def _call(program: ClosedJaxpr, make: Make, rows: Size, arrays: Sequence[Array]) -> list[Array]:
@@ -83,22 +96,36 @@ def _call(program: ClosedJaxpr, make: Make, rows: Size, arrays: Sequence[Array])
 
 def _again(make: Make, rows: Size, arrays: Sequence[Array]) -> list[Array]:
     """`_call` of what ``make`` makes."""
-    return _call(jax.make_jaxpr(make(rows).function)(*arrays), make, rows, arrays)
+    return _call(jax.make_jaxpr(make(rows, False).function)(*arrays), make, rows, arrays)
 
 
 def _run(*arrays: Array, program: ClosedJaxpr, **_: Any) -> list[Array]:
     return jaxpr_as_fun(program)(*arrays)
 
 
+class Mapped(NamedTuple):
+    """Work mapped as it is. It has no batch any more, and is work all the same, which knows what its derivative is."""
+
+    make: Make
+    mapped: tuple[int | None, ...]
+    size: Size
+
+    def __call__(self, rows: Size, smooth: bool) -> Work:
+        """The work for a number of rows."""
+        work = self.make(rows, smooth)
+        function = jax.vmap(work.function, self.mapped, axis_size=self.size)
+        return Work(function, [SHARED] * len(work.ins), [SHARED] * len(work.outs))
+
+
 def _mapped(
-    arrays: Sequence[Array], mapped: Sequence[int | None], *, program: ClosedJaxpr, make: Make, rows: Size
+    arrays: Sequence[Array], mapped: Sequence[int | None], *, make: Make, rows: Size, **_: Any
 ) -> tuple[list[Array], list[int]]:
     """The rule of `jax.vmap`."""
     size = next(a.shape[m] for a, m in zip(arrays, mapped) if m is not None)
-    here, there = make(rows), make(rows * size)
+    here, there = make(rows, False), make(rows * size, False)
     shared = any(m is not None and axis == SHARED for m, axis in zip(mapped, here.ins))
     if shared or SHARED in here.outs:
-        outs = jax.vmap(jaxpr_as_fun(program), tuple(mapped), axis_size=size)(*arrays)
+        outs = _again(Mapped(make, tuple(mapped), size), rows, arrays)
         return outs, [0] * len(outs)
 
     def fold(a: Array, m: int | None, axis: int, to: int) -> Array:
@@ -116,13 +143,14 @@ def _mapped(
     return list(map(unfold, outs, there.outs, here.outs)), list(here.outs)
 
 
-def _tangent(primals: Sequence[Array], tangents: Sequence[Any], *, program: ClosedJaxpr, **_: Any) -> Any:
+def _tangent(primals: Sequence[Array], tangents: Sequence[Any], *, make: Make, rows: Size, **_: Any) -> Any:
     """The rule of `jax.jvp`: that of what is in it, for the tangents that are not zero."""
     moving = [not isinstance(d, ad.Zero) for d in tangents]
+    function = make(rows, True).function
 
-    def run(*moved: Array) -> list[Array]:
+    def run(*moved: Array) -> Sequence[Array]:
         rest = iter(moved)
-        return jaxpr_as_fun(program)(*(next(rest) if moves else a for a, moves in zip(primals, moving)))
+        return function(*(next(rest) if moves else a for a, moves in zip(primals, moving)))
 
     here, there = zip(*((a, d) for a, d, moves in zip(primals, tangents, moving) if moves))
     return jax.jvp(run, here, there)
@@ -135,9 +163,9 @@ class Transposed(NamedTuple):
     rows: Size
     operands: tuple[jax.ShapeDtypeStruct | None, ...]  # for ``rows``; None for one that it is not linear in
 
-    def __call__(self, rows: Size) -> Work:
+    def __call__(self, rows: Size, smooth: bool) -> Work:
         """The transpose for a number of rows."""
-        before, work = self.make(self.rows), self.make(rows)
+        before, work = self.make(self.rows, smooth), self.make(rows, smooth)
         linear = [a and self._for(rows, a, axis, to) for a, axis, to in zip(self.operands, before.ins, work.ins)]
 
         def function(*arrays: Array) -> Sequence[Array]:

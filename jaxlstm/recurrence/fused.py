@@ -50,6 +50,7 @@ class Static(NamedTuple):
     dtype: jnp.dtype  # of the operands of products, and of outputs
     sums: jnp.dtype  # of sums and state
     normalised: bool  # whether W_x x and W_h h are normalised apart
+    smooth: bool = False  # whether all that is computed has a derivative, not only what is linear in tangents
 
     @property
     def arranged(self) -> bool:
@@ -59,7 +60,7 @@ class Static(NamedTuple):
     def layout(self, rows: Size) -> Layout:
         """The layout for a batch of ``rows``."""
         layout = Layout.choose(rows, self.units, self.dtype, self.sums)
-        return layout._replace(hoisted=True) if self.normalised else layout
+        return layout._replace(hoisted=layout.hoisted or self.normalised, bits=layout.bits and not self.smooth)
 
 
 class Inputs(NamedTuple):
@@ -175,7 +176,8 @@ def _over_batch(static: Static, run: Callable[[Static, Size, Parts], Parts], giv
         return Parts(folding.SHARED, batch, 1, 1 + batch)
 
     rows = jax.tree.leaves(given.over_time)[0].shape[1]
-    return folding.call(partial(run, static), rows, (given,), lambda rows: (axes(rows),), axes)
+    smooth = partial(run, static._replace(smooth=True))
+    return folding.call(partial(run, static), rows, (given,), lambda rows: (axes(rows),), axes, smooth)
 
 
 def _forward(static: Static, rows: Size, given: Parts, *, save: bool) -> Parts:
@@ -183,22 +185,21 @@ def _forward(static: Static, rows: Size, given: Parts, *, save: bool) -> Parts:
     (weights, fresh), begin, inputs = given.shared, given.state, given.over_time
     layout = static.layout(rows)
 
-    def step(w: Weights, recurrent: Array, fresh: State | None, before: State, now: Inputs) -> tuple[State, Any]:
+    def step(w: Weights, recurrent: Any, fresh: State | None, before: State, now: Inputs) -> tuple[State, Any]:
         start = _restart(layout, now.fresh, fresh, before)
-        x = layout.from_batch_major(now.x)
+        x = now.x if layout.bits and not layout.hoisted else layout.from_batch_major(now.x)
         z_h = None
         if w.norm is not None:
             z, z_h = x, layout.times(recurrent, start.h)
         elif layout.hoisted:
             z = x + layout.times(recurrent, start.h)
         else:
-            z = layout.times(recurrent, jnp.concatenate([x.astype(layout.sums), start.h], layout.axis))
-            z = _add_bias(layout, w.b, z)
+            z = _add_bias(layout, w.b, layout.times_both(recurrent, x, start.h))
         c, m = _advance(static, layout, now.noise, w, z, z_h, start.c)
         h = m if w.w_p is None else layout.times(layout.prepare(w.w_p), m)
         after = _keep(static, layout, now, State(h, c), start)
         saved = Saved(z, z_h, start.c, None if w.w_p is None else m) if save else None
-        return after, (layout.to_batch_major(after.h), saved)
+        return after, (layout.pack(layout.to_batch_major(after.h)), saved)
 
     def body(before: States, now: tuple[Inputs, ...]) -> tuple[States, Any]:
         after, kept = zip(*map(step, weights, recurrent, fresh, before, now))
@@ -207,11 +208,13 @@ def _forward(static: Static, rows: Size, given: Parts, *, save: bool) -> Parts:
     if layout.hoisted:
         recurrent = [layout.prepare(w.w_h) for w in weights]
         inputs = tuple(i._replace(x=input_part(w, i.x, layout.dtype, layout.sums)) for w, i in zip(weights, inputs))
-    else:  # one product for x and h
-        recurrent = [layout.prepare(jnp.concatenate([w.w_x, w.w_h], axis=1)) for w in weights]
+    else:
+        recurrent = [layout.prepare_both(w.w_x, w.w_h) for w in weights]
+        inputs = tuple(i._replace(x=layout.pack(i.x)) for i in inputs)
+        if layout.bits:
+            inputs = tuple(i._replace(x=layout.from_batch_major(i.x)) for i in inputs)
     after, (ys, saved) = lax.scan(body, begin, inputs, unroll=static.unroll)
-    # Rounded here and not in the loop: XLA on a CPU passes over a whole bfloat16 array to write one step into it.
-    return Parts(None, after, tuple(y.astype(layout.dtype) for y in ys), saved)
+    return Parts(None, after, tuple(layout.unpack(y).astype(layout.dtype) for y in ys), saved)
 
 
 def _advance(
@@ -266,6 +269,8 @@ def _tangent(static: Static, rows: Size, given: Parts) -> Parts:
         after, d_ys = lax.scan(body, before, (now, needed, brackets), unroll=static.unroll)
         return after, tuple(map(layout.to_batch_major, d_ys))
 
+    inputs = tuple(i._replace(x=None if i.x is None else layout.pack(i.x)) for i in inputs)
+    ys = tuple(map(layout.pack, ys))
     over_time = (jnp.arange(ys[0].shape[0]), d_xs, inputs, given.saved, ys)
     d_after, d_ys = chunks.over(over_chunk, d_begin, over_time, size=layout.chunk)
     return Parts(None, d_after, tuple(d.astype(layout.dtype) for d in d_ys))
@@ -273,7 +278,7 @@ def _tangent(static: Static, rows: Size, given: Parts) -> Parts:
 
 def _outputs_before(layout: Layout, t: Array, begin: State, ys: Array, y: Array) -> Array:
     """The output before each step of the chunk ``y`` of ``ys`` that begins at step ``t``."""
-    first = layout.to_batch_major(begin.h).astype(y.dtype)
+    first = layout.pack(layout.to_batch_major(begin.h))
     first = jnp.where(t == 0, first, lax.dynamic_index_in_dim(ys, jnp.maximum(t - 1, 0), keepdims=False))
     return jnp.concatenate([first[None], y[:-1]])
 
@@ -306,17 +311,17 @@ def _brackets(
     if dx is not None:
         z = z + layout.times_over_time(w.w_x, layout.from_batch_major(dx))
     if now.fresh is not None:
-        anew = 0 if fresh is None else jnp.broadcast_to(fresh.h.astype(h.dtype), h.shape)
+        anew = 0 if fresh is None else jnp.broadcast_to(layout.pack(fresh.h), h.shape)
         h = jnp.where(now.fresh[:, :, None], anew, h)
     if w.norm is not None:
         if dw.w_x is not None:
-            z = z + layout.times_over_time(dw.w_x, layout.from_batch_major(now.x))
+            z = z + layout.times_over_time(dw.w_x, layout.from_batch_major(layout.unpack(now.x)))
         z_h = jnp.zeros(saved.z.shape, layout.sums)
         if dw.w_h is not None:
-            z_h = layout.times_over_time(dw.w_h, layout.from_batch_major(h))
+            z_h = layout.times_over_time(dw.w_h, layout.from_batch_major(layout.unpack(h)))
     elif dw.w_x is not None or dw.w_h is not None:
         d_wide = jnp.concatenate([_dense(dw.w_x, w.w_x), _dense(dw.w_h, w.w_h)], axis=1)
-        x_and_h = jnp.concatenate([now.x.astype(layout.dtype), h], axis=2)
+        x_and_h = layout.unpack(jnp.concatenate([now.x, h], axis=2))
         z = z + layout.times_over_time(d_wide, layout.from_batch_major(x_and_h))
     if w.norm is None:
         z = _add_bias(layout, dw.b, z)

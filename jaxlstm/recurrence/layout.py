@@ -1,10 +1,10 @@
 """How the fused recurrence lays out its arrays, and its matrix products in that layout."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import Array
+from jax import Array, lax
 
 from jaxlstm.products import dot
 from jaxlstm.types import Size
@@ -24,6 +24,7 @@ class Layout(NamedTuple):
     hoisted: bool  # whether the product of the input is taken before the loop
     chunk: int = 16  # steps whose tangents are taken together: enough for one large product, few enough for the cache
     threads: bool = False  # whether the gates are written for all threads of a CPU: `jaxlstm.recurrence.threads`
+    bits: bool = False  # whether bfloat16 is moved about as integers, which has no derivative: `pack`
 
     @classmethod
     def choose(cls, rows: Size, units: int, dtype: jnp.dtype, sums: jnp.dtype) -> "Layout":
@@ -46,6 +47,9 @@ class Layout(NamedTuple):
         Gates in float32 are written for all threads where rows times units is 2^12 or more and less than 2^14: below,
         waking a thread costs more than it does, and above the difference is within 4 %.
 
+        bfloat16 is moved about as integers: to slice, join or transpose an array of it, XLA on a CPU makes one of
+        float32.
+
         A batch whose size is a symbol, while a program is exported for batches of any size, is laid out as a large one.
         """
         if jax.default_backend() != "cpu":
@@ -54,7 +58,7 @@ class Layout(NamedTuple):
         axis = int(units <= (128 if not few else 255 if not some else 256))
         chunk = 64 if not few else 32 if not some else 8 if many or units < 512 else 16
         threads = isinstance(rows, int) and 2**12 <= rows * units < 2**14 and sums == jnp.float32
-        return cls(dtype, sums, axis, hoisted=not few, chunk=chunk, threads=threads)
+        return cls(dtype, sums, axis, hoisted=not few, chunk=chunk, threads=threads, bits=dtype == jnp.bfloat16)
 
     def along_units(self, a: Array) -> Array:
         """A vector over units, with an axis for the batch."""
@@ -79,6 +83,31 @@ class Layout(NamedTuple):
     def times(self, w: Array, x: Array) -> Array:
         """``W x`` for one step, with ``W`` from `prepare`: each operand is read in order."""
         return self._dot(w, x, (1, 0)) if self.axis == 0 else self._dot(x, w, (1, 0))
+
+    def pack(self, a: Array) -> Array:
+        """Operands of products, to be moved about: as the bits of their rounded values, or in ``sums``."""
+        return lax.bitcast_convert_type(a.astype(self.dtype), jnp.uint16) if self.bits else a.astype(self.sums)
+
+    def unpack(self, a: Array) -> Array:
+        """What `pack` was given, rounded if it was packed as bits."""
+        return lax.bitcast_convert_type(a, self.dtype) if self.bits else a
+
+    @property
+    def _apart(self) -> bool:
+        """Whether x and h have a product each, because joining their weights takes longer than it saves."""
+        return self.bits and self.axis == 0
+
+    def prepare_both(self, w_x: Array, w_h: Array) -> Any:
+        """The matrices of x and h for `times_both`."""
+        if self._apart:
+            return self.prepare(w_x), self.prepare(w_h)
+        return self.prepare(self.unpack(jnp.concatenate([self.pack(w_x), self.pack(w_h)], 1)))
+
+    def times_both(self, w: Any, x: Array, h: Array) -> Array:
+        """``W_x x + W_h h`` for one step, with the matrices from `prepare_both` and ``x`` from `pack`."""
+        if self._apart:
+            return self.times(w[0], self.unpack(x)) + self.times(w[1], h)
+        return self.times(w, self.unpack(jnp.concatenate([x, self.pack(h)], self.axis)))
 
     def prepare_for_transpose(self, w: Array) -> Array:
         """A matrix for `times_in_transpose`."""
