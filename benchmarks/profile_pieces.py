@@ -18,6 +18,8 @@ from peers import Shape, inputs
 from rich.console import Console
 
 import jaxlstm
+from jaxlstm.recurrence import partials
+from jaxlstm.recurrence.layout import Layout
 from jaxlstm.reporting import write_json
 
 
@@ -86,6 +88,49 @@ def layer_pieces(options: Options, shape: Shape) -> dict[str, Piece]:
     }
 
 
+def backward_pieces(dtype: str, shape: Shape) -> dict[str, Piece]:
+    """The backward pass without its products over time, a chunk at a time as the layer does it."""
+    layout = Layout.choose(shape.rows, shape.units, jnp.dtype(dtype), jnp.dtype("float32"))
+    size = min(layout.chunk, shape.steps)
+    chunks, gates = shape.steps // size, 4 * shape.units
+    keys = iter(jax.random.split(jax.random.key(1), 4))
+
+    def normal(units: int, *over: int) -> jax.Array:
+        return layout.from_batch_major(jax.random.normal(next(keys), (*over, shape.rows, units)))
+
+    z, c = normal(gates, chunks, size), normal(shape.units, chunks, size)
+    w_h, d_ys = jax.random.normal(next(keys), (gates, shape.units)) / shape.units**0.5, normal(shape.units, size)
+
+    def found(z: jax.Array, c: jax.Array) -> partials.Partials:
+        return partials.of(jaxlstm.cells.lstm, z, c, 1.0, layout.axis)
+
+    def all_found(z: jax.Array, c: jax.Array) -> partials.Partials:
+        """Those of the last chunk, each written over the ones before."""
+        return jax.lax.scan(lambda _, now: (found(*now), None), found(z[0], c[0]), (z[1:], c[1:]))[0]
+
+    def back(w_h: jax.Array, needed: partials.Partials, d_ys: jax.Array) -> jax.Array:
+        """The gradient of ``z`` summed over chunks, of which each has the partials and cotangents of the same one."""
+        recurrent = layout.prepare_for_transpose(w_h)
+
+        def step(before: Any, now: Any) -> Any:
+            p, dz = now
+            dc, dh = partials.step(p, dz + layout.times_in_transpose(recurrent, before[1]), before[0], layout.axis)
+            return (dc, dh), dh
+
+        def over_time(dz: jax.Array) -> jax.Array:
+            begin = jnp.zeros(c.shape[2:]), jnp.zeros(c.shape[2:])
+            _, ys = jax.lax.scan(lambda s, _: jax.lax.scan(step, s, (needed, dz)), begin, None, length=chunks)
+            return ys
+
+        return jax.linear_transpose(over_time, z[0])(jnp.broadcast_to(d_ys, (chunks, *d_ys.shape)))[0]
+
+    flops = 2 * gates * shape.units * shape.rows * chunks * size
+    return {
+        "partials alone, in chunks": Piece(jax.jit(all_found), (z, c)),
+        "backward scan alone, partials at hand": Piece(jax.jit(back), (w_h, jax.jit(found)(z[0], c[0]), d_ys), flops),
+    }
+
+
 def reference_pieces(dtype: str, shape: Shape) -> dict[str, Piece]:
     """What the same work costs at least: its products and its gates, each alone."""
     steps, rows, features, units = shape
@@ -135,7 +180,8 @@ def residual_bytes(piece: Piece) -> int:
 def main(options: Options, console: Console) -> None:
     """Measure, show, write."""
     shape = Shape(options.steps, options.rows, options.inputs, options.units)
-    pieces = layer_pieces(options, shape) | reference_pieces(options.dtype, shape)
+    pieces = layer_pieces(options, shape) | backward_pieces(options.dtype, shape)
+    pieces |= reference_pieces(options.dtype, shape)
     for piece in pieces.values():
         piece.run()
     times: dict[str, Any] = interleaved({name: piece.run for name, piece in pieces.items()}, options.rounds)

@@ -34,9 +34,10 @@ def test_units_and_rows_over_eight_devices():
     program = [sys.executable, str(ROOT / "tests" / "mesh_program.py")]
     done = subprocess.run(program, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
-    plain, projection = json.loads(done.stdout.strip().replace("'", '"'))
+    (plain, projection), rows = (json.loads(line.replace("'", '"')) for line in done.stdout.strip().splitlines())
     assert plain == [["all-gather"], ["reduce-scatter"]]
     assert projection == [["all-reduce"], ["all-reduce"]]
+    assert rows == [[], []]  # of the fused recurrence over rows alone
 
 
 def test_the_mesh_as_it_is_typed():

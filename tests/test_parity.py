@@ -63,10 +63,14 @@ def test_outputs_state_and_gradients(configuration, inputs, implementation):
     ],
 )
 @pytest.mark.parametrize("inputs", ["everything"])
-@pytest.mark.parametrize(("axis", "hoisted"), [(0, False), (0, True), (1, False)])
-def test_fused_in_the_layouts_of_larger_sizes(configuration, inputs, axis, hoisted, monkeypatch):
+@pytest.mark.parametrize(
+    ("axis", "hoisted", "halves"), [(0, False, False), (0, True, False), (1, False, False), (1, False, True)]
+)
+def test_fused_in_the_layouts_of_larger_sizes(configuration, inputs, axis, hoisted, halves, monkeypatch):
     assert Layout.choose(4, 5, jnp.dtype("float64"), jnp.dtype("float64"))[2:4] == (1, True)  # what the others test
-    monkeypatch.setattr(Layout, "choose", lambda rows, units, dtype, sums: Layout(dtype, sums, axis, hoisted))
+    monkeypatch.setattr(
+        Layout, "choose", lambda rows, units, dtype, sums: Layout(dtype, sums, axis, hoisted, halves=halves)
+    )
     jax.clear_caches()
     test_outputs_state_and_gradients(configuration, inputs, "fused")
     jax.clear_caches()

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from jaxlstm.products import dot
+from jaxlstm.products import dot, placed
 from jaxlstm.types import Size
 
 
@@ -25,6 +25,7 @@ class Layout(NamedTuple):
     chunk: int = 16  # steps whose tangents are taken together: enough for one large product, few enough for the cache
     threads: bool = False  # whether the gates are written for all threads of a CPU: `jaxlstm.recurrence.threads`
     bits: bool = False  # whether bfloat16 is moved about as integers, which has no derivative: `pack`
+    halves: bool = False  # whether the backward product of a step is taken in two, of every other row each
 
     @classmethod
     def choose(cls, rows: Size, units: int, dtype: jnp.dtype, sums: jnp.dtype) -> "Layout":
@@ -47,6 +48,10 @@ class Layout(NamedTuple):
         Gates in float32 are written for all threads where rows times units is 2^12 or more and less than 2^14: below,
         waking a thread costs more than it does, and above the difference is within 4 %.
 
+        In these sizes, with more than 128 units and an even batch that leads, the backward product of a step is taken
+        in two: two threads then have a product each, and need not wait for one another within it. Each has every other
+        row, so that a batch laid out over devices is halved on each of them.
+
         bfloat16 is moved about as integers: to slice, join or transpose an array of it, XLA on a CPU makes one of
         float32.
 
@@ -58,7 +63,9 @@ class Layout(NamedTuple):
         axis = int(units <= (128 if not few else 255 if not some else 256))
         chunk = 64 if not few else 32 if not some else 8 if many or units < 512 else 16
         threads = isinstance(rows, int) and 2**12 <= rows * units < 2**14 and sums == jnp.float32
-        return cls(dtype, sums, axis, hoisted=not few, chunk=chunk, threads=threads, bits=dtype == jnp.bfloat16)
+        bits = dtype == jnp.bfloat16
+        halves = threads and axis == 1 and units > 128 and rows % 2 == 0
+        return cls(dtype, sums, axis, hoisted=not few, chunk=chunk, threads=threads, bits=bits, halves=halves)
 
     def along_units(self, a: Array) -> Array:
         """A vector over units, with an axis for the batch."""
@@ -115,7 +122,12 @@ class Layout(NamedTuple):
 
     def times_in_transpose(self, w: Array, x: Array) -> Array:
         """``W x`` for one step, laid out so that the transpose, which is the backward pass, reads in order."""
-        return self._dot(w, x, (0, 0)) if self.axis == 0 else self._dot(x, w, (1, 1))
+        if self.axis == 0:
+            return self._dot(w, x, (0, 0))
+        if not self.halves or placed(x):
+            return self._dot(x, w, (1, 1))
+        halves = jnp.unstack(x.reshape(x.shape[0] // 2, 2, x.shape[1]), axis=1)
+        return jnp.stack([self._dot(half, w, (1, 1)) for half in halves], axis=1).reshape(x.shape[0], w.shape[0])
 
     def times_over_time(self, w: Array, xs: Array) -> Array:
         """``W x`` for many steps at once, with ``W`` as it is; ``xs (T, ...)``."""
