@@ -199,7 +199,8 @@ def _forward(static: Static, rows: Size, given: Parts, *, save: bool) -> Parts:
         h = m if w.w_p is None else layout.times(layout.prepare(w.w_p), m)
         after = _keep(static, layout, now, State(h, c), start)
         saved = Saved(z, z_h, start.c, None if w.w_p is None else m) if save else None
-        return after, (layout.pack(layout.to_batch_major(after.h)), saved)
+        y = layout.to_batch_major(after.h)
+        return after, (layout.pack(y) if layout.bits else y, saved)
 
     def body(before: States, now: tuple[Inputs, ...]) -> tuple[States, Any]:
         after, kept = zip(*map(step, weights, recurrent, fresh, before, now))
@@ -210,10 +211,10 @@ def _forward(static: Static, rows: Size, given: Parts, *, save: bool) -> Parts:
         inputs = tuple(i._replace(x=input_part(w, i.x, layout.dtype, layout.sums)) for w, i in zip(weights, inputs))
     else:
         recurrent = [layout.prepare_both(w.w_x, w.w_h) for w in weights]
-        inputs = tuple(i._replace(x=layout.pack(i.x)) for i in inputs)
         if layout.bits:
-            inputs = tuple(i._replace(x=layout.from_batch_major(i.x)) for i in inputs)
+            inputs = tuple(i._replace(x=layout.from_batch_major(layout.pack(i.x))) for i in inputs)
     after, (ys, saved) = lax.scan(body, begin, inputs, unroll=static.unroll)
+    # If not moved as bits, rounded here and not in the loop: XLA passes over a whole bfloat16 array to write one step.
     return Parts(None, after, tuple(layout.unpack(y).astype(layout.dtype) for y in ys), saved)
 
 

@@ -92,11 +92,12 @@ class Layout(NamedTuple):
         return self._dot(w, x, (1, 0)) if self.axis == 0 else self._dot(x, w, (1, 0))
 
     def pack(self, a: Array) -> Array:
-        """Operands of products, to be moved about: as the bits of their rounded values, or in ``sums``."""
-        return lax.bitcast_convert_type(a.astype(self.dtype), jnp.uint16) if self.bits else a.astype(self.sums)
+        """Operands of products as they are moved about: rounded, and where `bits` says so, as integers."""
+        a = a.astype(self.dtype)
+        return lax.bitcast_convert_type(a, jnp.uint16) if self.bits else a
 
     def unpack(self, a: Array) -> Array:
-        """What `pack` was given, rounded if it was packed as bits."""
+        """What `pack` was given, rounded."""
         return lax.bitcast_convert_type(a, self.dtype) if self.bits else a
 
     @property
@@ -111,10 +112,12 @@ class Layout(NamedTuple):
         return self.prepare(self.unpack(jnp.concatenate([self.pack(w_x), self.pack(w_h)], 1)))
 
     def times_both(self, w: Any, x: Array, h: Array) -> Array:
-        """``W_x x + W_h h`` for one step, with the matrices from `prepare_both` and ``x`` from `pack`."""
+        """``W_x x + W_h h`` for one step, with the matrices from `prepare_both`; ``x`` packed if that is as bits."""
         if self._apart:
             return self.times(w[0], self.unpack(x)) + self.times(w[1], h)
-        return self.times(w, self.unpack(jnp.concatenate([x, self.pack(h)], self.axis)))
+        if self.bits:
+            return self.times(w, self.unpack(jnp.concatenate([x, self.pack(h)], self.axis)))
+        return self.times(w, jnp.concatenate([x.astype(self.sums), h], self.axis))
 
     def prepare_for_transpose(self, w: Array) -> Array:
         """A matrix for `times_in_transpose`."""
