@@ -89,7 +89,7 @@ def layer_pieces(options: Options, shape: Shape) -> dict[str, Piece]:
 
 
 def backward_pieces(dtype: str, shape: Shape) -> dict[str, Piece]:
-    """The backward pass without its products over time, a chunk at a time as the layer does it."""
+    """The backward pass without its products over time, in chunks; gradients of outputs lie as ``h`` does."""
     layout = Layout.choose(shape.rows, shape.units, jnp.dtype(dtype), jnp.dtype("float32"))
     size = min(layout.chunk, shape.steps)
     chunks, gates = shape.steps // size, 4 * shape.units

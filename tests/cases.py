@@ -24,6 +24,16 @@ def slow_but(fast, every):
     ]
 
 
+def equations(jaxpr):
+    """Of a program, and of all programs inside of it."""
+    for equation in jaxpr.eqns:
+        yield equation
+        for inner in jax.tree.leaves(equation.params, is_leaf=lambda p: hasattr(p, "eqns")):
+            inner = getattr(inner, "jaxpr", inner)
+            if hasattr(inner, "eqns"):
+                yield from equations(inner)
+
+
 # cuDNN needs a GPU: what is tested of it elsewhere is in `test_cudnn`. Newton's method and interpreted kernels take
 # several times as long to compile as the others: what is not slow of them is in `test_newton` and `test_pallas`, these
 # configurations are among the slow tests, and all others need the option --every-case.

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from cases import equations
 from tolerance import tolerance
 
 import jaxlstm
@@ -26,20 +27,7 @@ def draw(*shape, seed=0):
 
 def rows(program):
     """Of the batch, in all work over one."""
-    found = []
-
-    def look(jaxpr):
-        for equation in jaxpr.eqns:
-            if equation.primitive.name == "batch":
-                found.append(equation.params["rows"])
-            else:
-                for inner in jax.tree.leaves(equation.params, is_leaf=lambda p: hasattr(p, "eqns")):
-                    inner = getattr(inner, "jaxpr", inner)
-                    if hasattr(inner, "eqns"):
-                        look(inner)
-
-    look(program.jaxpr)
-    return found
+    return [e.params["rows"] for e in equations(program.jaxpr) if e.primitive.name == "batch"]
 
 
 def one(lstm, params, x):

@@ -165,18 +165,14 @@ def test_loops_move_bfloat16_as_bits(batch_and_units):
     def loss(params, xs):
         return lstm(params, xs)[0].astype(jnp.float32).sum()
 
-    def loops(jaxpr):
-        for equation in jaxpr.eqns:
-            if equation.primitive.name == "scan":
-                first = equation.params["num_consts"] + equation.params["num_carry"]
-                yield equation.invars[first:] + equation.outvars[equation.params["num_carry"] :]
-            for inner in jax.tree.leaves(equation.params, is_leaf=lambda p: hasattr(p, "eqns")):
-                inner = getattr(inner, "jaxpr", inner)
-                if hasattr(inner, "eqns"):
-                    yield from loops(inner)
+    def over_time(loop):
+        carried = loop.params["num_carry"]
+        return loop.invars[loop.params["num_consts"] + carried :] + loop.outvars[carried:]
 
     for function in (loss, jax.grad(loss, (0, 1))):
-        dtypes = [a.aval.dtype for arrays in loops(jax.make_jaxpr(function)(params, xs).jaxpr) for a in arrays]
+        program = jax.make_jaxpr(function)(params, xs).jaxpr
+        loops = [e for e in cases.equations(program) if e.primitive.name == "scan"]
+        dtypes = [a.aval.dtype for loop in loops for a in over_time(loop)]
         assert jnp.bfloat16 not in dtypes
         # Read forward, unless multiplied before the loop, and by the derivative; written, and read by the derivative.
         assert dtypes.count(jnp.uint16) == (2 if function is loss else 4) - (rows <= 8)

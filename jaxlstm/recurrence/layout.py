@@ -15,7 +15,7 @@ class Layout(NamedTuple):
 
     Feature-major, ``(H, B)``, has the large operand of each step's product, the weights, on the left, read as it lies
     in memory. Batch-major, ``(B, H)``, has less to move when the weights are small. A hoisted input product is taken
-    for all steps at once; otherwise x and h meet the weights of both in one product per step.
+    for all steps at once; otherwise x and h meet the weights of both in one product per step, or in two: `times_both`.
     """
 
     dtype: jnp.dtype  # of the operands of products, and of outputs
