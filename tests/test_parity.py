@@ -59,7 +59,8 @@ def test_outputs_state_and_gradients(configuration, inputs, implementation):
     "configuration",
     [
         "two layers bidirectional projection",
-        *(pytest.param(name, marks=pytest.mark.slow) for name in ("rnn", "remat", "all of it")),
+        "remat",  # whose h is wider than x
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("rnn", "all of it")),
     ],
 )
 @pytest.mark.parametrize("inputs", ["everything"])

@@ -194,7 +194,7 @@ def _forward(static: Static, rows: Size, given: Parts, *, save: bool) -> Parts:
         elif layout.hoisted:
             z = x + layout.times(recurrent, start.h)
         else:
-            z = _add_bias(layout, w.b, layout.times_both(recurrent, x, start.h))
+            z = _add_bias(layout, w.b, layout.times_both(recurrent, x, start.h, save=save))
         c, m = _advance(static, layout, now.noise, w, z, z_h, start.c)
         h = m if w.w_p is None else layout.times(layout.prepare(w.w_p), m)
         after = _keep(static, layout, now, State(h, c), start)

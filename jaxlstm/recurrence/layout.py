@@ -25,7 +25,7 @@ class Layout(NamedTuple):
     chunk: int = 16  # steps whose tangents are taken together: enough for one large product, few enough for the cache
     threads: bool = False  # whether the gates are written for all threads of a CPU: `jaxlstm.recurrence.threads`
     bits: bool = False  # whether bfloat16 is moved about as integers, which has no derivative: `pack`
-    halves: bool = False  # whether the backward product of a step is taken in two, of every other row each
+    halves: bool = False  # whether products of a step are taken in two, of every other row each
 
     @classmethod
     def choose(cls, rows: Size, units: int, dtype: jnp.dtype, sums: jnp.dtype) -> "Layout":
@@ -50,7 +50,9 @@ class Layout(NamedTuple):
 
         In these sizes, with more than 128 units and an even batch that leads, the backward product of a step is taken
         in two: two threads then have a product each, and need not wait for one another within it. Each has every other
-        row, so that a batch laid out over devices is halved on each of them.
+        row, so that a batch laid out over devices is halved on each of them. So is the forward one, in float32, where
+        what the derivative needs is kept and x is no wider than h; elsewhere that gains at one size what it loses at
+        another.
 
         bfloat16 is moved about as integers: to slice, join or transpose an array of it, XLA on a CPU makes one of
         float32.
@@ -111,13 +113,18 @@ class Layout(NamedTuple):
             return self.prepare(w_x), self.prepare(w_h)
         return self.prepare(self.unpack(jnp.concatenate([self.pack(w_x), self.pack(w_h)], 1)))
 
-    def times_both(self, w: Any, x: Array, h: Array) -> Array:
-        """``W_x x + W_h h`` for one step, with the matrices from `prepare_both`; ``x`` packed if that is as bits."""
+    def times_both(self, w: Any, x: Array, h: Array, *, save: bool) -> Array:
+        """``W_x x + W_h h`` for one step, with the matrices from `prepare_both`; ``x`` packed if that is as bits.
+
+        ``save`` says whether the step keeps what its derivative needs, which decides about halves.
+        """
         if self._apart:
             return self.times(w[0], self.unpack(x)) + self.times(w[1], h)
         if self.bits:
             return self.times(w, self.unpack(jnp.concatenate([x, self.pack(h)], self.axis)))
-        return self.times(w, jnp.concatenate([x.astype(self.sums), h], self.axis))
+        both = jnp.concatenate([x.astype(self.sums), h], self.axis)
+        halves = self.halves and save and x.shape[self.axis] <= h.shape[self.axis]
+        return self._times_in_halves(both, w, 0) if halves else self.times(w, both)
 
     def prepare_for_transpose(self, w: Array) -> Array:
         """A matrix for `times_in_transpose`."""
@@ -127,16 +134,20 @@ class Layout(NamedTuple):
         """``W x`` for one step, laid out so that the transpose, which is the backward pass, reads in order."""
         if self.axis == 0:
             return self._dot(w, x, (0, 0))
-        if not self.halves or placed(x):
-            return self._dot(x, w, (1, 1))
-        halves = jnp.unstack(x.reshape(x.shape[0] // 2, 2, x.shape[1]), axis=1)
-        return jnp.stack([self._dot(half, w, (1, 1)) for half in halves], axis=1).reshape(x.shape[0], w.shape[0])
+        return self._times_in_halves(x, w, 1) if self.halves else self._dot(x, w, (1, 1))
 
     def times_over_time(self, w: Array, xs: Array) -> Array:
         """``W x`` for many steps at once, with ``W`` as it is; ``xs (T, ...)``."""
         if self.axis == 0:
             return jnp.moveaxis(self._dot(w, xs, (1, 1)), 0, 1)
         return self._dot(xs, w, (2, 1))
+
+    def _times_in_halves(self, x: Array, w: Array, axis: int) -> Array:
+        """``(B, m)`` times ``w`` over one of its axes, in two products of every other row each."""
+        if placed(x):
+            return self._dot(x, w, (1, axis))
+        halves = jnp.unstack(x.reshape(x.shape[0] // 2, 2, x.shape[1]), axis=1)
+        return jnp.stack([self._dot(half, w, (1, axis)) for half in halves], axis=1).reshape(x.shape[0], -1)
 
     def _dot(self, a: Array, b: Array, contract: tuple[int, int]) -> Array:
         """Product over one axis of each of two arrays: operands in ``dtype``, sums and result in ``sums``."""
