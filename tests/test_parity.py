@@ -108,16 +108,18 @@ def test_narrow_dtypes(configuration, dtype, implementation):
 LAYOUTS_OF_BFLOAT16 = [(0, False), (1, False), (1, True)]  # axis, hoisted
 
 
-def choose(axis, hoisted):
+def choose(axis, hoisted, halves=False):
     """A layout like those of larger sizes, in chunks of a few steps."""
-    return lambda rows, units, dtype, sums: Layout(dtype, sums, axis, hoisted, chunk=3, bits=True)
+    return lambda rows, units, dtype, sums: Layout(dtype, sums, axis, hoisted, chunk=3, bits=True, halves=halves)
 
 
 @pytest.mark.parametrize("configuration", ["one layer", pytest.param("layer norm", marks=pytest.mark.slow)])
-@pytest.mark.parametrize(("axis", "hoisted"), LAYOUTS_OF_BFLOAT16)
-def test_bfloat16_in_the_layouts_of_larger_sizes(configuration, axis, hoisted, monkeypatch):
+@pytest.mark.parametrize(
+    ("axis", "hoisted", "halves"), [*((*layout, False) for layout in LAYOUTS_OF_BFLOAT16), (1, False, True)]
+)
+def test_bfloat16_in_the_layouts_of_larger_sizes(configuration, axis, hoisted, halves, monkeypatch):
     assert Layout.choose(64, 512, jnp.dtype("bfloat16"), jnp.dtype("float32")).bits
-    monkeypatch.setattr(Layout, "choose", choose(axis, hoisted))
+    monkeypatch.setattr(Layout, "choose", choose(axis, hoisted, halves))
     jax.clear_caches()
     test_narrow_dtypes(configuration, jnp.bfloat16, "fused")
     jax.clear_caches()
