@@ -304,4 +304,4 @@ def main(options: Options, console: Console) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Options), report.console())
+    report.obey(main, Options)

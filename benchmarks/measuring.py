@@ -33,7 +33,12 @@ def interleaved(calls: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str
 
     Returns:
       by name, ``median_ms``, ``q1_ms`` and ``q3_ms``.
+
+    Raises:
+      ValueError: if there are no rounds.
     """
+    if rounds < 1:
+        raise ValueError(f"rounds must be at least 1, got {rounds}")
     milliseconds: dict[str, list[float]] = {name: [] for name in calls}
     names = list(calls)
     gc.collect()

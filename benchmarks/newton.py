@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import report
-import tyro
 from measuring import interleaved, machine, slug
 from rich.console import Console
 
@@ -156,4 +155,4 @@ def main(options: Options, console: Console) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Options), report.console())
+    report.obey(main, Options)

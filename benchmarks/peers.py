@@ -31,7 +31,7 @@ class Shape(NamedTuple):
     @classmethod
     def parse(cls, text: str) -> Self:
         """From ``T,B,I,H``."""
-        sizes = [int(size) for size in text.split(",")]
+        sizes = [int(size) if size.isdecimal() else 0 for size in text.split(",")]
         if len(sizes) != 4 or min(sizes) < 1:
             raise ValueError(f"a shape is four positive integers T,B,I,H, got {text!r}")
         return cls(*sizes)

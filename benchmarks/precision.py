@@ -12,7 +12,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import report
-import tyro
 from measuring import machine
 from rich.console import Console
 
@@ -62,6 +61,9 @@ def run(options: Options, dtype: Any, param_dtype: Any) -> dict[str, np.ndarray]
 
 def main(options: Options, console: Console) -> None:
     """Measure, show, write."""
+    if options.steps < SPANS or min(options.rows, options.inputs, options.units) < 1:
+        got = f"{options.steps} {options.rows} {options.inputs} {options.units}"
+        raise ValueError(f"at least {SPANS} steps, and 1 row, input and unit are measured, got {got}")
     jax.config.update("jax_enable_x64", True)
     exact = run(options, None, jnp.float64)
     kinds = {"float32": (jnp.float32, jnp.float32), "bfloat16": (jnp.bfloat16, jnp.float32)}
@@ -94,4 +96,4 @@ def rms(a: np.ndarray) -> float:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Options), report.console())
+    report.obey(main, Options)

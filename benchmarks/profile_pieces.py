@@ -179,7 +179,7 @@ def residual_bytes(piece: Piece) -> int:
 
 def main(options: Options, console: Console) -> None:
     """Measure, show, write."""
-    shape = Shape(options.steps, options.rows, options.inputs, options.units)
+    shape = Shape.parse(f"{options.steps},{options.rows},{options.inputs},{options.units}")
     pieces = layer_pieces(options, shape) | backward_pieces(options.dtype, shape)
     pieces |= reference_pieces(options.dtype, shape)
     for piece in pieces.values():
@@ -205,4 +205,4 @@ def main(options: Options, console: Console) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Options), report.console())
+    report.obey(main, Options)

@@ -1,9 +1,11 @@
 """How it is shown: tables on the terminal, a picture."""
 
-from collections.abc import Iterable, Sequence
+import sys
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+import tyro
 from peers import OURS, OURS_BF16, SCAN, SPREAD, TORCH, TORCH_BF16
 from rich import box
 from rich.console import Console
@@ -29,6 +31,14 @@ def console() -> Console:
     """The terminal, or, where the output goes to a file, one that is wide enough."""
     terminal = Console()
     return terminal if terminal.is_terminal else Console(width=120)
+
+
+def obey(main: Callable[[Any, Console], None], options: type) -> None:
+    """A command line; a mistake, or what the machine refuses, ends the process with one line."""
+    try:
+        main(tyro.cli(options), console())
+    except (ValueError, OSError) as error:
+        raise SystemExit(f"{Path(sys.argv[0]).name}: {error}") from None
 
 
 def table(console: Console, title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:

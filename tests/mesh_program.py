@@ -74,18 +74,18 @@ def exchanges(program):
     return sorted(found for body in inside if (found := re.findall(rf" ({kinds})(?:-start)?\(", body)))
 
 
-def rows_over_devices(kind):
+def rows_over_devices(kind, batch):
     """The fused recurrence, halved products among it, with nothing said but where the rows lie."""
-    lstm, rng = jaxlstm.LSTM(3, 160, implementation="fused"), np.random.default_rng(0)
-    assert Layout.choose(32, 160, jnp.dtype("float32"), jnp.dtype("float32")).halves
-    params, xs = lstm.init(jax.random.key(0)), jnp.asarray(rng.normal(size=(6, 32, 3)), jnp.float32)
+    lstm, rng = jaxlstm.LSTM(3, 224, implementation="fused"), np.random.default_rng(0)
+    assert Layout.choose(batch, 224, jnp.dtype("float32"), jnp.dtype("float32")).halves
+    params, xs = lstm.init(jax.random.key(0)), jnp.asarray(rng.normal(size=(6, batch, 3)), jnp.float32)
     slope = jax.jit(jax.grad(lambda params, xs: (lstm(params, xs)[0] ** 2).sum(), (0, 1)))
     wanted = slope(params, xs)
     with jax.set_mesh(jax.make_mesh((4,), ("data",), axis_types=(kind,))):
         params, xs = jax.device_put(params, PartitionSpec()), jax.device_put(xs, PartitionSpec(None, "data"))
         actual, program = slope(params, xs), slope.lower(params, xs).compile().as_text()
     for a, b in zip(jax.tree.leaves(actual), jax.tree.leaves(wanted), strict=True):
-        bounds = tolerance(np.float32, 6 * 32 * 160)
+        bounds = tolerance(np.float32, 6 * batch * 224)
         np.testing.assert_allclose(a, b, rtol=bounds["rtol"], atol=bounds["atol"] * float(jnp.abs(b).max()))
     return exchanges(program)
 
@@ -94,4 +94,5 @@ for name in CASES:
     check(name, (4, 2), ("data", "model"))
 check("plain", (8,), ("model",))
 print([exchanges(check(name, (4, 2), ("data", "model"))) for name in ("plain", "projection alone")])
-print([rows_over_devices(kind) for kind in (AxisType.Auto, AxisType.Explicit)])
+# Where axes are explicit, an odd number of rows on a device cannot be halved there.
+print([rows_over_devices(AxisType.Auto, 32), rows_over_devices(AxisType.Explicit, 20)])
