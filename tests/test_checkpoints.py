@@ -303,8 +303,10 @@ def test_a_full_disk_is_seen_before_anything_is_written(saved, monkeypatch):
 @pytest.mark.slow
 def test_a_write_that_fails_midway_is_one_line_and_leaves_what_was_there(whole, tmp_path):
     """Files end, as on a full disk, after so many KiB: arrays of a checkpoint, parameters, the configuration."""
+    # A checkpoint's arrays, 31 KiB here, are spread over two files or more, never the same way twice: a limit far below
+    # half of them, yet above every other file written at these steps.
     for kibibytes, message in (
-        (12, r"cannot write a checkpoint to \S+/run\d+/checkpoints: .*/41\.orbax-checkpoint-tmp.*: File too large.*"),
+        (6, r"cannot write a checkpoint to \S+/run\d+/checkpoints: .*/41\.orbax-checkpoint-tmp.*: File too large.*"),
         (8, r"cannot write run\d+/best\.msgpack: File too large"),
         (1, r"cannot write run\d+/config\.json: File too large"),
     ):
