@@ -286,8 +286,7 @@ def main(options: Options, console: Console) -> None:
     run = Comparison(options, console)
     here = machine()
     name = options.name or (f"{slug()}-quick" if options.quick else slug())
-    path = options.out / f"{name}.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
+    path = report.to_be_written(options.out / f"{name}.json")
     place = f"{here['cpu']}, {here['cores']} cores" if here["backend"] == "cpu" else here["device"]
     run.say(place + "".join(f", {package} {version}" for package, version in here["versions"].items() if version))
     sections = earlier(path, here, run.say)

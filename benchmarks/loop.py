@@ -3,19 +3,19 @@
 The default run of train.py against the same compiled step called in a bare loop, in turns; seconds per step, medians.
 """
 
-import argparse
 import itertools
 import json
 import statistics
 import sys
 import tempfile
 import time
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import jax
+import report
 from measuring import machine
 from rich.console import Console
 
@@ -24,9 +24,20 @@ import train
 from jaxlstm import memory, training
 from jaxlstm.checkpoints import Checkpoints
 from jaxlstm.options import Options
+from jaxlstm.reporting import write_json
 from jaxlstm.tasks import TASKS
 
 STEPS, BLOCK = 300, 50
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What the training loop costs besides the compiled step."""
+
+    out: Path | None = None
+    """Folder for loop.json."""
+    rounds: int = 3
+    """Times that each is run, in turns."""
 
 
 def bare(options: Options) -> list[float]:
@@ -70,15 +81,14 @@ def whole(options: Options) -> tuple[list[float], float]:
     return [options.batch * options.window / speed for speed in speeds[1:]], waited / STEPS
 
 
-def main() -> None:
+def main(measured: Measured, console: Console) -> None:
     """Measure and report."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path, help="folder for loop.json")
-    parser.add_argument("--rounds", type=int, default=3)
-    arguments = parser.parse_args()
+    if measured.rounds < 1:
+        raise ValueError(f"rounds must be at least 1, got {measured.rounds}")
+    path = measured.out and report.to_be_written(measured.out / "loop.json")
     memory.keep_freed()  # as train.py does
     times: dict[str, list[float]] = {"bare": [], "whole": [], "whole, diagnose 0": [], "saving": []}
-    for _ in range(arguments.rounds):
+    for _ in range(measured.rounds):
         times["bare"] += bare(Options())
         for name, diagnose in (("whole", Options().diagnose), ("whole, diagnose 0", 0)):
             seconds, waited = whole(Options(diagnose=diagnose))
@@ -86,14 +96,15 @@ def main() -> None:
             times["saving"].append(waited)
     median = {name: statistics.median(values) for name, values in times.items()}
     outside = (median["whole"] + median["saving"]) / median["bare"] - 1
-    print(json.dumps(median, indent=2))
-    print(
-        f"outside the compiled step: {outside:.1%} of its time, of which saving {median['saving'] / median['bare']:.1%}"
+    report.table(console, "seconds per step", ("", "median"), [(n, f"{value:.6f}") for n, value in median.items()])
+    saving = median["saving"] / median["bare"]
+    console.print(
+        f"outside the compiled step: {outside:.1%} of its time, of which saving {saving:.1%}", highlight=False
     )
-    if arguments.out:
+    if path is not None:
         result = {"machine": machine(), "seconds_per_step": times, "median": median, "outside": outside}
-        (arguments.out / "loop.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        write_json(path, result)
 
 
 if __name__ == "__main__":
-    main()
+    report.obey(main, Measured)

@@ -5,7 +5,6 @@ that speak over loopback; characters per second, medians of the records but the 
 the devices are made of the CPU, and one of them has the use of all cores.
 """
 
-import argparse
 import json
 import socket
 import statistics
@@ -13,9 +12,12 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
+import report
 from measuring import machine
+from rich.console import Console
 
 from jaxlstm.reporting import write_json
 
@@ -27,6 +29,18 @@ MESHES = {
     "data=2, two processes": [["--mesh", "data=2", "--processes", "2", "--process", str(n)] for n in range(2)],
 }
 EVERY, RECORDS = 10, 4  # steps between records; records
+
+
+@dataclass(frozen=True)
+class Options:
+    """The training step over several devices against one."""
+
+    out: Path | None = None
+    """Folder for mesh.json."""
+    rounds: int = 2
+    """Times that each is run, in turns."""
+    sizes: tuple[str, ...] = ("128,32", "512,32", "512,128", "1024,32")
+    """Hidden units and rows of the batch."""
 
 
 def speeds(processes: Sequence[Sequence[str]], options: Sequence[str]) -> list[float]:
@@ -47,36 +61,41 @@ def speeds(processes: Sequence[Sequence[str]], options: Sequence[str]) -> list[f
         ]
         codes = [each.wait() for each in started]
         if any(codes):
-            raise RuntimeError(f"a run failed: {[*processes[0], *options]}")
+            raise ValueError(f"a run of train.py failed, with {' '.join([*processes[0], *options])}")
         rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     return [row["characters_per_second"] for row in rows if row["split"] == "train"][1:]
 
 
-def main() -> None:
+def parse(size: str) -> tuple[int, int]:
+    """Hidden units and rows.
+
+    Raises:
+      ValueError: with what was received, where it is anything else.
+    """
+    numbers = size.split(",")
+    if len(numbers) != 2 or not all(n.isdecimal() and int(n) for n in numbers):
+        raise ValueError(f"a size is hidden units and rows, such as 128,32, got {size}")
+    return int(numbers[0]), int(numbers[1])
+
+
+def main(options: Options, console: Console) -> None:
     """Measure and report."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, help="folder for mesh.json")
-    parser.add_argument("--rounds", type=int, default=2)
-    parser.add_argument(
-        "--sizes",
-        nargs="+",
-        default=["128,32", "512,32", "512,128", "1024,32"],
-        help="hidden units and rows of the batch",
-    )
-    arguments = parser.parse_args()
+    if options.rounds < 1:
+        raise ValueError(f"rounds must be at least 1, got {options.rounds}")
+    path = options.out and report.to_be_written(options.out / "mesh.json")
     found = []
-    for hidden, batch in [map(int, size.split(",")) for size in arguments.sizes]:
+    for hidden, batch in [parse(size) for size in options.sizes]:
         times: dict[str, list[float]] = {name: [] for name in MESHES}
-        for _ in range(arguments.rounds):
+        for _ in range(options.rounds):
             for name, processes in MESHES.items():
                 times[name] += speeds(processes, ["--hidden", str(hidden), "--batch", str(batch)])
         medians = {name: statistics.median(values) for name, values in times.items()}
         ratios = {name: round(value / medians["one device"], 3) for name, value in medians.items()}
         found.append({"hidden": hidden, "batch": batch, "characters_per_second": medians, "of_one_device": ratios})
-        print(f"hidden {hidden}, batch {batch}: {ratios}", flush=True)
-    if arguments.out:
-        write_json(arguments.out / "mesh.json", {"machine": machine(), "window": 64, "runs": found})
+        console.print(f"hidden {hidden}, batch {batch}: {ratios}", markup=False, highlight=False, soft_wrap=True)
+    if path is not None:
+        write_json(path, {"machine": machine(), "window": 64, "runs": found})
 
 
 if __name__ == "__main__":
-    main()
+    report.obey(main, Options)

@@ -138,6 +138,8 @@ def draw(path: Path, found: dict[str, list[dict[str, Any]]], title: str) -> None
 
 def main(options: Options, console: Console) -> None:
     """Measure, show, draw, write."""
+    name = f"newton-{options.name or slug()}{'-quick' if options.quick else ''}"
+    path = report.to_be_written(options.out / f"{name}.json")
     rounds = 2 if options.quick else options.rounds
     found, measured = {}, {}
     for axis, works in growth(options.quick).items():
@@ -146,12 +148,10 @@ def main(options: Options, console: Console) -> None:
                 measured[work] = measure(work, rounds)
         found[axis] = [measured[work] for work in works]
         show(console, axis, found[axis])
-    name = f"newton-{options.name or slug()}{'-quick' if options.quick else ''}"
-    options.out.mkdir(parents=True, exist_ok=True)
     on = machine()
-    write_json(options.out / f"{name}.json", {"machine": on, "rounds": rounds, "found": found})
+    write_json(path, {"machine": on, "rounds": rounds, "found": found})
     device = f"{on['cores']} cores of {on['cpu']}" if on["backend"] == "cpu" else on["device"]
-    draw(options.out / f"{name}.png", found, f'implementation="newton" on {device}, float32, I = H')
+    draw(path.with_suffix(".png"), found, f'implementation="newton" on {device}, float32, I = H')
 
 
 if __name__ == "__main__":

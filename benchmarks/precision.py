@@ -64,6 +64,7 @@ def main(options: Options, console: Console) -> None:
     if options.steps < SPANS or min(options.rows, options.inputs, options.units) < 1:
         got = f"{options.steps} {options.rows} {options.inputs} {options.units}"
         raise ValueError(f"at least {SPANS} steps, and 1 row, input and unit are measured, got {got}")
+    path = options.json and report.to_be_written(options.json)
     jax.config.update("jax_enable_x64", True)
     exact = run(options, None, jnp.float64)
     kinds = {"float32": (jnp.float32, jnp.float32), "bfloat16": (jnp.bfloat16, jnp.float32)}
@@ -86,8 +87,8 @@ def main(options: Options, console: Console) -> None:
         for n in range(SPANS)
     ]
     report.table(console, "outputs, by piece of the sequence", ("", *names), rows)
-    if options.json is not None:
-        write_json(options.json, {"machine": machine(), "sizes": sizes, **found})
+    if path is not None:
+        write_json(path, {"machine": machine(), "sizes": sizes, **found})
 
 
 def rms(a: np.ndarray) -> float:

@@ -179,6 +179,7 @@ def residual_bytes(piece: Piece) -> int:
 
 def main(options: Options, console: Console) -> None:
     """Measure, show, write."""
+    path = options.json and report.to_be_written(options.json)
     shape = Shape.parse(f"{options.steps},{options.rows},{options.inputs},{options.units}")
     pieces = layer_pieces(options, shape) | backward_pieces(options.dtype, shape)
     pieces |= reference_pieces(options.dtype, shape)
@@ -199,9 +200,9 @@ def main(options: Options, console: Console) -> None:
     kept = residual_bytes(pieces["forward with residuals"])
     arrays = kept / (4 * shape.steps * shape.rows * shape.units)
     console.print(f"kept for the backward pass: {kept / 2**20:.1f} MiB, {arrays:.2f} arrays of T*B*H float32")
-    if options.json is not None:
+    if path is not None:
         found = {"machine": machine(), "shape": dict(zip("TBIH", shape)), "dtype": options.dtype, "pieces": times}
-        write_json(options.json, found | {"rounds": options.rounds, "residual_bytes": kept})
+        write_json(path, found | {"rounds": options.rounds, "residual_bytes": kept})
 
 
 if __name__ == "__main__":

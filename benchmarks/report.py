@@ -41,6 +41,21 @@ def obey(main: Callable[[Any, Console], None], options: type) -> None:
         raise SystemExit(f"{Path(sys.argv[0]).name}: {error}") from None
 
 
+def to_be_written(path: Path) -> Path:
+    """The path of a file, once its folder is there: to be found out before anything is measured.
+
+    Raises:
+      ValueError: if its folder cannot be made, or it is a folder itself.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"cannot make the folder {path.parent}: {error.strerror}") from None
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder; a file is written")
+    return path
+
+
 def table(console: Console, title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
     """A table; text to the left, numbers to the right, a dash where there is none."""
     shown = Table(box=box.SIMPLE, pad_edge=False)
@@ -77,7 +92,6 @@ def draw(path: Path, shapes: Sequence[dict[str, Any]], title: str) -> None:
     handles, labels = panels[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=3, fontsize=10, frameon=False)
     figure.suptitle(title, fontsize=12)
-    path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)
 
 

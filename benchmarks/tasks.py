@@ -25,7 +25,8 @@ def result(task: str, options: str) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         run = Path(folder) / "run"
         typed = ["--task", task, *shlex.split(options)]
-        subprocess.run([sys.executable, str(ROOT / "train.py"), *typed, "--run-dir", str(run)], check=True)
+        if subprocess.run([sys.executable, str(ROOT / "train.py"), *typed, "--run-dir", str(run)]).returncode:
+            raise SystemExit(f"tasks.py: a run of train.py failed, with {shlex.join(typed)}")
         rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
         return {
             "command": shlex.join(["python", "train.py", *typed]),
