@@ -340,10 +340,17 @@ def test_cells_of_flax_are_found_in_every_form():
         same(interop.from_flax_nnx(lstm, form), params)
 
 
-def test_more_than_ten_layers_are_in_the_order_of_their_numbers():
+@pytest.mark.parametrize("name", FORMATS)
+def test_more_than_ten_layers_go_there_and_back(name):
+    skip_without(name)
+    lstm = jaxlstm.LSTM(2, 2, num_layers=12, bidirectional=True, param_dtype=jnp.float32)
+    params = jax.tree.map(jnp.asarray, awkward_params(lstm, name))
+    same(getattr(interop, f"from_{name}")(lstm, getattr(interop, f"to_{name}")(lstm, params)), params)
+
+
+def test_more_than_ten_layers_of_haiku_are_in_the_order_of_their_numbers():
     lstm = jaxlstm.LSTM(2, 2, num_layers=12, bidirectional=True)
     params = jax.tree.map(jnp.asarray, random_params(lstm, np.random.default_rng(0), np.float32))
-    same(interop.from_flax_linen(lstm, interop.to_flax_linen(lstm, params)), params)
     out = interop.to_haiku(lstm, params)
     (layer,) = interop.from_haiku(jaxlstm.LSTM(4, 2), {"lstm/linear": out["lstm_23/linear"]}).layers
     np.testing.assert_array_equal(layer.forward.w_x, params.layers[11].backward.w_x)

@@ -2,7 +2,6 @@
 
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 
 from jaxlstm import validation
@@ -62,5 +61,6 @@ def to_flax_nnx(lstm: LSTM, params: Params, cell: str = "LSTMCell") -> Any:
     """
     kind = LAYOUTS[validation.choice("cell", cell, LAYOUTS)]
     arrays = layout.write(lstm, kind, params, lambda n, d, name: f"{n}/{within_layer(lstm, d)}{name}")
-    layers = list(stack.nested(jax.tree.map(jnp.array, arrays)).values())
+    # Name by name: `jax.tree.map` would put layer 10 before layer 2.
+    layers = list(stack.nested({name: jnp.array(array) for name, array in arrays.items()}).values())
     return layers if lstm.num_layers > 1 else layers[0]
