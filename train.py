@@ -35,8 +35,9 @@ from jaxlstm.checkpoints import CheckpointError, Checkpoints
 from jaxlstm.data import cache_folder
 from jaxlstm.diagnostics import watch
 from jaxlstm.options import Options
-from jaxlstm.reporting import Report, draw_curves, write_json
+from jaxlstm.reporting import Report, draw_curves, say, write_json
 from jaxlstm.tasks import TASKS
+from jaxlstm.tasks.task import Task
 
 RATE = {"adamw": 4e-3, "asgd": 0.3}  # peak of the learning rate
 
@@ -69,6 +70,9 @@ def run(options: Options, console: Console, until_the_end: contextlib.ExitStack)
     mesh = devices.begin(options.mesh, options.coordinator, options.processes, options.process)
     first = jax.process_index() == 0  # the one of many processes that shows and writes
 
+    if mesh is not None and options.batch % mesh.shape["data"]:
+        raise ValueError(f"--batch {options.batch} does not lie evenly over data={mesh.shape['data']} of --mesh")
+
     # The task, the optimiser, and the state before the first step.
     task = TASKS[options.task].make(options)
     optimizer = training.optimizer(
@@ -97,20 +101,21 @@ def run(options: Options, console: Console, until_the_end: contextlib.ExitStack)
         folder, console = copy_of(folder), Console(quiet=True)
     record = Record()
     if options.resume and checkpoints.steps():
-        state, record = restore(checkpoints, options, task.about, state)
-    kept = {"options": configuration.to_json(options), "about": task.about}
+        state, record = restore(checkpoints, options, task, state)
+    kept = {"options": configuration.to_json(options), "about": task.about, "fingerprint": task.fingerprint}
     write_json(folder / "config.json", kept | dict(task.kept))
-    console.print(
+    say(
+        console,
         f"{task.about}; {parameters:,} parameters on {f'{count} x ' if count > 1 else ''}"
         f"{device.device_kind} ({device.platform})"
         + (f"; resumed after step {record.step:,}" if options.resume else ""),
-        highlight=False,
-        soft_wrap=True,
     )
 
     # The loop.
     max_steps = options.max_steps or (math.inf if options.max_seconds else 1200)
     max_seconds = options.max_seconds or math.inf
+    if record.step >= max_steps:
+        say(console, f"nothing is left to do: step {record.step:,} is the last one by --max-steps {max_steps}")
     best_loss = min(record.valid_losses, default=math.inf)
     step, before, inherited = record.step, record.seconds, len(record.losses)
     progress, stop, outcomes = 0.0, 0, []
@@ -208,12 +213,11 @@ def run(options: Options, console: Console, until_the_end: contextlib.ExitStack)
     write_json(folder / "summary.json", summary)
     title = f"{task.title} of {parameters:,} parameters"
     draw_curves(folder / "curves.png", report.rows, title, task.unit)
-    console.print(
+    say(
+        console,
         f"best validation loss {task.say(best_loss)} at step {record.best_step:,}; {spent():.0f} s\n{folder}"
         + "".join(f"; {name} {value:.4g}" for name, value in tested.items())
         + (f": python train.py --sample {folder}" if hasattr(TASKS[options.task], "write") else ""),
-        highlight=False,
-        soft_wrap=True,
     )
     if stop:
         raise SystemExit(128 + stop)
@@ -285,14 +289,16 @@ def copy_of(folder: Path) -> Path:
 
 
 def restore(
-    checkpoints: Checkpoints, options: Options, about: str, state: training.TrainState
+    checkpoints: Checkpoints, options: Options, task: Task, state: training.TrainState
 ) -> tuple[training.TrainState, Record]:
     """The state and the record in the latest checkpoint, once it is one of this configuration."""
     step, kept = checkpoints.record()
     try:
         others = configuration.differences(options, kept["options"])
-        if kept["about"] != about:
-            others.append(f"the data are {kept['about']}, expected {about}")
+        if kept["about"] != task.about:
+            others.append(f"the data are {kept['about']}, expected {task.about}")
+        elif kept["fingerprint"] != task.fingerprint:
+            others.append(f"the data of --data {options.data} have changed since it began")
         record = Record(**kept["loop"])
     except (KeyError, TypeError) as error:
         raise CheckpointError(
@@ -353,7 +359,7 @@ def sample(options: Options, console: Console) -> None:
         key=jax.random.key(options.seed),
         temperature=options.temperature,
     )
-    console.print(text, markup=False, highlight=False, soft_wrap=True)
+    console.file.write(text + "\n")  # as it is, which Rich would not leave it: tabs, :x:
 
 
 def parse(arguments: list[str]) -> Options:
@@ -361,17 +367,28 @@ def parse(arguments: list[str]) -> Options:
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--task", default="charlm")
     first.add_argument("--resume", type=Path)
+    first.add_argument("--optimizer")
     known, _ = first.parse_known_args(arguments)
     if known.resume:
         default, _ = configuration.of_run(known.resume, "--resume")
     else:
         task = TASKS.get(known.task)
-        default = Options(**({"task": known.task} | task.DEFAULTS if task else {}))
+        values = {"task": known.task} | task.DEFAULTS if task else {}
+        if known.optimizer not in (None, values.get("optimizer", Options.optimizer)):
+            values.pop("learning_rate", None)  # it is one for the other optimiser
+        default = Options(**values)
     options: Any = tyro.cli(
         Annotated[Options, tyro.conf.OmitArgPrefixes], description=__doc__, args=arguments, default=default
     )
     if known.resume and (others := configuration.differences(options, configuration.to_json(default))):
         raise ValueError(f"--resume {known.resume} goes on with the options of that run: {others[0]}")
+    if known.resume and options.run_dir is not None:
+        raise ValueError(
+            f"--resume {known.resume} goes on in that folder, and has no use for --run-dir {options.run_dir}"
+        )
+    for name in TASKS[options.task].UNUSED:
+        if (value := getattr(options, name)) != getattr(default, name):
+            raise ValueError(f"--task {options.task} has no use for --{name.replace('_', '-')}, got {value}")
     return options
 
 
@@ -390,8 +407,15 @@ def obey(arguments: list[str], console: Console) -> None:
     try:
         options = parse(arguments)
         (train if options.sample is None else sample)(options, console)
-    except (ValueError, OSError, FloatingPointError, ImportError) as error:
+    except (ValueError, OSError, FloatingPointError, ImportError, MemoryError) as error:
         raise SystemExit(f"train.py: {error}") from None
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        raise SystemExit(f"train.py: {str(error).strip().splitlines()[0]}") from None
+    except KeyboardInterrupt:
+        print("train.py: interrupted", file=sys.stderr)
+        raise SystemExit(128 + signal.SIGINT) from None
 
 
 def main() -> None:

@@ -238,6 +238,16 @@ class Words:
         return " ".join(self.words[i] for i in np.asarray(ids).tolist()).replace(f" {END} ", "\n").replace(END, "\n")
 
 
+def fingerprint(*parts: np.ndarray | str) -> str:
+    """SHA-256 of arrays and texts, by which data are known again."""
+    digest = hashlib.sha256()
+    for part in parts:
+        content = part.encode() if isinstance(part, str) else np.ascontiguousarray(part).data.cast("B")
+        digest.update(len(content).to_bytes(8))
+        digest.update(content)
+    return digest.hexdigest()
+
+
 def split(ids: np.ndarray, fraction: float = 0.9) -> tuple[np.ndarray, np.ndarray]:
     """The first ``fraction`` for training, the rest for validation."""
     cut = int(len(ids) * fraction)
@@ -270,7 +280,7 @@ def training_windows(ids: np.ndarray, batch: int, window: int, seed: int, start:
     """
     needed = batch * window + window
     if len(ids) < needed:
-        raise DataError(f"{len(ids):,} characters to train on are fewer than batch x window + window = {needed:,}")
+        raise DataError(f"{len(ids):,} tokens to train on are fewer than batch x window + window = {needed:,}")
 
     def epochs() -> Iterator[Window]:
         rng = np.random.default_rng(seed)

@@ -151,7 +151,11 @@ class Options:
         numbers = ("temperature", "weight_decay", "seed", "process", "activation", "temporal_activation", "diagnose")
         for name in numbers:
             if not 0 <= getattr(self, name) < math.inf:
-                raise ValueError(f"--{name.replace('_', '-')} must not be negative, got {getattr(self, name)}")
+                raise ValueError(
+                    f"--{name.replace('_', '-')} must be finite and not negative, got {getattr(self, name)}"
+                )
+        if self.seed >= 2**63:
+            raise ValueError(f"--seed must be less than 2**63, got {self.seed}")
         for name in ("warmup", "embedding_dropout", *(name for name in RATES if name != "output_dropout")):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"--{name.replace('_', '-')} must lie in [0, 1), got {getattr(self, name)}")

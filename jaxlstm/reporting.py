@@ -10,6 +10,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn
+from rich.table import Column
 from rich.text import Text
 
 from jaxlstm.files import not_written, written_whole
@@ -53,6 +54,11 @@ def short(counted: str) -> str:
     return {"characters": "char", "words": "word"}.get(counted, counted)
 
 
+def say(console: Console, text: str) -> None:
+    """A line as it is: nothing in it is markup, the code of an emoji, or folded."""
+    console.print(text, markup=False, emoji=False, highlight=False, soft_wrap=True)
+
+
 class _Remaining(ProgressColumn):
     def render(self, task: Task) -> Text:
         return Text(f"{task.fields['left']} left", style="progress.remaining")
@@ -88,7 +94,11 @@ class Report:
         self._metrics = self._path.open("a", encoding="utf-8")
         last = self.rows[-1]["step"] if self.rows else 0
         self._board = _tensorboard(folder / "tensorboard", last + 1) if tensorboard else None
-        columns = (TextColumn("{task.fields[figures]}"), BarColumn(None), _Remaining())
+        columns = (
+            TextColumn("{task.fields[figures]}", markup=False),
+            BarColumn(None),
+            _Remaining(Column(no_wrap=True)),
+        )
         self._bar = Progress(*columns, console=console, disable=not console.is_terminal, expand=True)
         self._task = self._bar.add_task("", total=1.0, figures="compiling", left="-:--")
         self._began, self._progress = time.perf_counter(), 0.0
@@ -127,9 +137,15 @@ class Report:
         left = (time.perf_counter() - self._began) * (1 - progress) / done if done > 0 else math.inf
         line = f"{self._figures(step, loss)}  {speed:>9,.0f} {short(self._counted)}/s"
         line += f"  {skipped:,} skipped" if skipped else ""
-        self._bar.update(self._task, completed=progress, figures=line + self._valid, left=clock(left))
+        self._bar.update(self._task, completed=progress, figures=self._fitting(line, clock(left)), left=clock(left))
         if not self.console.is_terminal:
             self.say(f"{line}  {clock(left)} left")
+
+    def _fitting(self, line: str, left: str) -> str:
+        """What there is room for beside the time left, which is never pushed out: figures are in the metrics too."""
+        room = self.console.width - len(f"  {left} left")
+        whole = line + self._valid
+        return whole if len(whole) <= room else line if len(line) <= room else line[: room - 1] + "…"
 
     def valid(self, step: int, figures: dict[str, float], speed: float, *, best: bool, sample: str) -> None:
         """Record figures on the validation data, ``loss`` among them, and show what the model makes."""
@@ -147,7 +163,7 @@ class Report:
 
     def say(self, text: str) -> None:
         """A line above the bar, as it is."""
-        self.console.print(text, markup=False, highlight=False, soft_wrap=True)
+        say(self.console, text)
 
     def _figures(self, step: int, loss: float) -> str:
         return f"step {step:>6,}  loss {self._say(loss)}"

@@ -27,26 +27,30 @@ def read(path: Path) -> Series:
     """
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:
-            header, *rows = [row for row in csv.reader(file) if row]
-    except (OSError, UnicodeDecodeError) as error:
+            reader = csv.reader(file)
+            lines = [(reader.line_num, row) for row in reader if row]
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise DataError(f"cannot read {path}: {error}") from None
-    except ValueError:
-        raise DataError(f"{path} is empty") from None
+    if not lines:
+        raise DataError(f"{path} is empty")
+    (_, header), *rows = lines
+    if len(header) < 2:
+        raise DataError(f"{path}: expected a column of dates and columns of numbers, with commas between, got {header}")
     at = next((n for n, name in enumerate(header) if name.strip().lower() in DATES), 0)
     names = tuple(name.strip() for n, name in enumerate(header) if n != at)
     values = np.full((len(rows), len(names)), np.nan)
-    for n, row in enumerate(rows):
+    for n, (line, row) in enumerate(rows):
         if len(row) != len(header):
-            raise DataError(f"{path}: row {n + 2} has {len(row)} cells, the header {len(header)}")
+            raise DataError(f"{path}: line {line} has {len(row)} cells, the header {len(header)}")
         cells = [cell.strip() for k, cell in enumerate(row) if k != at]
         for f, cell in enumerate(cells):
             try:
                 values[n, f] = float(cell) if cell else np.nan
             except ValueError:
-                raise DataError(f"{path}: row {n + 2}, {names[f]}: {cell!r} is not a number") from None
+                raise DataError(f"{path}: line {line}, {names[f]}: {cell!r} is not a number") from None
     for column, name in zip(values.T, names):
         known = np.isfinite(column)
         if not known.any():
             raise DataError(f"{path}: {name} has no number")
         column[~known] = np.interp(np.flatnonzero(~known), np.flatnonzero(known), column[known])
-    return Series(names, tuple(row[at].strip() for row in rows), values)
+    return Series(names, tuple(row[at].strip() for _, row in rows), values)

@@ -223,15 +223,19 @@ def test_a_run_goes_on_with_its_own_options_and_data(whole, tmp_path):
     for option, message in (
         (["--hidden", "32"], "goes on with the options of that run: --hidden is 16, expected 32"),
         (["--task", "charlm", "--seed", "3"], "--seed is 0, expected 3"),
+        (["--run-dir", "other"], "goes on in that folder, and has no use for --run-dir other"),
     ):
         with pytest.raises(ValueError, match=message):
             train.parse(["--resume", str(tmp_path / "run"), *option])
     options = train.parse(["--resume", str(tmp_path / "run"), "--max-steps", "50", "--valid-every", "7"])
     assert (options.max_steps, options.valid_every, options.hidden) == (50, 7, 16)
+    said = "nothing is left to do: step 40 is the last one by --max-steps 40\n"
+    assert said in run(["--resume", str(tmp_path / "run"), "--max-seconds", "100"])
     path = tmp_path / "run" / "checkpoints" / "40" / "manifest.json"
     manifest = json.loads(path.read_text())
     for record, message in (
         (manifest["record"] | {"about": "none"}, "is of another run: the data are none, expected 3,"),
+        (manifest["record"] | {"fingerprint": "0"}, r"the data of --data \S+text.txt have changed since it began"),
         (
             manifest["record"] | {"options": {**manifest["record"]["options"], "hidden": 8}},
             "--hidden is 8, expected 16",

@@ -76,9 +76,7 @@ def test_evaluation_predicts_every_character_but_the_first_once(length, batch, w
 
 
 def test_a_text_too_short_says_how_short():
-    with pytest.raises(
-        data.DataError, match="40 characters to train on are fewer than batch x window \\+ window = 500"
-    ):
+    with pytest.raises(data.DataError, match="40 tokens to train on are fewer than batch x window \\+ window = 500"):
         data.training_windows(np.zeros(40, np.int32), 4, 100, 0)
 
 

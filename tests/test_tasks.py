@@ -1,6 +1,7 @@
 """Every task learns, short; and reaches its stated result, slow."""
 
 import json
+import re
 import typing
 
 import numpy as np
@@ -8,7 +9,7 @@ import pytest
 from test_checkpoints import run
 from test_train import command, metrics, process, train
 
-from jaxlstm import series
+from jaxlstm import data, series
 from jaxlstm.data import DataError
 from jaxlstm.options import Options
 from jaxlstm.tasks import TASKS, forecast
@@ -32,6 +33,58 @@ def test_the_table_is_what_the_option_takes():
         assert options.task == name
         assert all(getattr(options, field) == value for field, value in task.DEFAULTS.items())
     assert train.parse(["--task", "adding", "--window", "30"]).window == 30
+
+
+def test_a_learning_rate_is_that_of_its_optimizer():
+    def rate(*arguments):
+        return train.parse(["--task", "wordlm", *arguments]).learning_rate
+
+    assert rate() == rate("--optimizer", "asgd") == 20
+    assert rate("--optimizer", "adamw") is rate("--optimizer=adamw") is None
+    assert rate("--optimizer", "adamw", "--learning-rate", "3") == 3
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_an_option_without_a_use_is_refused(task):
+    """Every option of a task has a use: it changes what the task makes, or the task refuses it."""
+    typed = {
+        "embedding": "7",
+        "activation": "1",
+        "horizon": "5",
+        "season": "7",
+        "window": "9",
+        "embedding_dropout": "0.3",
+    }
+    for name, value in typed.items():
+        arguments = ["--task", task, f"--{name.replace('_', '-')}", value]
+        if name in TASKS[task].UNUSED:
+            message = f"--task {task} has no use for --{name.replace('_', '-')}, got {value}"
+            with pytest.raises(ValueError, match=re.escape(message)):
+                train.parse(arguments)
+        else:
+            assert str(getattr(train.parse(arguments), name)).startswith(value)
+
+
+def test_data_are_known_again_by_every_number_in_them(tmp_path):
+    def made(text):
+        (tmp_path / "text.txt").write_text(text)
+        small = ["--data", str(tmp_path / "text.txt"), "--batch", "2", "--window", "5"]
+        return [TASKS[name].make(train.parse(["--task", name, *small])) for name in ("charlm", "wordlm")]
+
+    first, again = made(STORY), made(STORY)
+    other = made(STORY.replace("c", "C"))
+    for one, same, different in zip(first, again, other):
+        assert one.fingerprint == same.fingerprint != different.fingerprint
+        assert one.about == different.about
+    assert data.fingerprint("ab", "c") != data.fingerprint("a", "bc")
+    assert data.fingerprint(np.arange(3)) != data.fingerprint(np.arange(3)[::-1])
+    (tmp_path / "s.csv").write_text("date,a\n" + "".join(f"{n},{n * n % 7}\n" for n in range(99)))
+    series_options = ["--task", "forecast", "--data", str(tmp_path / "s.csv")]
+    series_options += ["--window", "8", "--season", "4", "--horizon", "2"]
+    before = forecast.make(train.parse(series_options)).fingerprint
+    with (tmp_path / "s.csv").open("a") as file:
+        file.write("99,3\n")
+    assert forecast.make(train.parse(series_options)).fingerprint != before
 
 
 def test_adding(tmp_path):
@@ -104,8 +157,12 @@ def test_a_series_from_a_file(tmp_path):
     assert series.read(forecast.weekly_carbon_dioxide()).values.shape == (2284, 1)
     for content, message in (
         ("", "is empty"),
-        ("date,a\nx,1\ny\n", "row 3 has 1 cells, the header 2"),
-        ("date,a\nx,one\n", "row 2, a: 'one' is not a number"),
+        ("date\nx\n", "expected a column of dates and columns of numbers, with commas between, got \\['date'\\]"),
+        ("date;a\nx;1\n", "got \\['date;a'\\]"),
+        ("date,a\n\n\nx,one\n", "line 4, a: 'one' is not a number"),
+        ('date,a\nx,"' + "1" * 200_000, "field larger than field limit"),
+        ("date,a\nx,1\ny\n", "line 3 has 1 cells, the header 2"),
+        ("date,a\nx,one\n", "line 2, a: 'one' is not a number"),
         ("date,a\nx,\n", "a has no number"),
     ):
         path.write_text(content)

@@ -63,7 +63,7 @@ def as_users_have_it():
 
 
 def command(*arguments, cwd, fails=False):
-    """The command in this process, which has imported it: what it prints."""
+    """The command in this process, which has imported it: what it prints. `fails`: whether, or with what code."""
     out = io.StringIO()
     ended = 0
     printing = contextlib.redirect_stdout(out), contextlib.redirect_stderr(out)
@@ -75,7 +75,8 @@ def command(*arguments, cwd, fails=False):
     if isinstance(ended, str):  # the line that Python prints, before it ends with 1
         print(ended, file=out)
         ended = 1
-    assert bool(ended) == fails, out.getvalue()
+    assert bool(ended) == bool(fails), out.getvalue()
+    assert fails in (False, True, ended)
     return out.getvalue()
 
 
@@ -226,7 +227,7 @@ def test_the_command_as_it_is_typed(run, tmp_path):
     ("arguments", "message"),
     [
         (["--data", "missing.txt"], "no text 'missing.txt': neither a file nor one of the known names"),
-        (["--data", "short.txt"], "90 characters to train on are fewer than batch x window + window = 2,112"),
+        (["--data", "short.txt"], "90 tokens to train on are fewer than batch x window + window = 2,112"),
         (["--data", "tiny.txt"], "9 characters are too few: the last tenth is for validation"),
         (["--data", "empty.txt"], "empty.txt is empty"),
         (["--data", "latin.txt"], "latin.txt is not UTF-8 text: byte 3 is 0xe9"),
@@ -236,7 +237,12 @@ def test_the_command_as_it_is_typed(run, tmp_path):
         (["--sample", "full"], "is not the configuration of a run"),
         (["--hidden", "0"], "--hidden must be greater than 0, got 0"),
         (["--dropout", "1"], "--dropout must lie in [0, 1), got 1"),
-        (["--temperature", "-1"], "--temperature must not be negative, got -1"),
+        (["--temperature", "-1"], "--temperature must be finite and not negative, got -1"),
+        (["--temperature", "nan"], "--temperature must be finite and not negative, got nan"),
+        (["--seed", str(2**63)], f"--seed must be less than 2**63, got {2**63}"),
+        (["--task", "wordlm", "--data", "short.txt"], "short.txt is one line: words are split by lines"),
+        (["--task", "adding", "--window", "1"], "--window must be at least 2 for --task adding, got 1"),
+        (["--task", "digits", "--data", "short.txt"], "--task digits has no use for --data, got short.txt"),
         (["--max-seconds", "nan"], "--max-seconds must be greater than 0, got nan"),
         (["--hidden", "many"], "Error parsing --hidden: invalid literal for int() with base 10: 'many'"),
         (["--colour", "blue"], "--colour"),
@@ -260,6 +266,37 @@ def test_a_sample_names_the_characters_it_does_not_know(run):
     folder, _ = run
     said = command("--sample", folder, "--prompt", "The %", cwd=folder.parent, fails=True)
     assert said == f"train.py: not in the vocabulary of {len(set(TEXT))} characters: '%'\n"
+
+
+def test_a_sample_is_printed_as_it_is(run, monkeypatch):
+    folder, _ = run
+    text = "\tif x:\r\n\t\ty = a[:x:]  # [b]\x0c"
+    monkeypatch.setattr(train.TASKS["charlm"], "write", lambda *_, **__: text)
+    assert command("--sample", folder, cwd=folder.parent) == text + "\n"
+
+
+def test_words_go_on_from_words(tmp_path):
+    (tmp_path / "run").mkdir()
+    config = {"options": {"task": "wordlm"}, "vocabulary": ["<eos>", "<unk>", "cat"]}
+    (tmp_path / "run" / "config.json").write_text(json.dumps(config))
+    said = command("--sample", "run", "--prompt", " ", cwd=tmp_path, fails=True)
+    assert said == "train.py: --prompt has no word, got ' '\n"
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "message"),
+    [
+        (KeyboardInterrupt(), 130, "train.py: interrupted\n"),
+        (MemoryError("no 4 GiB"), 1, "train.py: no 4 GiB\n"),
+        (jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: no\nrest"), 1, "train.py: RESOURCE_EXHAUSTED: no\n"),
+    ],
+)
+def test_what_the_machine_or_the_user_ends_is_one_line(tmp_path, monkeypatch, error, code, message):
+    def fails(*_):
+        raise error
+
+    monkeypatch.setattr(train, "train", fails)
+    assert command("--run-dir", "run", cwd=tmp_path, fails=code) == message
 
 
 def test_a_damaged_checkpoint_is_one_line(run, tmp_path):

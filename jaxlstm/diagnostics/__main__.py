@@ -4,6 +4,8 @@ python -m jaxlstm.diagnostics vanishing                          why an LSTM lea
 python -m jaxlstm.diagnostics inspect runs/NAME --text "..."     the gates of a trained run
 """
 
+import signal
+import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,6 +18,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from jaxlstm.diagnostics import memory, pictures, trace, trained, vanishing
+from jaxlstm.reporting import say
 
 
 @dataclass(frozen=True)
@@ -39,6 +42,8 @@ class Vanishing:
         for name, least in (("steps", 2), ("hidden", 1), ("updates", 1), ("batch", 1), ("seed", 0)):
             if getattr(self, name) < least:
                 raise ValueError(f"--{name} must be at least {least}, got {getattr(self, name)}")
+        if self.seed >= 2**63:
+            raise ValueError(f"--seed must be less than 2**63, got {self.seed}")
 
     def run(self, console: Console) -> None:
         """Train, draw, say."""
@@ -58,8 +63,8 @@ class Vanishing:
                 )
         title = f"The adding task over {self.steps} steps, {self.hidden} units"
         pictures.draw_vanishing(learners, title=title).savefig(out, dpi=150)
-        console.print(vanishing.sentence(learners, self.steps), highlight=False, soft_wrap=True)
-        console.print(f"{out}", highlight=False, soft_wrap=True)
+        say(console, vanishing.sentence(learners, self.steps))
+        say(console, str(out))
 
 
 @dataclass(frozen=True)
@@ -97,8 +102,8 @@ class Inspect:
         folder.mkdir(parents=True, exist_ok=True)
         for name, figure in drawn.items():
             figure.savefig(folder / f"{name}.png", dpi=150)
-        console.print(memory(found).report, markup=False, highlight=False, soft_wrap=True)
-        console.print(f"{folder}: {', '.join(f'{name}.png' for name in drawn)}", highlight=False, soft_wrap=True)
+        say(console, memory(found).report)
+        say(console, f"{folder}: {', '.join(f'{name}.png' for name in drawn)}")
 
 
 def unused(path: Path) -> Path:
@@ -122,6 +127,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         command.run(Console())
     except (ValueError, OSError) as error:
         raise SystemExit(f"jaxlstm.diagnostics: {error}") from None
+    except KeyboardInterrupt:
+        print("jaxlstm.diagnostics: interrupted", file=sys.stderr)
+        raise SystemExit(128 + signal.SIGINT) from None
 
 
 if __name__ == "__main__":

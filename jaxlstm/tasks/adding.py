@@ -12,7 +12,7 @@ from jaxlstm import synthetic
 from jaxlstm.options import Options
 from jaxlstm.readout import Readout
 from jaxlstm.tasks.recurrent import network
-from jaxlstm.tasks.task import Task
+from jaxlstm.tasks.task import OF_LANGUAGE, OF_SERIES, Task
 
 DEFAULTS: dict[str, Any] = {
     "hidden": 64,
@@ -24,11 +24,14 @@ DEFAULTS: dict[str, Any] = {
     "max_steps": 1000,
     "valid_every": 250,
 }
+UNUSED = ("data", *OF_LANGUAGE, *OF_SERIES)
 VALIDATED = 500  # sequences that are never trained on
 
 
 def make(options: Options) -> Task:
     """Sequences of ``--window`` steps, drawn anew for every batch."""
+    if options.window < 2:
+        raise ValueError(f"--window must be at least 2 for --task adding, got {options.window}")
     model = Readout(network(options, 2, remember=options.window), 1, options.dropout)
     held_out = synthetic.adding(np.random.default_rng((options.seed, 0)), options.window, VALIDATED)
 

@@ -7,9 +7,10 @@ from typing import Any
 from jaxlstm import data
 from jaxlstm.options import Options
 from jaxlstm.tasks import language
-from jaxlstm.tasks.task import Task
+from jaxlstm.tasks.task import OF_SERIES, Task
 
 DEFAULTS: dict[str, Any] = {}  # those of `Options`
+UNUSED = OF_SERIES
 
 
 def make(options: Options) -> Task:

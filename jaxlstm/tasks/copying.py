@@ -13,7 +13,7 @@ from jax import Array
 from jaxlstm import synthetic
 from jaxlstm.options import Options
 from jaxlstm.tasks.language import build
-from jaxlstm.tasks.task import Task
+from jaxlstm.tasks.task import OF_SERIES, Task
 
 DEFAULTS: dict[str, Any] = {
     "embedding": 10,
@@ -26,6 +26,7 @@ DEFAULTS: dict[str, Any] = {
     "max_steps": 3000,
     "valid_every": 250,
 }
+UNUSED = ("data", "activation", "temporal_activation", *OF_SERIES)
 SYMBOLS, LENGTH = 10, 10  # eight to remember, blank and the one that asks for the answer; symbols to remember
 VALIDATED = 500  # sequences that are never trained on
 

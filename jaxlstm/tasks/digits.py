@@ -13,11 +13,12 @@ import numpy as np
 import optax
 from jax import Array
 
+from jaxlstm import data
 from jaxlstm.options import Options
 from jaxlstm.readout import Readout
 from jaxlstm.tasks.epochs import epochs
 from jaxlstm.tasks.recurrent import network
-from jaxlstm.tasks.task import Task
+from jaxlstm.tasks.task import OF_LANGUAGE, OF_SERIES, Task
 
 DEFAULTS: dict[str, Any] = {
     "hidden": 64,
@@ -28,6 +29,7 @@ DEFAULTS: dict[str, Any] = {
     "max_steps": 1500,
     "valid_every": 100,
 }
+UNUSED = ("data", "window", *OF_LANGUAGE, *OF_SERIES)
 
 
 class Digits(NamedTuple):
@@ -90,6 +92,7 @@ def make(options: Options) -> Task:
         reads=lambda params, carry, batch: (batch.rows, None),
         evaluate=lambda params: figures(params, valid),
         test=lambda params: {f"test_{name}": value for name, value in figures(params, test).items()},
+        fingerprint=data.fingerprint(images, labels),
     )
 
 

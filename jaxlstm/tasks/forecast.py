@@ -20,7 +20,7 @@ from jaxlstm.options import Options
 from jaxlstm.readout import Readout
 from jaxlstm.tasks.epochs import epochs
 from jaxlstm.tasks.recurrent import network
-from jaxlstm.tasks.task import Task
+from jaxlstm.tasks.task import OF_LANGUAGE, Task
 
 DEFAULTS: dict[str, Any] = {
     "data": "co2",
@@ -32,6 +32,7 @@ DEFAULTS: dict[str, Any] = {
     "max_steps": 1500,
     "valid_every": 100,
 }
+UNUSED = OF_LANGUAGE
 
 
 class Pairs(NamedTuple):
@@ -147,6 +148,7 @@ def make(options: Options) -> Task:
         evaluate=evaluate,
         test=lambda params: {f"test_{name}": value for name, value in figures(params, part(2)).items()},
         draw=draw,
+        fingerprint=data.fingerprint(values, "\n".join(table.dates)),
     )
 
 

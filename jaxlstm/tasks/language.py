@@ -72,6 +72,7 @@ def task(options: Options, alphabet: Alphabet, train_ids: np.ndarray, valid_ids:
         reads=lambda params, carry, window: (params.embedding[window.inputs], carried(carry, window)),
         evaluate=lambda params: {"loss": evaluate(model, params, valid_ids, batch=options.batch)},
         show=show,
+        fingerprint=data.fingerprint(train_ids, valid_ids, repr(alphabet)),
         **described,
     )
 
@@ -91,5 +92,7 @@ def write(
       temperature: divides the logits.
     """
     start = jnp.asarray(alphabet.encode(prompt))
+    if not start.size:
+        raise data.DataError(f"--prompt has no word, got {prompt!r}")
     model = build(run, len(alphabet))
     return alphabet.decode(np.asarray(generate(model, load(model.init), start, length, key, temperature)))

@@ -11,6 +11,9 @@ from jaxlstm.model import LSTM
 from jaxlstm.training import Loss
 from jaxlstm.types import State
 
+OF_LANGUAGE = ("embedding", "tied", "embedding_dropout", "activation", "temporal_activation")  # options of some tasks
+OF_SERIES = ("horizon", "season")
+
 
 def nothing_to_show(params: Any, key: Array) -> str:
     """No text."""
@@ -49,4 +52,5 @@ class Task:
     show: Callable[[Any, Array], str] = nothing_to_show  # what the model makes, in lines, after each validation
     test: Callable[[Any], dict[str, float]] = nothing_to_test  # figures of the best parameters, once, at the end
     draw: Callable[[Any, Path], None] = nothing_to_draw  # pictures of the best parameters, into the folder of the run
+    fingerprint: str = ""  # of the data, where they are read and not made; a resumed run must have the same
     kept: tuple[tuple[str, Any], ...] = ()  # what config.json needs besides the options

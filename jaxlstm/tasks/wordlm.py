@@ -12,7 +12,7 @@ from typing import Any
 from jaxlstm import data
 from jaxlstm.options import Options
 from jaxlstm.tasks import language
-from jaxlstm.tasks.task import Task
+from jaxlstm.tasks.task import OF_SERIES, Task
 
 DEFAULTS: dict[str, Any] = {
     "embedding": 200,
@@ -35,6 +35,7 @@ DEFAULTS: dict[str, Any] = {
     "max_steps": 6000,
     "valid_every": 100,
 }
+UNUSED = OF_SERIES
 
 
 def make(options: Options) -> Task:
@@ -72,6 +73,11 @@ def texts(source: str) -> tuple[str, str]:
         text = "\n".join(" ".join(re.findall(r"\w+|[^\w\s]", line.lower())) for line in text.splitlines() if line)
     lines = text.splitlines()
     cut = int(len(lines) * 0.9)
+    if cut == 0:
+        raise data.DataError(
+            f"{source} is one line: words are split by lines into nine tenths to train on and one to validate on; or "
+            "--data is a folder with a file *train* and a file *valid*"
+        )
     return "\n".join(lines[:cut]), "\n".join(lines[cut:])
 
 
