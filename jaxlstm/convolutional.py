@@ -286,6 +286,7 @@ class ConvLSTM:
         marks = validation.marks(lengths, mask, resets, num_steps, batch)
         if key is not None:
             validation.key(key)
+        state = sequence.varying_like((params, xs, marks, key), state)
         return self._run(params, xs, state, *marks, validation.flag("reverse", reverse), key)
 
     def step(

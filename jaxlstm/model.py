@@ -328,7 +328,7 @@ class LSTM:
         marks = validation.marks(lengths, mask, resets, num_steps, batch)
         if key is not None:
             validation.key(key)
-        return Arguments(params, xs, state, *marks, key)
+        return Arguments(params, xs, sequence.varying_like((params, xs, marks, key), state), *marks, key)
 
     @partial(jax.jit, static_argnums=(0, 2))
     def _run(self, arguments: Arguments, reverse: bool) -> tuple[Array, State]:

@@ -23,9 +23,13 @@ def pack(examples: Sequence[np.ndarray], steps: int) -> Packed:
       steps: T.
 
     Raises:
-      ValueError: if there is no example, or one is empty or longer than a row.
+      ValueError: if there is no example, or one is empty or longer than a row, or they differ in more than length.
     """
-    lengths = [len(example) for example in examples]
+    examples = [np.asarray(example) for example in examples]
+    kinds = sorted({f"{a.dtype}[{', '.join(['length', *map(str, a.shape[1:])])}]" for a in examples})
+    if len(kinds) > 1:
+        raise ValueError(f"examples must differ in nothing but their length, got {' and '.join(kinds)}")
+    lengths = [len(example) if example.ndim else 0 for example in examples]
     if not lengths or min(lengths) < 1 or max(lengths) > steps:
         raise ValueError(f"examples must have 1 to {steps} steps, got {sorted(set(lengths))}")
     used: list[int] = []

@@ -101,6 +101,11 @@ def _alone(a: Array, b: Array, *, kind: Kind, found: Any) -> Array:
     return _product.bind(a, b, kind=kind, found=found)
 
 
+def _by_itself(a: Array, b: Array, *, kind: Kind, found: Any) -> Array:
+    """Outside of any program; compiled, unless `jax.disable_jit` says otherwise."""
+    return (_plain if jax.config.jax_disable_jit else _alone)(a, b, kind=kind, found=found)  # pyright: ignore
+
+
 def _tangent(operands: Sequence[Array], tangents: Sequence[Any], *, kind: Kind, **_: Any) -> tuple[Array, Any]:
     (a, b), (da, db) = operands, tangents
     terms = [] if isinstance(da, ad.Zero) else [kind.times(da, b)]
@@ -146,7 +151,7 @@ def _mapped(operands: Sequence[Array], mapped: Sequence[int | None], *, kind: Ki
 
 
 _product = Primitive("product")
-_product.def_impl(_alone)
+_product.def_impl(_by_itself)
 _product.def_abstract_eval(lambda *_, found, **__: found)
 mlir.register_lowering(_product, mlir.lower_fun(_plain, multiple_results=False))
 mlir.register_lowering(_product, mlir.lower_fun(_on_cpu, multiple_results=False), platform="cpu")

@@ -4,6 +4,7 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Bool, Float
 
+from jaxlstm import validation
 from jaxlstm.types import sums_dtype
 
 
@@ -16,8 +17,11 @@ def activation(ys: Float[Array, "T *batch P"], mask: Bool[Array, "T *batch"] | N
 
     Returns:
       a scalar in float32 or wider; 0 where no step counts.
+
+    Raises:
+      ValueError, TypeError: for a mask of another shape or dtype.
     """
-    return _mean_square(ys, mask)
+    return _mean_square(ys, _steps(ys, mask))
 
 
 def temporal_activation(
@@ -33,14 +37,22 @@ def temporal_activation(
 
     Returns:
       a scalar in float32 or wider; 0 where no change counts.
+
+    Raises:
+      ValueError, TypeError: for a mask of another shape or dtype.
     """
+    mask = _steps(ys, mask)
     return _mean_square(ys[1:] - ys[:-1], None if mask is None else mask[1:] & mask[:-1])
+
+
+def _steps(ys: Array, mask: Array | None) -> Array | None:
+    return None if mask is None else validation.array("mask", mask, jnp.bool_, ys.shape[:-1])
 
 
 def _mean_square(a: Array, mask: Array | None) -> Array:
     sums = sums_dtype(a.dtype)
     if mask is None:
-        return jnp.square(a.astype(sums)).sum() / max(a.size, 1)
+        return jnp.square(a.astype(sums)).sum() / float(max(a.size, 1))
     counted = mask[..., None]
     kept = jnp.where(counted, a, 0).astype(sums)  # before the square, or NaN behind the mask would reach the gradient
-    return jnp.square(kept).sum() / jnp.maximum(counted.sum() * a.shape[-1], 1).astype(sums)
+    return jnp.square(kept).sum() / jnp.maximum(counted.sum().astype(sums) * a.shape[-1], 1)

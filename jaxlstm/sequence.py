@@ -38,6 +38,18 @@ def laid_out_like(xs: Float[Array, "T *batch_and_inputs"], state: State) -> Stat
     return jax.tree.map(lambda a: a + jnp.broadcast_to(row.astype(a.dtype), a.shape), state)
 
 
+def varying_like(arguments: Any, state: State) -> State:
+    """A state that, within `jax.shard_map`, varies over every axis that an argument does: again for `jax.lax.scan`."""
+    if not any(jax.typeof(a).sharding.mesh.manual_axes for a in jax.tree.leaves((arguments, state))):
+        return state
+
+    def zero(a: Array) -> Array:
+        return jnp.zeros_like(jax.random.key_data(a) if jnp.issubdtype(a.dtype, jax.dtypes.prng_key) else a, shape=())
+
+    zeros = [zero(a) for a in jax.tree.leaves(arguments)]
+    return jax.tree.map(lambda a: sum((z.astype(a.dtype) for z in zeros), a), state)
+
+
 def run(
     cell: Cell,
     layer: Layer | tuple[Layer, ...],

@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 from jax.export import is_symbolic_dim
 
@@ -88,11 +89,16 @@ def number(name: str, value: Any) -> float:
 
 def cell(value: Cell) -> None:
     """A cell of the user's own, whose parts must fit together."""
+    if not callable(value.gates):
+        raise TypeError(f"gates of the cell must be a function, got {describe(value.gates)}")
     positive_int("num_gates of the cell", value.num_gates)
     for name in ("forget_gate", "input_gate"):
         slab = getattr(value, name)
-        if slab is not None and slab not in range(value.num_gates):
+        is_int = isinstance(slab, int) and not isinstance(slab, bool)
+        if slab is not None and not (is_int and slab in range(value.num_gates)):
             raise ValueError(f"{name} of the cell counts slabs of z from 0 to {value.num_gates - 1}, got {slab!r}")
+    if not isinstance(value.num_peepholes, int) or value.num_peepholes < 0:
+        raise ValueError(f"num_peepholes of the cell must be an integer of at least 0, got {value.num_peepholes!r}")
     if bool(value.num_peepholes) != value.takes("w"):
         takes = "take" if value.takes("w") else "do not take"
         raise ValueError(f"the cell's gates {takes} `w`, but num_peepholes is {value.num_peepholes}")
@@ -126,9 +132,14 @@ def key(value: Any) -> None:
     """A single PRNG key, typed or raw."""
     dtype = getattr(value, "dtype", None)
     typed = dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key)
-    raw = dtype == jnp.uint32 and value.ndim == 1
+    raw = isinstance(dtype, np.dtype) and dtype == np.uint32 and value.shape == _raw_key_shape()
     if not (raw or (typed and value.shape == ())):
         raise TypeError(f"key must be one PRNG key such as jax.random.key(0), got {describe(value)}")
+
+
+def _raw_key_shape() -> tuple[int, ...]:
+    """Of a key that is not typed, which JAX takes for one of its default kind."""
+    return jax.eval_shape(lambda: jax.random.PRNGKey(0)).shape
 
 
 def describe(value: Any) -> str:
@@ -143,8 +154,19 @@ def array(name: str, value: Any, kind: Any, shape: tuple[int, ...] | None = None
     if not (hasattr(value, "shape") and hasattr(value, "dtype")):
         if not isinstance(value, int | float | list):
             raise TypeError(f"{name} must be an array, got {describe(value)}")
-        value = jnp.asarray(value)
-    if not jnp.issubdtype(value.dtype, kind):
+        try:
+            value = jnp.asarray(value)
+        except (TypeError, ValueError) as error:
+            reason = str(error).split("\n")[0]
+            raise TypeError(f"{name} must be an array, got a list that is none: {reason}") from None
+    try:
+        right = jnp.issubdtype(value.dtype, kind)
+    except TypeError:  # that of another library
+        right = None
+    if right is None or isinstance(value, jax.ShapeDtypeStruct):
+        of = type(value).__module__.partition(".")[0]
+        raise TypeError(f"{name} must be an array of JAX or NumPy, got {of}'s {type(value).__name__} {describe(value)}")
+    if not right:
         expected = {jnp.floating: "floating-point", jnp.integer: "integer", jnp.bool_: "boolean"}[kind]
         raise TypeError(f"{name} must be {expected}, got {describe(value)}{why}")
     if shape is not None and value.shape != shape:
@@ -158,10 +180,19 @@ def marks(
     """``lengths (*batch)``, ``mask`` and ``resets`` ``(T, *batch)`` as arrays; None stays None."""
     over_time = (num_steps, *batch)
     return (
-        None if lengths is None else array("lengths", lengths, jnp.integer, batch),
+        None if lengths is None else _counts(array("lengths", lengths, jnp.integer, batch)),
         None if mask is None else array("mask", mask, jnp.bool_, over_time),
         None if resets is None else array("resets", resets, jnp.bool_, over_time),
     )
+
+
+def _counts(lengths: Array) -> Array:
+    """Lengths in a dtype that a count of steps, and less than nothing, fit in."""
+    if lengths.dtype in (jnp.int32, jnp.int64):
+        return lengths
+    if lengths.dtype.itemsize >= 4:
+        lengths = jnp.minimum(lengths, jnp.iinfo(jnp.int32).max)
+    return lengths.astype(jnp.int32)
 
 
 def inputs(name: str, xs: Any, input_size: int, leading: str, spatial: tuple[int, ...] = ()) -> Array:

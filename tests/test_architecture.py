@@ -11,9 +11,9 @@ ROOT = Path(__file__).parent.parent
 FLOORS = [  # from the ground up; a module imports from floors below its own
     {"types", "data", "files", "memory", "synthetic", "packing"},
     {"series"},
-    {"cells", "initializers", "dropout", "regularisers", "products"},
+    {"cells", "initializers", "dropout", "products"},
     {"step", "validation"},
-    {"recurrence"},
+    {"recurrence", "regularisers"},
     {"sequence"},
     {"model", "convolutional"},
     {"interop", "flax", "export"},  # what stands on the model and is not needed by it

@@ -81,3 +81,7 @@ def test_a_kernel_for_a_hopper_gpu_is_unmeasured_or_refused_with_its_arithmetic(
 def test_wrong_inputs_are_an_error_and_not_a_refusal():
     with pytest.raises(ValueError, match="xs must have shape"):
         explain(jaxlstm.LSTM(3, 4), (5, 2, 4))
+
+
+def test_without_a_step_it_is_as_with_one():
+    assert explain(jaxlstm.LSTM(3, 4), (0, 2, 3)) == explain(jaxlstm.LSTM(3, 4), (1, 2, 3))

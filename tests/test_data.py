@@ -192,6 +192,10 @@ def test_an_lstm_on_packed_rows_is_an_lstm_on_each_example():
     for wrong in ([], [np.zeros((0, 3))], [np.zeros((8, 3))]):
         with pytest.raises(ValueError, match="must have 1 to 7 steps, got"):
             packing.pack(wrong, 7)
+    for wrong in ([np.zeros((2, 3)), np.zeros((2, 4))], [np.zeros(2), np.zeros(2, int)]):
+        with pytest.raises(ValueError, match=r"examples must differ in nothing but their length, got .* and "):
+            packing.pack(wrong, 7)
+    np.testing.assert_array_equal(packing.pack([[1, 2], [3]], 3).values, [[1], [2], [3]])
 
 
 @pytest.fixture

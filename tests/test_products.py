@@ -90,3 +90,11 @@ def test_gradients_in_a_loop_on_the_cpu():
     wanted = 2 * np.einsum("tbn,tbk->nk", ys, x), 2 * np.einsum("tbn,nk->tbk", ys, w)
     for a, b in zip(have, wanted):  # cotangents rounded twice, to 8 bits
         np.testing.assert_allclose(a, b, atol=2 * 2.0**-8 * np.abs(b).max())
+
+
+def test_without_jit_it_is_the_same():
+    x, w = whole(3, 5, seed=0) / 64, whole(4, 5, seed=1) / 64
+    slope = jax.value_and_grad(lambda w: product(w, x, jnp.bfloat16, jnp.float32).sum())
+    wanted = slope(w)
+    with jax.disable_jit():
+        jax.tree.map(np.testing.assert_array_equal, slope(w), wanted)

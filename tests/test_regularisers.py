@@ -206,3 +206,23 @@ def test_activation_terms(dtype):
     slope = jax.grad(lambda y: regularisers.activation(y, mask) + regularisers.temporal_activation(y, mask))
     poisoned = slope(ys.at[2].set(jnp.nan))
     np.testing.assert_array_equal(np.asarray(poisoned, float), np.asarray(slope(ys), float))
+
+
+@pytest.mark.parametrize("term", [regularisers.activation, regularisers.temporal_activation])
+def test_a_mask_of_activation_terms_is_one_for_every_step(term):
+    ys = jnp.ones((4, 4, 3), jnp.float32)
+    for shape in ((4,), (4, 1), (4, 4, 3)):
+        with pytest.raises(ValueError, match=r"mask must have shape \[4, 4\], got"):
+            term(ys, jnp.ones(shape, bool))
+    with pytest.raises(TypeError, match="mask must be boolean, got float32"):
+        term(ys, jnp.ones((4, 4), jnp.float32))
+
+
+@pytest.mark.slow
+def test_activation_terms_count_more_numbers_than_int32_holds():
+    def mean(mask):
+        return jax.jit(lambda a: regularisers.activation(jnp.broadcast_to(a, (2**11, 2**10, 2**10)), mask))
+
+    with jax.enable_x64(False):
+        for mask in (None, jnp.ones((2**11, 2**10), bool)):
+            assert mean(mask)(jnp.float32(1)) == pytest.approx(1, rel=1e-3)

@@ -14,7 +14,24 @@ lstm = jaxlstm.LSTM(3, 4, num_layers=2)
 params = lstm.init(jax.random.key(0))
 xs = jnp.zeros((5, 2, 3), jnp.float32)
 state = lstm.initial_state((2,))
+
+
+class Foreign:
+    """An array of a library whose dtypes are its own."""
+
+    shape = (5, 2, 3)
+    dtype = type("Dtype", (), {"__str__": lambda _: "f32"})()
+
+
 PLAIN = jaxlstm.Cell(lambda z, c: (z[0] * c, z[1] * c), num_gates=2)
+
+
+def spoilt(**fields):
+    """A cell that the type checker of the tests would not let through."""
+    cell = dataclasses.replace(PLAIN)
+    for name, value in fields.items():
+        object.__setattr__(cell, name, value)
+    return cell
 
 
 @pytest.mark.parametrize(
@@ -61,6 +78,17 @@ PLAIN = jaxlstm.Cell(lambda z, c: (z[0] * c, z[1] * c), num_gates=2)
             ValueError,
             "the cell's gates do not take `w`, but num_peepholes is 1",
         ),
+        (
+            {"cell": spoilt(forget_gate=0.0)},
+            ValueError,
+            "forget_gate of the cell counts slabs of z from 0 to 1, got 0.0",
+        ),
+        (
+            {"cell": jaxlstm.Cell(lambda z, c, w: (c, c), 1, num_peepholes=-2)},
+            ValueError,
+            "num_peepholes of the cell must be an integer of at least 0, got -2",
+        ),
+        ({"cell": spoilt(gates=5)}, TypeError, "gates of the cell must be a function, got int 5"),
         ({"cell": dataclasses.replace(PLAIN, num_gates=0)}, ValueError, "num_gates of the cell must be at least 1"),
     ],
 )
@@ -84,6 +112,24 @@ def call(**changes):
             "xs must be floating-point, got int32[5, 2, 3]; token ids",
         ),
         (call(xs=None), TypeError, "xs must be an array, got NoneType"),
+        (
+            call(xs=Foreign()),
+            TypeError,
+            "xs must be an array of JAX or NumPy, got test_validation's Foreign f32[5, 2, 3]",
+        ),
+        (call(lengths=Foreign()), TypeError, "lengths must be an array of JAX or NumPy, got test_validation's Foreign"),
+        (
+            call(params=jax.tree.map(lambda a: Foreign(), params)),
+            TypeError,
+            "params.layers[0].forward.w_x must be an array of JAX or NumPy, got test_validation's Foreign",
+        ),
+        (
+            call(xs=jax.ShapeDtypeStruct((5, 2, 3), jnp.float32)),
+            TypeError,
+            "xs must be an array of JAX or NumPy, got jax's ShapeDtypeStruct float32[5, 2, 3]",
+        ),
+        (call(xs=[[1.0], [2.0, 3.0]]), TypeError, "xs must be an array, got a list that is none: "),
+        (call(lengths=[5, None]), TypeError, "lengths must be an array, got a list that is none: "),
         (call(state=(state.h, state.c)), TypeError, "state must be a jaxlstm.State(h, c), got tuple"),
         (call(state=state._replace(h=state.h[:1])), ValueError, "state.h must have shape [2, 2, 4], got [1, 2, 4]"),
         (call(state=state._replace(c=None)), ValueError, "state.c must be an array [2, 2, 4]; got NoneType"),
@@ -96,6 +142,11 @@ def call(**changes):
         (call(reverse=1), TypeError, "reverse must be True or False, got 1"),
         (call(key=0), TypeError, "key must be one PRNG key such as jax.random.key(0), got int 0"),
         (call(key=jax.random.split(jax.random.key(0))), TypeError, "key must be one PRNG key"),
+        (
+            call(key=jnp.zeros(3, jnp.uint32)),
+            TypeError,
+            "key must be one PRNG key such as jax.random.key(0), got uint32[3]",
+        ),
         (call(params=list(params)), TypeError, "params must be a jaxlstm.Params as made by init, got list"),
         (
             call(params=jaxlstm.LSTM(3, 5, num_layers=2).init(jax.random.key(0))),
@@ -150,6 +201,18 @@ def test_calls(action, error, message):
     # The same line while tracing.
     with pytest.raises(error, match=re.escape(message)):
         jax.eval_shape(action)
+
+
+@pytest.mark.parametrize("network", [jaxlstm.LSTM(3, 4), jaxlstm.ConvLSTM(3, 4, (1,), kernel_size=1)])
+@pytest.mark.parametrize("dtype", ["int8", "uint8", "int16", "uint32", "uint64", "int64"])
+def test_lengths_of_any_integer_dtype(network, dtype):
+    """Of a dtype that holds the lengths, and not always the number of steps."""
+    lengths = np.array([100, 5, 0, np.iinfo(dtype).max], dtype)
+    steps = 70_000 if dtype == "int16" else 300
+    xs = jnp.ones((steps, 4, 3) if isinstance(network, jaxlstm.LSTM) else (steps, 4, 1, 3), jnp.float32)
+    ys, _ = network(network.init(jax.random.key(0)), xs, lengths=lengths)
+    taken = np.asarray(ys).reshape(steps, 4, 4).any(-1).sum(0)
+    np.testing.assert_array_equal(taken, np.minimum(lengths.astype(object), steps).astype(int))
 
 
 def test_a_vanilla_network_takes_no_cell_state():

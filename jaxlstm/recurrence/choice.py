@@ -70,10 +70,11 @@ def explain(lstm: Any, xs_shape: tuple[int, ...]) -> Choice:
     row = TABLE.get(jax.default_backend(), OTHER)
     _trace(lstm, row.takes, xs_shape)
     others = {}
+    at_least_one = (max(xs_shape[0], 1), *xs_shape[1:])  # without a step nothing runs that could refuse
     for name in IMPLEMENTATIONS:
         if name != row.takes:
             try:
-                _trace(lstm, name, xs_shape)
+                _trace(lstm, name, at_least_one)
                 others[name] = row.others[name]
             except ValueError as refusal:
                 others[name] = f"refused: {refusal}"
