@@ -378,7 +378,10 @@ def parse(arguments: list[str]) -> Options:
             values.pop("learning_rate", None)  # it is one for the other optimiser
         default = Options(**values)
     options: Any = tyro.cli(
-        Annotated[Options, tyro.conf.OmitArgPrefixes], description=__doc__, args=arguments, default=default
+        Annotated[Options, tyro.conf.OmitArgPrefixes],
+        description=configuration.help_text(__doc__ or ""),
+        args=arguments,
+        default=default,
     )
     if known.resume and (others := configuration.differences(options, configuration.to_json(default))):
         raise ValueError(f"--resume {known.resume} goes on with the options of that run: {others[0]}")

@@ -29,6 +29,7 @@ from jaxlstm.model import LSTM
 from jaxlstm.types import Params, State, output_dtype
 
 PLATFORMS = ("cpu", "cuda", "tpu")
+FOR_ANY_SIZE = (None, "fused", "scan", "sharded")  # implementations
 KNOWN = (*PLATFORMS, "rocm")  # JAX itself takes any name and fails where the program is called
 
 
@@ -55,8 +56,11 @@ def sequence(
       platforms: that the program is lowered for, by JAX's names.
 
     Raises:
-      ValueError, TypeError: for parameters of another configuration or an unknown platform.
+      ValueError, TypeError: for parameters of another configuration, an unknown platform, or an implementation that
+        has to know the number of steps.
     """
+    if lstm.implementation not in FOR_ANY_SIZE:
+        raise ValueError(f"implementation={lstm.implementation!r} has to know the number of steps; 'fused' does not")
     lstm = _for_any_size(lstm)
     num_steps, batch = symbolic_shape("T, B")
 

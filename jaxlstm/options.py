@@ -168,6 +168,11 @@ OF_ONE_COMMAND = ("run_dir", "resume", "sample", "prompt", "length", "temperatur
 NOT_KEPT = (*OF_THE_MACHINES, *OF_ONE_COMMAND)  # have no part in training
 
 
+def help_text(text: str) -> str:
+    """A module's docstring for tyro, which runs the lines of a paragraph together: every line is one."""
+    return "\n\n".join(filter(None, text.splitlines()))
+
+
 def to_json(options: Options) -> dict[str, Any]:
     """The options as ``config.json`` has them."""
     values = {field.name: getattr(options, field.name) for field in dataclasses.fields(options)}

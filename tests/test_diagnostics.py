@@ -372,6 +372,12 @@ def test_pictures_of_eigenvalues(options):
     lstm, params = network(**options)
     w = params.layers[0].forward
     square = np.asarray(w.w_h if w.w_p is None else w.w_h @ w.w_p)
+    for place, message in (
+        ({"layer": 2}, "layer must be one of 0 to 0, got 2"),
+        ({"direction": -1}, "direction must be"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            pictures.draw_eigenvalues(lstm, params, **place)
     figure = pictures.draw_eigenvalues(lstm, params)
     assert len(figure.axes) == len(square) // H
     for block, axes in zip(np.split(square, len(square) // H), figure.axes):
@@ -448,6 +454,10 @@ def test_what_a_unit_may_follow():
     c[:, 1] = -found["inside quotes"]
     assert trained.telling_units(c, text)[1].startswith("unit 1: inside quotes (correlation -1.00)")
     assert trained.telling_units(np.ones((1, 3)), "a") == {0: "unit 0"}
+    rows = np.random.default_rng(0).standard_normal((5, 4, 3))
+    assert diagnostics.following(rows, rows[..., 2])[0][0] == 2
+    with pytest.raises(ValueError, match=r"signal must have shape \[5, 4\], got \[4, 5\]"):
+        diagnostics.following(rows, rows[..., 2].T)
 
 
 @pytest.fixture

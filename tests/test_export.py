@@ -1,5 +1,6 @@
 """Exported inference runs where this package is not, at any size."""
 
+import dataclasses
 import os
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from tolerance import tolerance
 
 import jaxlstm
 from jaxlstm import export
+from jaxlstm.recurrence import Newton
 
 ELSEWHERE = """
 import sys
@@ -134,6 +136,10 @@ def test_what_cannot_be_exported():
             export.step(lstm, params, platforms=platforms)
     with pytest.raises(ValueError, match="platforms must be one of 'cpu', 'cuda', 'tpu', 'rocm'; got 'gpu'"):
         export.sequence(lstm, params, platforms=("cpu", "gpu"))
+    for name in ("newton", "cudnn", "pallas", Newton()):
+        known = dataclasses.replace(lstm, implementation=name)
+        with pytest.raises(ValueError, match=r"implementation=.* has to know the number of steps; 'fused' does not"):
+            export.sequence(known, params)
     with pytest.raises(ValueError, match="step is for one direction"):
         export.step(*network(bidirectional=True))
     with pytest.raises(ValueError, match=r"params.layers\[0\].forward.w_h must have shape"):

@@ -202,6 +202,8 @@ def test_ctrl_c_ends_a_run_with_its_results_written(tmp_path):
 
 def test_help_documents_every_option_and_its_unit(tmp_path):
     printed = command("--help", cwd=tmp_path)
+    examples = [line for line in train.__doc__.splitlines() if line.startswith("python train.py")]
+    assert set(examples) < {line.strip() for line in printed.splitlines()}  # each on a line of its own
     for option in dataclasses.fields(train.Options):
         assert f"--{option.name.replace('_', '-')}" in printed
     for unit in ("in seconds", "in steps", "Characters per stream"):

@@ -18,6 +18,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from jaxlstm.diagnostics import memory, pictures, trace, trained, vanishing
+from jaxlstm.options import help_text
 from jaxlstm.reporting import say
 
 
@@ -122,7 +123,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     commands = {"vanishing": Vanishing, "inspect": Inspect}
     try:
         command: Any = tyro.extras.subcommand_cli_from_dict(
-            commands, prog="python -m jaxlstm.diagnostics", description=__doc__, args=arguments
+            commands, prog="python -m jaxlstm.diagnostics", description=help_text(__doc__ or ""), args=arguments
         )
         command.run(Console())
     except (ValueError, OSError) as error:

@@ -68,11 +68,14 @@ def following(
     Returns:
       ``(units, correlations)``, both ``(H,)``: numbers of units, in the order of the size of Pearson's correlation with
       the signal; 0 for a unit or a signal that is constant.
+
+    Raises:
+      ValueError: if the signal is not one number for each step and row of the values.
     """
+    if np.shape(values)[:-1] != np.shape(signal):
+        raise ValueError(f"signal must have shape {list(np.shape(values)[:-1])}, got {list(np.shape(signal))}")
     x = np.asarray(values, np.float64).reshape(-1, np.shape(values)[-1])
     y = np.asarray(signal, np.float64).reshape(-1, 1)
-    if len(x) != len(y):
-        raise ValueError(f"signal must have shape {list(np.shape(values)[:-1])}, got {list(np.shape(signal))}")
     x, y = x - x.mean(0), y - y.mean(0)
     scale = np.sqrt((x * x).sum(0) * (y * y).sum(0))
     correlations = np.divide((x * y).sum(0), scale, out=np.zeros(x.shape[1]), where=scale > 0)

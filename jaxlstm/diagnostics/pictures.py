@@ -125,7 +125,13 @@ def draw_eigenvalues(lstm: LSTM, params: Params, *, layer: int = 0, direction: i
     """The eigenvalues of W_h, gate by gate, in the complex plane with the unit circle.
 
     With a projection they are those of ``W_h W_p``, by which one step's units reach the next one's.
+
+    Raises:
+      ValueError: for a layer or a direction that the network has not.
     """
+    for name, number, count in (("layer", layer, lstm.num_layers), ("direction", direction, lstm.num_directions)):
+        if not 0 <= number < count:
+            raise ValueError(f"{name} must be one of 0 to {count - 1}, got {number}")
     blocks = _recurrent_blocks(lstm._cell, params.layers[layer].directions[direction])
     figure = Figure(figsize=(2.6 * len(blocks) + 0.4, 3.0), layout="constrained")
     angles = np.linspace(0, 2 * np.pi, 200)

@@ -51,6 +51,9 @@ def to_torch(lstm: LSTM, params: Params) -> dict[str, np.ndarray]:
 
         module.load_state_dict({name: torch.from_numpy(array) for name, array in to_torch(lstm, params).items()})
 
+    With ``param_dtype=bfloat16``, which `torch.from_numpy` does not know, an array comes in as
+    ``torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)``.
+
     Raises:
       ValueError, TypeError: if the LSTM has an option that `nn.LSTM` has not, or ``params`` are not of this LSTM.
     """
