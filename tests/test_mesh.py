@@ -1,6 +1,7 @@
 """Training over many devices and many processes: the same numbers as on one device."""
 
 import json
+import re
 import socket
 import subprocess
 import sys
@@ -91,7 +92,7 @@ def two(folder, *arguments):
             process.communicate()
     assert [process.returncode for process in processes] == [0, 0], printed
     assert "resumed" in printed[0] or "step     20" in printed[0]
-    assert "step" not in printed[1]
+    assert not re.search("^step", printed[1], re.MULTILINE)  # which XLA's warnings, of some versions, do not begin with
 
 
 @pytest.mark.slow

@@ -139,7 +139,7 @@ def draw_eigenvalues(lstm: LSTM, params: Params, *, layer: int = 0, direction: i
     for axes, (name, matrix) in zip(panels, blocks.items()):
         values = np.linalg.eigvals(matrix)
         axes.plot(np.cos(angles), np.sin(angles), color="0.6", linewidth=0.8)
-        axes.scatter(values.real, values.imag, s=8, color=LINES[2][0], alpha=0.7, linewidths=0)
+        axes.scatter(np.real(values), np.imag(values), s=8, color=LINES[2][0], alpha=0.7, linewidths=0)
         axes.set(title=f"{name}: largest {np.abs(values).max():.2f}", xlabel="real", aspect="equal")
         axes.title.set_fontsize(9)
     figure.supylabel("imaginary", fontsize=10)
