@@ -411,7 +411,7 @@ def obey(arguments: list[str], console: Console) -> None:
         options = parse(arguments)
         (train if options.sample is None else sample)(options, console)
     except (ValueError, OSError, FloatingPointError, ImportError, MemoryError) as error:
-        raise SystemExit(f"train.py: {error}") from None
+        raise SystemExit(f"train.py: {str(error) or 'out of memory'}") from None
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise

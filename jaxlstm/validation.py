@@ -130,9 +130,9 @@ def available(name: str, dtype: jnp.dtype) -> None:
 
 def key(value: Any) -> None:
     """A single PRNG key, typed or raw."""
-    dtype = getattr(value, "dtype", None)
-    typed = dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key)
-    raw = isinstance(dtype, np.dtype) and dtype == np.uint32 and value.shape == _raw_key_shape()
+    is_array = isinstance(value, jax.Array | np.ndarray)
+    typed = is_array and jnp.issubdtype(value.dtype, jax.dtypes.prng_key)
+    raw = is_array and value.dtype == jnp.uint32 and value.shape == _raw_key_shape()
     if not (raw or (typed and value.shape == ())):
         raise TypeError(f"key must be one PRNG key such as jax.random.key(0), got {describe(value)}")
 

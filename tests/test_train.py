@@ -290,6 +290,7 @@ def test_words_go_on_from_words(tmp_path):
     [
         (KeyboardInterrupt(), 130, "train.py: interrupted\n"),
         (MemoryError("no 4 GiB"), 1, "train.py: no 4 GiB\n"),
+        (MemoryError(), 1, "train.py: out of memory\n"),
         (jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: no\nrest"), 1, "train.py: RESOURCE_EXHAUSTED: no\n"),
     ],
 )

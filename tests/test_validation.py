@@ -141,6 +141,7 @@ def call(**changes):
         (call(resets=jnp.ones((5, 2), int)), TypeError, "resets must be boolean, got int64[5, 2]"),
         (call(reverse=1), TypeError, "reverse must be True or False, got 1"),
         (call(key=0), TypeError, "key must be one PRNG key such as jax.random.key(0), got int 0"),
+        (call(key=Foreign()), TypeError, "key must be one PRNG key such as jax.random.key(0), got f32[5, 2, 3]"),
         (call(key=jax.random.split(jax.random.key(0))), TypeError, "key must be one PRNG key"),
         (
             call(key=jnp.zeros(3, jnp.uint32)),
