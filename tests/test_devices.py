@@ -51,7 +51,10 @@ def test_batch_over_two_devices(given_state, axis_type, implementation):
 
 
 @pytest.mark.parametrize("implementation", ["fused", pytest.param("scan", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("varying", ["params", "lengths", "mask", "resets", "key", "state", "xs"])
+@pytest.mark.parametrize(
+    "varying",
+    ["params", "key", "xs", *(pytest.param(n, marks=pytest.mark.slow) for n in ("lengths", "mask", "resets", "state"))],
+)
 def test_within_shard_map_any_argument_may_differ_between_devices(varying, implementation):
     """An ensemble over devices, say: two networks, each on its own device, and data that both have."""
     lstm = jaxlstm.LSTM(3, 5, param_dtype="float64", num_layers=2, zoneout_h=0.3, implementation=implementation)
