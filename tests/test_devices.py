@@ -53,7 +53,7 @@ def test_batch_over_two_devices(given_state, axis_type, implementation):
 @pytest.mark.parametrize("implementation", ["fused", pytest.param("scan", marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
     "varying",
-    ["params", "key", "xs", *(pytest.param(n, marks=pytest.mark.slow) for n in ("lengths", "mask", "resets", "state"))],
+    cases.slow_but(["params"], ["params", "lengths", "mask", "resets", "key", "state", "xs"]),
 )
 def test_within_shard_map_any_argument_may_differ_between_devices(varying, implementation):
     """An ensemble over devices, say: two networks, each on its own device, and data that both have."""

@@ -125,7 +125,8 @@ def test_bfloat16_in_the_layouts_of_larger_sizes(configuration, axis, hoisted, h
     jax.clear_caches()
 
 
-@pytest.mark.parametrize(("axis", "hoisted"), cases.slow_but([(1, False)], LAYOUTS_OF_BFLOAT16))
+@pytest.mark.slow
+@pytest.mark.parametrize(("axis", "hoisted"), LAYOUTS_OF_BFLOAT16)
 def test_second_derivatives_of_bfloat16(axis, hoisted, monkeypatch):
     """Of the fused recurrence against the plain scan, which moves no numbers as bits; for one set of weights and three.
 
