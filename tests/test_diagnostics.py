@@ -57,7 +57,7 @@ TRACED = [
     {"cell": "rnn", "num_layers": 2},
     {"learned_state": True, "remat": 2},
 ]
-FAST = [(False, TRACED[1]), (True, TRACED[2])]
+FAST = [(True, TRACED[2])]
 
 
 @pytest.mark.parametrize(

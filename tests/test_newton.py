@@ -72,6 +72,7 @@ def test_a_tame_network_takes_a_few_iterations_and_the_answer_misses_nothing():
     assert found["full"][0].iterations[0] < found["diagonal"][0].iterations[0] < STEPS
 
 
+@pytest.mark.slow
 def test_a_looser_tolerance_takes_fewer_iterations():
     lstm, params, xs, state = network()
     loose, tight = (

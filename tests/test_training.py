@@ -77,6 +77,7 @@ def test_the_state_is_carried_and_its_gradient_stops():
     assert jax.tree.structure(carry) == jax.tree.structure(state.carry)
 
 
+@pytest.mark.slow
 def test_it_learns_and_writes_what_it_has_learnt(tmp_path):
     m = model(dropout=0.1)
     optimizer = adam()
