@@ -348,8 +348,6 @@ def sample(options: Options, console: Console) -> None:
     task = TASKS[run.task]
     if not hasattr(task, "write"):
         raise ValueError(f"--sample needs a run of a language model; {options.sample} is one of --task {run.task}")
-    if not options.prompt:
-        raise ValueError("--prompt must have at least one character")
     text = task.write(
         run,
         config,

@@ -16,7 +16,7 @@ from unittest import mock
 
 import jax
 import report
-from measuring import machine
+from measuring import at_least_one, machine
 from rich.console import Console
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
@@ -83,12 +83,10 @@ def whole(options: Options) -> tuple[list[float], float]:
 
 def main(measured: Measured, console: Console) -> None:
     """Measure and report."""
-    if measured.rounds < 1:
-        raise ValueError(f"rounds must be at least 1, got {measured.rounds}")
     path = measured.out and report.to_be_written(measured.out / "loop.json")
     memory.keep_freed()  # as train.py does
     times: dict[str, list[float]] = {"bare": [], "whole": [], "whole, diagnose 0": [], "saving": []}
-    for _ in range(measured.rounds):
+    for _ in range(at_least_one(measured.rounds)):
         times["bare"] += bare(Options())
         for name, diagnose in (("whole", Options().diagnose), ("whole, diagnose 0", 0)):
             seconds, waited = whole(Options(diagnose=diagnose))

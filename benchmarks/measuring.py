@@ -37,14 +37,12 @@ def interleaved(calls: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str
     Raises:
       ValueError: if there are no rounds.
     """
-    if rounds < 1:
-        raise ValueError(f"rounds must be at least 1, got {rounds}")
     milliseconds: dict[str, list[float]] = {name: [] for name in calls}
     names = list(calls)
     gc.collect()
     gc.disable()
     try:
-        for n in range(rounds):
+        for n in range(at_least_one(rounds)):
             order = names[n % len(names) :] + names[: n % len(names)]
             for name in order[::-1] if n % 2 else order:
                 time.sleep(PAUSE)
@@ -60,6 +58,17 @@ def interleaved(calls: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str
 def _quartiles(times: list[float]) -> dict[str, float]:
     values = np.percentile(times, (50, 25, 75))
     return {name: round(float(v), 4) for name, v in zip(("median_ms", "q1_ms", "q3_ms"), values)}
+
+
+def at_least_one(rounds: int) -> int:
+    """Rounds to be measured.
+
+    Raises:
+      ValueError: if there are none.
+    """
+    if rounds < 1:
+        raise ValueError(f"rounds must be at least 1, got {rounds}")
+    return rounds
 
 
 def ceiling(rounds: int, size: int) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import report
-from measuring import machine
+from measuring import at_least_one, machine
 from rich.console import Console
 
 from jaxlstm.reporting import write_json
@@ -80,13 +80,11 @@ def parse(size: str) -> tuple[int, int]:
 
 def main(options: Options, console: Console) -> None:
     """Measure and report."""
-    if options.rounds < 1:
-        raise ValueError(f"rounds must be at least 1, got {options.rounds}")
     path = options.out and report.to_be_written(options.out / "mesh.json")
     found = []
     for hidden, batch in [parse(size) for size in options.sizes]:
         times: dict[str, list[float]] = {name: [] for name in MESHES}
-        for _ in range(options.rounds):
+        for _ in range(at_least_one(options.rounds)):
             for name, processes in MESHES.items():
                 times[name] += speeds(processes, ["--hidden", str(hidden), "--batch", str(batch)])
         medians = {name: statistics.median(values) for name, values in times.items()}

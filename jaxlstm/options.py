@@ -154,8 +154,7 @@ class Options:
                 raise ValueError(
                     f"--{name.replace('_', '-')} must be finite and not negative, got {getattr(self, name)}"
                 )
-        if self.seed >= 2**63:
-            raise ValueError(f"--seed must be less than 2**63, got {self.seed}")
+        check_seed(self.seed)
         for name in ("warmup", "embedding_dropout", *(name for name in RATES if name != "output_dropout")):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"--{name.replace('_', '-')} must lie in [0, 1), got {getattr(self, name)}")
@@ -166,6 +165,16 @@ MAY_CHANGE = ("max_steps", "max_seconds", "diagnose", "mesh", "tensorboard", "pr
 OF_THE_MACHINES = ("coordinator", "processes", "process")
 OF_ONE_COMMAND = ("run_dir", "resume", "sample", "prompt", "length", "temperature")
 NOT_KEPT = (*OF_THE_MACHINES, *OF_ONE_COMMAND)  # have no part in training
+
+
+def check_seed(seed: int) -> None:
+    """A seed that `jax.random.key` takes.
+
+    Raises:
+      ValueError: if it is too large.
+    """
+    if seed >= 2**63:
+        raise ValueError(f"--seed must be less than 2**63, got {seed}")
 
 
 def help_text(text: str) -> str:

@@ -23,7 +23,7 @@ def read(path: Path) -> Series:
     """The series in a CSV file with a header and a column of dates; gaps are filled by linear interpolation.
 
     Raises:
-      DataError: if it cannot be read or a cell is not a number.
+      DataError: if it cannot be read, has no column of numbers, or a cell is not a number.
     """
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:

@@ -156,9 +156,9 @@ def array(name: str, value: Any, kind: Any, shape: tuple[int, ...] | None = None
             raise TypeError(f"{name} must be an array, got {describe(value)}")
         try:
             value = jnp.asarray(value)
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, OverflowError) as error:
             reason = str(error).split("\n")[0]
-            raise TypeError(f"{name} must be an array, got a list that is none: {reason}") from None
+            raise TypeError(f"{name} must be an array, got {describe(value)}, which makes none: {reason}") from None
     try:
         right = jnp.issubdtype(value.dtype, kind)
     except TypeError:  # that of another library
@@ -180,13 +180,13 @@ def marks(
     """``lengths (*batch)``, ``mask`` and ``resets`` ``(T, *batch)`` as arrays; None stays None."""
     over_time = (num_steps, *batch)
     return (
-        None if lengths is None else _counts(array("lengths", lengths, jnp.integer, batch)),
+        None if lengths is None else counts(array("lengths", lengths, jnp.integer, batch)),
         None if mask is None else array("mask", mask, jnp.bool_, over_time),
         None if resets is None else array("resets", resets, jnp.bool_, over_time),
     )
 
 
-def _counts(lengths: Array) -> Array:
+def counts(lengths: Array) -> Array:
     """Lengths in a dtype that a count of steps, and less than nothing, fit in."""
     if lengths.dtype in (jnp.int32, jnp.int64):
         return lengths

@@ -282,7 +282,14 @@ def test_words_go_on_from_words(tmp_path):
     config = {"options": {"task": "wordlm"}, "vocabulary": ["<eos>", "<unk>", "cat"]}
     (tmp_path / "run" / "config.json").write_text(json.dumps(config))
     said = command("--sample", "run", "--prompt", " ", cwd=tmp_path, fails=True)
-    assert said == "train.py: --prompt has no word, got ' '\n"
+    assert said == "train.py: --prompt must have at least one character or word, got ' '\n"
+
+
+def test_rows_that_do_not_lie_evenly_over_a_mesh_are_refused_before_anything_is_made(tmp_path, monkeypatch):
+    monkeypatch.setattr(train.devices, "begin", lambda *_: jax.make_mesh((2, 1), train.devices.AXES))
+    said = command("--batch", "3", "--mesh", "data=2", "--run-dir", "run", cwd=tmp_path, fails=True)
+    assert said == "train.py: --batch 3 does not lie evenly over data=2 of --mesh\n"
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize(

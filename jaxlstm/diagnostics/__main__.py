@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from jaxlstm.diagnostics import memory, pictures, trace, trained, vanishing
-from jaxlstm.options import help_text
+from jaxlstm.options import check_seed, help_text
 from jaxlstm.reporting import say
 
 
@@ -43,8 +43,7 @@ class Vanishing:
         for name, least in (("steps", 2), ("hidden", 1), ("updates", 1), ("batch", 1), ("seed", 0)):
             if getattr(self, name) < least:
                 raise ValueError(f"--{name} must be at least {least}, got {getattr(self, name)}")
-        if self.seed >= 2**63:
-            raise ValueError(f"--seed must be less than 2**63, got {self.seed}")
+        check_seed(self.seed)
 
     def run(self, console: Console) -> None:
         """Train, draw, say."""

@@ -52,7 +52,7 @@ def _in_order_of_reading(ys: Array, lengths: Array | None) -> Array:
     """Outputs of a run backward in time, the one of the step taken first in front; padding stays at the end."""
     if lengths is None:
         return jnp.flip(ys, 0)
-    lengths = jnp.asarray(lengths).astype(jnp.int32)  # of which less than nothing can be taken, and wraps nowhere
+    lengths = jnp.minimum(validation.counts(jnp.asarray(lengths)), ys.shape[0])
     steps = jnp.arange(ys.shape[0], dtype=lengths.dtype).reshape(-1, *[1] * lengths.ndim)
     return jnp.take_along_axis(ys, ((lengths[None] - 1 - steps) % ys.shape[0])[..., None], 0)
 

@@ -10,7 +10,8 @@ class Row(NamedTuple):
     """What is taken on a platform.
 
     Shapes have no column. Of those measured another wins at one, and in inference alone: ``"scan"`` takes 0.87 of the
-    time at (T, B, I, H) = (512, 1, 64, 128), 0.93 on another machine, where its training step takes 1.84 and 2.08.
+    time at (T, B, I, H) = (512, 1, 64, 128), 0.93 on another machine, where its training step takes 1.84 and 2.08; with
+    JAX 0.12 0.94, where it takes 1.22.
     """
 
     takes: str
@@ -25,7 +26,7 @@ TABLE = {
         "fused",
         f"the fastest measured {CPU}, on average and in training at every shape (benchmarks/README.md)",
         {
-            "scan": f"slower: 1.72 times the training step, 1.29 times the inference or more, over 5 shapes {CPU}",
+            "scan": f"slower: 1.51 times the training step, 1.26 times the inference or more, over 5 shapes {CPU}",
             "newton": f"slower: 1.9 to 23 times the training step, 2 to 197 times the inference, at 8 shapes {CPU}",
         },
     ),

@@ -90,9 +90,12 @@ def write(
       length: number of tokens to write.
       key: PRNG key.
       temperature: divides the logits.
+
+    Raises:
+      ValueError: for a prompt that is empty or not of this alphabet.
     """
     start = jnp.asarray(alphabet.encode(prompt))
     if not start.size:
-        raise data.DataError(f"--prompt has no word, got {prompt!r}")
+        raise ValueError(f"--prompt must have at least one character or word, got {prompt!r}")
     model = build(run, len(alphabet))
     return alphabet.decode(np.asarray(generate(model, load(model.init), start, length, key, temperature)))

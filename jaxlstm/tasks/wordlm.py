@@ -60,7 +60,11 @@ def make(options: Options) -> Task:
 
 
 def texts(source: str) -> tuple[str, str]:
-    """Text to train on and to validate on."""
+    """Text to train on and to validate on.
+
+    Raises:
+      DataError: if it cannot be had, is one line, or is a folder without either part.
+    """
     folder = Path(source)
     if folder.is_dir():
         found = [sorted(folder.glob(f"*{part}*")) for part in ("train", "valid")]
