@@ -29,15 +29,15 @@ import numpy as np
 import tyro
 from rich.console import Console
 
-from jaxlstm import devices, memory, training
-from jaxlstm import options as configuration
-from jaxlstm.checkpoints import CheckpointError, Checkpoints
-from jaxlstm.data import cache_folder
-from jaxlstm.diagnostics import watch
-from jaxlstm.options import Options
-from jaxlstm.reporting import Report, draw_curves, say, write_json
-from jaxlstm.tasks import TASKS
-from jaxlstm.tasks.task import Task
+from jaxlstm.training import config as configuration
+from jaxlstm.training import malloc, sharding, train_step
+from jaxlstm.training import saturation as watch
+from jaxlstm.training.checkpointing import CheckpointError, Checkpoints
+from jaxlstm.training.config import Options
+from jaxlstm.training.data.text import cache_folder
+from jaxlstm.training.metrics import Report, draw_curves, say, write_json
+from jaxlstm.training.tasks import TASKS
+from jaxlstm.training.tasks.task import Task
 
 RATE = {"adamw": 4e-3, "asgd": 0.3}  # peak of the learning rate
 
@@ -67,7 +67,7 @@ def train(options: Options, console: Console) -> None:
 def run(options: Options, console: Console, until_the_end: contextlib.ExitStack) -> None:
     """See `train`."""
     began = time.perf_counter()
-    mesh = devices.begin(options.mesh, options.coordinator, options.processes, options.process)
+    mesh = sharding.begin(options.mesh, options.coordinator, options.processes, options.process)
     first = jax.process_index() == 0  # the one of many processes that shows and writes
 
     if mesh is not None and options.batch % mesh.shape["data"]:
@@ -75,7 +75,7 @@ def run(options: Options, console: Console, until_the_end: contextlib.ExitStack)
 
     # The task, the optimiser, and the state before the first step.
     task = TASKS[options.task].make(options)
-    optimizer = training.optimizer(
+    optimizer = train_step.optimizer(
         options.learning_rate or RATE[options.optimizer],
         warmup=options.warmup,
         weight_decay=options.weight_decay,
@@ -86,9 +86,9 @@ def run(options: Options, console: Console, until_the_end: contextlib.ExitStack)
     k_init, k_steps = jax.random.split(key)
     params = task.init(k_init)
     parameters = sum(leaf.size for leaf in jax.tree.leaves(params))
-    state = training.start(params, optimizer, task.carry(params), k_steps, averaged=options.optimizer == "asgd")
-    state = devices.place_state(mesh, state)
-    step_function = training.make_step(task.loss, optimizer)
+    state = train_step.start(params, optimizer, task.carry(params), k_steps, averaged=options.optimizer == "asgd")
+    state = sharding.place_state(mesh, state)
+    step_function = train_step.make_step(task.loss, optimizer)
     look_inside = watch.saturation(task.lstm, task.reads)
     device, count = jax.devices()[0], 1 if mesh is None else mesh.size
 
@@ -127,7 +127,7 @@ def run(options: Options, console: Console, until_the_end: contextlib.ExitStack)
     def validate() -> None:
         nonlocal best_loss, state
         start = time.perf_counter()
-        trained = devices.everywhere(state.trained)
+        trained = sharding.everywhere(state.trained)
         figures = task.evaluate(trained)
         if state.average is not None:
             figures |= {"averaged_steps": int(state.average.steps)}
@@ -136,9 +136,9 @@ def run(options: Options, console: Console, until_the_end: contextlib.ExitStack)
         record.valid_losses.append(loss)
         if best := loss < best_loss:
             best_loss, record.best_step = loss, step
-            training.save_params(folder / training.BEST, trained)
+            train_step.save_params(folder / train_step.BEST, trained)
         report.valid(step, figures, speed, best=best, sample=task.show(trained, jax.random.fold_in(key, step)))
-        state = training.begin_average(state, record.valid_losses)
+        state = train_step.begin_average(state, record.valid_losses)
         record.valid_seconds = time.perf_counter() - start
 
     def save() -> None:
@@ -152,11 +152,11 @@ def run(options: Options, console: Console, until_the_end: contextlib.ExitStack)
     report = Report(folder, console, task.counted, task.say, record.rows, tensorboard=options.tensorboard)
     with checkpoints, report:
         trace = Trace(folder / "profile", options.profile)
-        batches = training.prefetch(task.batches(step), devices.place_batch(mesh))
+        batches = train_step.prefetch(task.batches(step), sharding.place_batch(mesh))
         clock = time.perf_counter()
         report.begin(min(1.0, max(step / max_steps, spent() / max_seconds)))
         while step < max_steps and progress < 1:
-            now, stop = devices.agreed(spent(), stopped[0] if stopped else 0)
+            now, stop = sharding.agreed(spent(), stopped[0] if stopped else 0)
             if stop:
                 break
             batch = next(batches)
@@ -198,7 +198,7 @@ def run(options: Options, console: Console, until_the_end: contextlib.ExitStack)
         checkpoints.wait()
 
     # What is left of the run.
-    best = training.load_params(folder / training.BEST, task.init)
+    best = train_step.load_params(folder / train_step.BEST, task.init)
     tested = task.test(best)
     task.draw(best, folder)
     summary = {
@@ -289,8 +289,8 @@ def copy_of(folder: Path) -> Path:
 
 
 def restore(
-    checkpoints: Checkpoints, options: Options, task: Task, state: training.TrainState
-) -> tuple[training.TrainState, Record]:
+    checkpoints: Checkpoints, options: Options, task: Task, state: train_step.TrainState
+) -> tuple[train_step.TrainState, Record]:
     """The state and the record in the latest checkpoint, once it is one of this configuration."""
     step, kept = checkpoints.record()
     try:
@@ -325,7 +325,7 @@ def catch_signals() -> list[signal.Signals]:
     return caught
 
 
-def check(outcome: training.Outcome, step: int, options: Options) -> None:
+def check(outcome: train_step.Outcome, step: int, options: Options) -> None:
     """Wait for a step; the end of the run if too many in a row, up to this one, were skipped."""
     if int(outcome.in_a_row) >= options.max_skipped:
         raise FloatingPointError(
@@ -351,7 +351,7 @@ def sample(options: Options, console: Console) -> None:
     text = task.write(
         run,
         config,
-        partial(training.load_params, options.sample / training.BEST),
+        partial(train_step.load_params, options.sample / train_step.BEST),
         prompt=options.prompt,
         length=options.length,
         key=jax.random.key(options.seed),
@@ -421,7 +421,7 @@ def obey(arguments: list[str], console: Console) -> None:
 
 def main() -> None:
     """The command."""
-    memory.keep_freed()
+    malloc.keep_freed()
     for noisy in ("absl", "asyncio"):  # Orbax logs, thread by thread, what is also raised
         logging.getLogger(noisy).setLevel(logging.CRITICAL)
     sys.unraisablehook = say_unless_raised

@@ -38,7 +38,7 @@ from peers import (
 )
 from rich.console import Console
 
-from jaxlstm.reporting import write_json
+from jaxlstm.training.metrics import write_json
 
 Section = Literal["shapes", "growth", "vmap", "memory", "compile"]
 Times = dict[str, dict[str, float]]

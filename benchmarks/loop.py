@@ -21,11 +21,11 @@ from rich.console import Console
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import train
-from jaxlstm import memory, training
-from jaxlstm.checkpoints import Checkpoints
-from jaxlstm.options import Options
-from jaxlstm.reporting import write_json
-from jaxlstm.tasks import TASKS
+from jaxlstm.training import malloc, train_step
+from jaxlstm.training.checkpointing import Checkpoints
+from jaxlstm.training.config import Options
+from jaxlstm.training.metrics import write_json
+from jaxlstm.training.tasks import TASKS
 
 STEPS, BLOCK = 300, 50
 
@@ -43,12 +43,12 @@ class Measured:
 def bare(options: Options) -> list[float]:
     """Seconds per step of the compiled step alone, one figure for each block of steps but the first."""
     task = TASKS[options.task].make(options)
-    optimizer = training.optimizer(
+    optimizer = train_step.optimizer(
         train.RATE["adamw"], warmup=options.warmup, weight_decay=options.weight_decay, clip=options.clip
     )
     params = task.init(jax.random.key(0))
-    state = training.start(params, optimizer, task.carry(params), jax.random.key(1))
-    step = training.make_step(task.loss, optimizer)
+    state = train_step.start(params, optimizer, task.carry(params), jax.random.key(1))
+    step = train_step.make_step(task.loss, optimizer)
     batches = jax.device_put(list(itertools.islice(task.batches(0), BLOCK)))
     seconds = []
     for _ in range(STEPS // BLOCK):
@@ -84,7 +84,7 @@ def whole(options: Options) -> tuple[list[float], float]:
 def main(measured: Measured, console: Console) -> None:
     """Measure and report."""
     path = measured.out and report.to_be_written(measured.out / "loop.json")
-    memory.keep_freed()  # as train.py does
+    malloc.keep_freed()  # as train.py does
     times: dict[str, list[float]] = {"bare": [], "whole": [], "whole, diagnose 0": [], "saving": []}
     for _ in range(at_least_one(measured.rounds)):
         times["bare"] += bare(Options())

@@ -19,7 +19,7 @@ import report
 from measuring import at_least_one, machine
 from rich.console import Console
 
-from jaxlstm.reporting import write_json
+from jaxlstm.training.metrics import write_json
 
 ROOT = Path(__file__).parent.parent
 MESHES = {

@@ -18,7 +18,7 @@ from rich.console import Console
 import jaxlstm
 from jaxlstm.diagnostics import newton_effort
 from jaxlstm.recurrence import Newton
-from jaxlstm.reporting import write_json
+from jaxlstm.training.metrics import write_json
 
 CONTESTANTS = {"fused": "fused", "full": Newton("full"), "diagonal": Newton("diagonal")}
 COLOURS = {"full": ("#0072B2", "o"), "diagonal": ("#D55E00", "s")}

@@ -16,7 +16,7 @@ from measuring import machine
 from rich.console import Console
 
 import jaxlstm
-from jaxlstm.reporting import write_json
+from jaxlstm.training.metrics import write_json
 
 SPANS = 8  # pieces of the sequence whose error is given apart
 

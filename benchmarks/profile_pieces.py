@@ -18,9 +18,9 @@ from peers import Shape, inputs
 from rich.console import Console
 
 import jaxlstm
-from jaxlstm.recurrence import partials
+from jaxlstm.recurrence import gate_derivatives
 from jaxlstm.recurrence.layout import Layout
-from jaxlstm.reporting import write_json
+from jaxlstm.training.metrics import write_json
 
 
 @dataclass(frozen=True)
@@ -101,20 +101,22 @@ def backward_pieces(dtype: str, shape: Shape) -> dict[str, Piece]:
     z, c = normal(gates, chunks, size), normal(shape.units, chunks, size)
     w_h, d_ys = jax.random.normal(next(keys), (gates, shape.units)) / shape.units**0.5, normal(shape.units, size)
 
-    def found(z: jax.Array, c: jax.Array) -> partials.Partials:
-        return partials.of(jaxlstm.cells.lstm, z, c, 1.0, layout.axis)
+    def found(z: jax.Array, c: jax.Array) -> gate_derivatives.Partials:
+        return gate_derivatives.of(jaxlstm.cells.lstm, z, c, 1.0, layout.axis)
 
-    def all_found(z: jax.Array, c: jax.Array) -> partials.Partials:
+    def all_found(z: jax.Array, c: jax.Array) -> gate_derivatives.Partials:
         """Those of the last chunk, each written over the ones before."""
         return jax.lax.scan(lambda _, now: (found(*now), None), found(z[0], c[0]), (z[1:], c[1:]))[0]
 
-    def back(w_h: jax.Array, needed: partials.Partials, d_ys: jax.Array) -> jax.Array:
+    def back(w_h: jax.Array, needed: gate_derivatives.Partials, d_ys: jax.Array) -> jax.Array:
         """The gradient of ``z`` summed over chunks, of which each has the partials and cotangents of the same one."""
         recurrent = layout.prepare_for_transpose(w_h)
 
         def step(before: Any, now: Any) -> Any:
             p, dz = now
-            dc, dh = partials.step(p, dz + layout.times_in_transpose(recurrent, before[1]), before[0], layout.axis)
+            dc, dh = gate_derivatives.step(
+                p, dz + layout.times_in_transpose(recurrent, before[1]), before[0], layout.axis
+            )
             return (dc, dh), dh
 
         def over_time(dz: jax.Array) -> jax.Array:

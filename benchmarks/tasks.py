@@ -15,7 +15,7 @@ from typing import Any
 
 from measuring import machine
 
-from jaxlstm.reporting import write_json
+from jaxlstm.training.metrics import write_json
 
 ROOT = Path(__file__).parent.parent
 

@@ -16,8 +16,10 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxlstm import diagnostics, synthetic
-from jaxlstm.diagnostics import pictures, trained, vanishing
+from jaxlstm import diagnostics
+from jaxlstm.diagnostics import plots
+from jaxlstm.training import inspect_run, vanishing_gradient
+from jaxlstm.training.data import synthetic
 
 DOCS = Path(__file__).parent
 FIGURES = DOCS / "figures"
@@ -37,15 +39,15 @@ def character_model() -> dict[str, str]:
         subprocess.run([sys.executable, DOCS.parent / "train.py", "--run-dir", run], check=True)
         shutil.copy(run / "curves.png", FIGURES / "learning.png")
         summary = json.loads((run / "summary.json").read_text())
-        model, params, ids = trained.load(run, TEXT)
+        model, params, ids = inspect_run.load(run, TEXT)
     trace = diagnostics.trace(model.lstm, params.lstm, params.embedding[ids])
     steps = trace.layers[0].forward
     shown = steps._replace(
         gates={name: a[:80] for name, a in steps.gates.items()}, c=steps.c[:80], m=steps.m[:80], h=steps.h[:80]
     )
-    save("gates", pictures.draw_gates(shown, TEXT[:80]))
-    telling = trained.telling_units(steps.c, TEXT)
-    save("cell_states", pictures.draw_cell_states(steps.c, TEXT, telling))
+    save("gates", plots.draw_gates(shown, TEXT[:80]))
+    telling = inspect_run.telling_units(steps.c, TEXT)
+    save("cell_states", plots.draw_cell_states(steps.c, TEXT, telling))
     memory = diagnostics.memory(trace)
     units = memory.layers[0].forward
     middle, long = np.quantile(units.time_constant, (0.5, 0.9), method="nearest")
@@ -65,12 +67,12 @@ def character_model() -> dict[str, str]:
 
 def adding_task() -> dict[str, str]:
     """The vanishing gradient and its cure, as ``python -m jaxlstm.diagnostics vanishing`` shows it."""
-    networks = vanishing.contestants(HIDDEN)
+    networks = vanishing_gradient.contestants(HIDDEN)
     learners = {
-        name: vanishing.learn(lstm, steps=STEPS, updates=UPDATES, batch=32, learning_rate=rate, seed=0)
+        name: vanishing_gradient.learn(lstm, steps=STEPS, updates=UPDATES, batch=32, learning_rate=rate, seed=0)
         for name, (lstm, rate) in networks.items()
     }
-    save("vanishing", pictures.draw_vanishing(learners, title=f"The adding task over {STEPS} steps, {HIDDEN} units"))
+    save("vanishing", plots.draw_vanishing(learners, title=f"The adding task over {STEPS} steps, {HIDDEN} units"))
     numbers = {"steps": str(STEPS), "updates": f"{UPDATES:,}", "adding_hidden": str(HIDDEN)}
     probe = synthetic.adding(np.random.default_rng(1), STEPS, 1)
     for short, name in (("rnn", "vanilla RNN"), ("zero", "LSTM, forget bias 0"), ("one", "LSTM, forget bias 1")):
@@ -91,7 +93,7 @@ def adding_task() -> dict[str, str]:
     vanilla, lstm = "vanilla RNN", "LSTM, forget bias 1"
     for file, name, trained_yet in (("rnn_before", vanilla, 0), ("rnn_after", vanilla, 1), ("lstm_after", lstm, 1)):
         params = learners[name].params[trained_yet].network
-        save(f"eigenvalues_{file}", pictures.draw_eigenvalues(networks[name][0], params))
+        save(f"eigenvalues_{file}", plots.draw_eigenvalues(networks[name][0], params))
     return numbers
 
 

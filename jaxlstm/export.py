@@ -24,9 +24,9 @@ from jax import Array
 from jax.export import Exported, export, symbolic_shape
 
 from jaxlstm import validation
-from jaxlstm.files import written_whole
-from jaxlstm.model import LSTM
-from jaxlstm.types import Params, State, output_dtype
+from jaxlstm.atomic_write import atomic_write
+from jaxlstm.lstm import LSTM
+from jaxlstm.params import Params, State, output_dtype
 
 PLATFORMS = ("cpu", "cuda", "tpu")
 FOR_ANY_SIZE = (None, "fused", "scan", "sharded")  # implementations
@@ -117,7 +117,7 @@ def save(program: Exported, path: str | Path, *, overwrite: bool = False) -> Non
         raise ImportError(
             "a program is written with flatbuffers, which is not installed: pip install 'jaxlstm[export]'"
         )
-    with written_whole(Path(path), overwrite=overwrite) as file:
+    with atomic_write(Path(path), overwrite=overwrite) as file:
         file.write(program.serialize())
 
 

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import DTypeLike
 
-from jaxlstm.types import sums_dtype
+from jaxlstm.params import accumulation_dtype
 
 Initializer = Callable[..., Array]  # (key, shape, dtype) -> array, as those of jax.nn.initializers
 
@@ -32,7 +32,7 @@ def per_gate(initializer: Initializer, num_gates: int = 4, axis: int = 0) -> Ini
         block[axis], left = divmod(shape[axis], num_gates)
         if left:
             raise ValueError(f"axis {axis} stacks {num_gates} gates, but {shape[axis]} is no multiple of {num_gates}")
-        draw_dtype = sums_dtype(dtype)
+        draw_dtype = accumulation_dtype(dtype)
         blocks = [initializer(k, tuple(block), draw_dtype) for k in jax.random.split(key, num_gates)]
         return jnp.concatenate(blocks, axis).astype(dtype)
 
@@ -78,7 +78,7 @@ def chrono(num_gates: int, forget_gate: int, input_gate: int | None, longest: in
 
     def init(key: Array, shape: tuple[int, ...], dtype: DTypeLike = jnp.float32) -> Array:
         (rows,) = shape
-        spans = jax.random.uniform(key, (rows // num_gates,), sums_dtype(dtype), 1.0, longest - 1.0)
+        spans = jax.random.uniform(key, (rows // num_gates,), accumulation_dtype(dtype), 1.0, longest - 1.0)
         bias = jnp.zeros((num_gates, rows // num_gates), dtype)
         bias = bias.at[forget_gate].set(jnp.log(spans).astype(dtype))
         if input_gate is not None:

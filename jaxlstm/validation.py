@@ -11,7 +11,7 @@ from jax import Array
 from jax.export import is_symbolic_dim
 
 from jaxlstm.cells import Cell
-from jaxlstm.types import Params, Size, State
+from jaxlstm.params import Params, Size, State
 
 
 def positive_int(name: str, value: Any) -> int:

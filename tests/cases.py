@@ -12,8 +12,8 @@ import pytest
 
 import jaxlstm
 from jaxlstm import recurrence
-from jaxlstm.dropout import Rates, draw, dropout, keep_mask
-from jaxlstm.model import _part
+from jaxlstm.dropout import RegularizerRates, draw_masks, dropout, dropout_mask
+from jaxlstm.lstm import regularizer_key
 
 
 def slow_but(fast, every):
@@ -176,7 +176,7 @@ def loss(ys: Any, state: Any, cotangents: tuple) -> Any:
 def masks(case: Case) -> tuple[list, list, list]:
     """What the case's key draws, for the oracle: masks between layers, noise in them, masks of recurrent weights."""
     lstm, (steps, batch, _) = case.lstm, case.xs.shape
-    rates = Rates(lstm.recurrent_dropout, lstm.zoneout_h, lstm.zoneout_c)
+    rates = RegularizerRates(lstm.recurrent_dropout, lstm.zoneout_h, lstm.zoneout_c)
     key, width = case.options.get("key"), lstm.num_directions * lstm.output_size
     if key is None:
         return [None] * (lstm.num_layers + 1), [(1.0, lstm.zoneout_h, lstm.zoneout_c)] * lstm.num_layers, []
@@ -184,23 +184,31 @@ def masks(case: Case) -> tuple[list, list, list]:
     def between(key: Any, rate: float, size: int, over_time: bool) -> np.ndarray:
         return np.asarray(dropout(key, rate, jnp.ones((steps, batch, size)), over_time=over_time))
 
-    sides = [between(_part(key, 0, 3), lstm.input_dropout, 3, False)]
+    sides = [between(regularizer_key(key, 0, 3), lstm.input_dropout, 3, False)]
     sides += [
         between(jax.random.fold_in(key, n), lstm.dropout, width, not lstm.variational)
         for n in range(1, lstm.num_layers)
     ]
-    sides.append(between(_part(key, 0, 4), lstm.output_dropout, width, False))
+    sides.append(between(regularizer_key(key, 0, 4), lstm.output_dropout, width, False))
     noise, weights = [], []
     for n in range(lstm.num_layers):
         leading = (lstm.num_directions, steps, batch)
-        drawn = draw(_part(key, n, 1), rates, leading, lstm.output_size, None if lstm.cell == "rnn" else 5)
-        kept, held_h, held_c = (None if a is None else np.asarray(a, float) for a in drawn)
-        scale = 1.0 if kept is None else kept / (1 - rates.candidate)
-        noise.append((scale, 0.0 if held_h is None else held_h, 0.0 if held_c is None else held_c))
+        drawn = draw_masks(
+            regularizer_key(key, n, 1), rates, leading, lstm.output_size, None if lstm.cell == "rnn" else 5
+        )
+        kept, zoneout_mask_h, zoneout_mask_c = (None if a is None else np.asarray(a, float) for a in drawn)
+        scale = 1.0 if kept is None else kept / (1 - rates.recurrent_dropout)
+        noise.append(
+            (
+                scale,
+                0.0 if zoneout_mask_h is None else zoneout_mask_h,
+                0.0 if zoneout_mask_c is None else zoneout_mask_c,
+            )
+        )
         if lstm.weight_drop:
-            keys = jax.random.split(_part(key, n, 2), lstm.num_directions)
+            keys = jax.random.split(regularizer_key(key, n, 2), lstm.num_directions)
             shape = case.params.layers[n].forward.w_h.shape
-            weights.append([np.asarray(keep_mask(k, lstm.weight_drop, shape, jnp.float64)) for k in keys])
+            weights.append([np.asarray(dropout_mask(k, lstm.weight_drop, shape, jnp.float64)) for k in keys])
     return sides, noise, weights
 
 

@@ -10,9 +10,9 @@ import jax
 import pytest
 from jaxtyping import install_import_hook
 
-# Shapes in signatures are checked where arrays are already validated. `jaxlstm.model` is left out: its own errors on
+# Shapes in signatures are checked where arrays are already validated. `jaxlstm.lstm` is left out: its own errors on
 # wrong input are the ones to be tested.
-CHECKED = ["cells", "dropout", "initializers", "language_model", "recurrence", "step", "sequence", "training"]
+CHECKED = ["cells", "dropout", "initializers", "primitives", "recurrence", "experimental", "training"]
 install_import_hook([f"jaxlstm.{name}" for name in CHECKED], "beartype.beartype")
 
 jax.config.update("jax_enable_x64", True)
@@ -24,9 +24,9 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 @pytest.fixture(scope="session", autouse=True)
 def _kernels_are_interpreted():
     """There is no TPU here: `implementation="pallas"` is carried out operation by operation."""
-    from jaxlstm.recurrence import kernel
+    from jaxlstm.experimental.pallas import mosaic_tpu_scan
 
-    with kernel.making_for(kernel.INTERPRET):
+    with mosaic_tpu_scan.making_for(mosaic_tpu_scan.INTERPRET):
         yield
 
 

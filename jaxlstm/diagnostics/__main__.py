@@ -17,9 +17,10 @@ import tyro
 from rich.console import Console
 from rich.progress import Progress
 
-from jaxlstm.diagnostics import memory, pictures, trace, trained, vanishing
-from jaxlstm.options import check_seed, help_text
-from jaxlstm.reporting import say
+from jaxlstm.diagnostics import gate_statistics, plots, trace
+from jaxlstm.training import inspect_run, vanishing_gradient
+from jaxlstm.training.config import check_seed, help_text
+from jaxlstm.training.metrics import say
 
 
 @dataclass(frozen=True)
@@ -50,9 +51,9 @@ class Vanishing:
         out = unused(self.out)
         learners = {}
         with Progress(console=console, disable=not console.is_terminal) as bar:
-            for name, (lstm, learning_rate) in vanishing.contestants(self.hidden).items():
+            for name, (lstm, learning_rate) in vanishing_gradient.contestants(self.hidden).items():
                 task = bar.add_task(f"{name:20}", total=self.updates)
-                learners[name] = vanishing.learn(
+                learners[name] = vanishing_gradient.learn(
                     lstm,
                     steps=self.steps,
                     updates=self.updates,
@@ -62,8 +63,8 @@ class Vanishing:
                     tell=lambda updates, error: bar.update(task, completed=updates),  # noqa: B023  (called at once)
                 )
         title = f"The adding task over {self.steps} steps, {self.hidden} units"
-        pictures.draw_vanishing(learners, title=title).savefig(out, dpi=150)
-        say(console, vanishing.sentence(learners, self.steps))
+        plots.draw_vanishing(learners, title=title).savefig(out, dpi=150)
+        say(console, vanishing_gradient.sentence(learners, self.steps))
         say(console, str(out))
 
 
@@ -82,7 +83,7 @@ class Inspect:
 
     def run(self, console: Console) -> None:
         """Trace, draw, say."""
-        model, params, ids = trained.load(self.run_dir, self.text)
+        model, params, ids = inspect_run.load(self.run_dir, self.text)
         if not 0 <= self.layer < model.lstm.num_layers:
             raise ValueError(f"--layer must be one of 0 to {model.lstm.num_layers - 1}, got {self.layer}")
         folder = self.out or self.run_dir / time.strftime("inspect-%Y-%m-%d-%H%M%S")
@@ -92,17 +93,17 @@ class Inspect:
         steps = found.layers[self.layer].forward
         shown = jax.tree.map(lambda a: a[: len(self.text[:120])], steps)
         drawn = {
-            "gates": pictures.draw_gates(shown, self.text[:120]),
-            "eigenvalues": pictures.draw_eigenvalues(model.lstm, params.lstm, layer=self.layer),
+            "gates": plots.draw_gates(shown, self.text[:120]),
+            "eigenvalues": plots.draw_eigenvalues(model.lstm, params.lstm, layer=self.layer),
         }
         if steps.c is not None:
-            drawn["cell_states"] = pictures.draw_cell_states(
-                steps.c, self.text, trained.telling_units(steps.c, self.text)
+            drawn["cell_states"] = plots.draw_cell_states(
+                steps.c, self.text, inspect_run.telling_units(steps.c, self.text)
             )
         folder.mkdir(parents=True, exist_ok=True)
         for name, figure in drawn.items():
             figure.savefig(folder / f"{name}.png", dpi=150)
-        say(console, memory(found).report)
+        say(console, gate_statistics.memory(found).report)
         say(console, f"{folder}: {', '.join(f'{name}.png' for name in drawn)}")
 
 

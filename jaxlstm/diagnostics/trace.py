@@ -10,15 +10,15 @@ from jax import Array
 from jax.typing import ArrayLike
 from jaxtyping import Bool, Float, Int
 
-from jaxlstm import sequence, validation
+from jaxlstm import validation
 from jaxlstm.cells import Cell
-from jaxlstm.diagnostics.look import look
-from jaxlstm.dropout import Noise
-from jaxlstm.model import LSTM, Arguments
-from jaxlstm.recurrence import scan
-from jaxlstm.recurrence.how import How
-from jaxlstm.step import input_part, step
-from jaxlstm.types import Layer, Params, State, Weights
+from jaxlstm.diagnostics.jaxpr_probe import look
+from jaxlstm.dropout import RegularizerMasks
+from jaxlstm.lstm import LSTM, CallArgs
+from jaxlstm.params import Layer, Params, State, Weights
+from jaxlstm.recurrence import masking, scan
+from jaxlstm.recurrence.context import How
+from jaxlstm.recurrence.step import input_part, step
 
 ORDER = "ifgo"
 
@@ -91,7 +91,7 @@ def in_order(steps: Steps) -> Steps:
     return steps._replace(gates=dict(sorted(steps.gates.items(), key=lambda item: (ORDER + item[0]).index(item[0]))))
 
 
-def checked(lstm: LSTM, *arguments: Any) -> Arguments:
+def checked(lstm: LSTM, *arguments: Any) -> CallArgs:
     """The arguments of a call without a key, validated; a sequence has at least one step."""
     if not isinstance(lstm, LSTM):
         raise TypeError(f"lstm must be a jaxlstm.LSTM, got {type(lstm).__name__}")
@@ -102,7 +102,7 @@ def checked(lstm: LSTM, *arguments: Any) -> Arguments:
 
 
 @partial(jax.jit, static_argnums=(0, 2))
-def _trace(lstm: LSTM, arguments: Arguments, reverse: bool) -> Trace:
+def _trace(lstm: LSTM, arguments: CallArgs, reverse: bool) -> Trace:
     return record(lstm, arguments, reverse)
 
 
@@ -114,7 +114,7 @@ class Nudges(NamedTuple):
 
 
 def record(
-    lstm: LSTM, arguments: Arguments, reverse: bool, nudges: tuple[tuple[Nudges, ...], ...] | None = None
+    lstm: LSTM, arguments: CallArgs, reverse: bool, nudges: tuple[tuple[Nudges, ...], ...] | None = None
 ) -> Trace:
     """The trace of a run by the reference recurrence; ``nudges`` are by layer and direction."""
     layers: list[Directions] = []
@@ -123,12 +123,12 @@ def record(
         mine = None if nudges is None else nudges[len(layers)]
         over_rows = partial(_layer, cell, layer, mine)
         how = how._replace(remat=None)
-        steps, last = sequence.steps_that_exist(over_rows, xs, state, how, batch_axes=xs.ndim - 2)
+        steps, last = masking.steps_that_exist(over_rows, xs, state, how, batch_axes=xs.ndim - 2)
         layers.append(Directions(*steps))
         return jnp.concatenate([s.h for s in steps], axis=-1).astype(how.dtype), last
 
     ys, last = lstm._over_layers(run, arguments, reverse)
-    marks = sequence.steps_taken(len(arguments.xs), arguments.lengths, arguments.mask)
+    marks = masking.steps_taken(len(arguments.xs), arguments.lengths, arguments.mask)
     taken = jnp.ones(arguments.xs.shape[:-1], bool) if marks is None else marks
     return Trace(tuple(layers), taken, ys, last)
 
@@ -149,7 +149,7 @@ def _layer(
     return scan.over_time([equations(w, n) for w, n in zip(layer.directions, by_direction)], xs, state, how)
 
 
-def _step(cell: Cell, w: Weights, how: How, now: Any, before: State, noise: Noise) -> tuple[State, Steps]:
+def _step(cell: Cell, w: Weights, how: How, now: Any, before: State, noise: RegularizerMasks) -> tuple[State, Steps]:
     """A step of `jaxlstm.step`, by a cell that shows what it computes."""
     z_x, nudge = now
     seen: dict[str, Any] = {}

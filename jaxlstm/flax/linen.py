@@ -6,10 +6,10 @@ from flax import linen as nn
 from jax import Array
 from jaxtyping import Bool, Float, Int
 
-from jaxlstm import model
-from jaxlstm.flax import shared
-from jaxlstm.flax.shared import NOWHERE, Sharding
-from jaxlstm.types import Params, State
+from jaxlstm import lstm as model
+from jaxlstm.flax import common
+from jaxlstm.flax.common import NOWHERE, Sharding
+from jaxlstm.params import Params, State
 
 
 class LSTM(nn.Module):
@@ -84,9 +84,9 @@ class LSTM(nn.Module):
             return default if value is None else value
 
         key = None
-        if shared.is_stochastic(self.lstm) and not nn.merge_param("deterministic", self.deterministic, deterministic):
+        if common.is_stochastic(self.lstm) and not nn.merge_param("deterministic", self.deterministic, deterministic):
             key = self.make_rng("dropout")
-        return shared.over_time(
+        return common.over_time(
             self.lstm,
             self.weights,
             inputs,
@@ -125,7 +125,7 @@ class LSTMCell(nn.RNNCellBase):
         Raises:
           ValueError: for a configuration that a cell cannot have.
         """
-        shared.check_cell(self.lstm)
+        common.check_cell(self.lstm)
         self.weights = self.param("lstm", _init, self.lstm, self.sharding)
 
     def __call__(self, carry: Any, inputs: Float[Array, "*batch I"]) -> tuple[Any, Float[Array, "*batch P"]]:
@@ -138,7 +138,7 @@ class LSTMCell(nn.RNNCellBase):
         Returns:
           the new carry, and h in the configuration's ``dtype``.
         """
-        return shared.step(self.lstm, self.weights, carry, inputs)
+        return common.step(self.lstm, self.weights, carry, inputs)
 
     @nn.nowrap
     def initialize_carry(self, rng: Array, input_shape: tuple[int, ...]) -> Any:
@@ -154,7 +154,7 @@ class LSTMCell(nn.RNNCellBase):
         del rng
         if self.lstm.learned_state:
             raise ValueError("learned_state=True needs the whole sequence: LSTM has it, a cell of linen has not")
-        return shared.from_state(self.lstm.initial_state(input_shape[:-1]))
+        return common.from_state(self.lstm.initial_state(input_shape[:-1]))
 
     @property
     def num_feature_axes(self) -> int:
@@ -168,4 +168,4 @@ def _init(key: Array, lstm: model.LSTM, sharding: Sharding) -> Params:
     def wrap(array: Array, axes: tuple[str | None, ...] | None) -> Any:
         return array if axes is None else nn.Partitioned(array, axes)
 
-    return shared.place(lstm.init(key), sharding, wrap)
+    return common.place(lstm.init(key), sharding, wrap)

@@ -9,10 +9,10 @@ from flax import nnx
 from jax import Array
 from jaxtyping import Bool, Float, Int
 
-from jaxlstm import model
-from jaxlstm.flax import shared
-from jaxlstm.flax.shared import NOWHERE, Sharding
-from jaxlstm.types import Params, State
+from jaxlstm import lstm as model
+from jaxlstm.flax import common
+from jaxlstm.flax.common import NOWHERE, Sharding
+from jaxlstm.params import Params, State
 
 
 class LSTM(nnx.Module):
@@ -52,7 +52,7 @@ class LSTM(nnx.Module):
     ):
         self.lstm = lstm
         self.params = _params(lstm, params, rngs, sharding)
-        self.rngs = nnx.data(rngs.dropout.fork() if rngs is not None and shared.is_stochastic(lstm) else None)
+        self.rngs = nnx.data(rngs.dropout.fork() if rngs is not None and common.is_stochastic(lstm) else None)
         self.time_major = time_major
         self.return_carry = return_carry
         self.reverse = reverse
@@ -100,7 +100,7 @@ class LSTM(nnx.Module):
         def chosen(value: bool | None, default: bool) -> bool:
             return default if value is None else value
 
-        return shared.over_time(
+        return common.over_time(
             self.lstm,
             _arrays(self.params),
             inputs,
@@ -130,7 +130,7 @@ class LSTM(nnx.Module):
 
     def _key(self, rngs: nnx.Rngs | nnx.RngStream | Array | None) -> Array | None:
         """A key for the regularisers, None where there are none."""
-        if not shared.is_stochastic(self.lstm):
+        if not common.is_stochastic(self.lstm):
             return None
         if rngs is None or (isinstance(rngs, nnx.RngStream) and rngs.tag == "carry"):
             rngs = self.rngs
@@ -165,7 +165,7 @@ class LSTMCell(nnx.RNNCellBase):
         rngs: nnx.Rngs | None = None,
         sharding: Sharding = NOWHERE,
     ):
-        shared.check_cell(lstm)
+        common.check_cell(lstm)
         self.lstm = lstm
         self.params = _params(lstm, params, rngs, sharding)
 
@@ -179,7 +179,7 @@ class LSTMCell(nnx.RNNCellBase):
         Returns:
           the new carry, and h in the configuration's ``dtype``.
         """
-        return shared.step(self.lstm, _arrays(self.params), carry, inputs)
+        return common.step(self.lstm, _arrays(self.params), carry, inputs)
 
     def initialize_carry(
         self,
@@ -194,7 +194,7 @@ class LSTMCell(nnx.RNNCellBase):
           rngs: what ``carry_init`` draws from, by its stream ``carry``.
           carry_init: an initialiser for c and h.
         """
-        carry = shared.from_state(self.lstm.initial_state(input_shape[:-1], _arrays(self.params)))
+        carry = common.from_state(self.lstm.initial_state(input_shape[:-1], _arrays(self.params)))
         if carry_init is None:
             return carry
         if rngs is None:
@@ -220,7 +220,7 @@ def _params(lstm: model.LSTM, params: Params | None, rngs: nnx.Rngs | None, shar
         # A copy lies on the mesh in use, if there is one; Flax lays out nothing that lies elsewhere.
         return nnx.Param(jnp.array(array), **metadata)
 
-    return nnx.data(shared.place(params, sharding, wrap))
+    return nnx.data(common.place(params, sharding, wrap))
 
 
 def _arrays(params: Any) -> Params:

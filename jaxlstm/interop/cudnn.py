@@ -7,10 +7,10 @@ from typing import Any
 import numpy as np
 
 from jaxlstm import validation
-from jaxlstm.interop import layout
-from jaxlstm.interop.layout import Layout, one_bias
-from jaxlstm.model import LSTM
-from jaxlstm.types import Params, Weights
+from jaxlstm.interop import conversion
+from jaxlstm.interop.conversion import Layout, one_bias
+from jaxlstm.lstm import LSTM
+from jaxlstm.params import Params, Weights
 
 
 def from_cudnn(lstm: LSTM, weights: Any) -> Params:
@@ -30,7 +30,7 @@ def from_cudnn(lstm: LSTM, weights: Any) -> Params:
         gates, layer normalisation, a learned state), or the vector is of the wrong length.
       TypeError: if ``param_dtype`` does not hold the vector's dtype exactly.
     """
-    shapes = layout.shapes(lstm, LAYOUT, _place)
+    shapes = conversion.shapes(lstm, LAYOUT, _place)
     order = _matrices_first(shapes)
     sizes = [math.prod(shapes[name]) for name in order]
     if getattr(weights, "shape", None) != (sum(sizes),):
@@ -38,7 +38,7 @@ def from_cudnn(lstm: LSTM, weights: Any) -> Params:
         raise ValueError(f"cudnn weights must be a vector of shape [{sum(sizes)}], got {received}")
     pieces = np.split(np.asarray(weights), np.cumsum(sizes)[:-1])
     arrays = {name: piece.reshape(shapes[name]) for name, piece in zip(order, pieces)}
-    return layout.read(lstm, LAYOUT, arrays, _place)
+    return conversion.read(lstm, LAYOUT, arrays, _place)
 
 
 def to_cudnn(lstm: LSTM, params: Params) -> np.ndarray:
@@ -48,7 +48,7 @@ def to_cudnn(lstm: LSTM, params: Params) -> np.ndarray:
       ValueError, TypeError: if the LSTM has an option that the vector has no place for, or ``params`` are not of this
         LSTM.
     """
-    arrays = layout.write(lstm, LAYOUT, params, _place)
+    arrays = conversion.write(lstm, LAYOUT, params, _place)
     return np.concatenate([arrays[name].reshape(-1) for name in _matrices_first(arrays)])
 
 

@@ -6,10 +6,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxlstm.interop import layout, stack
-from jaxlstm.interop.layout import Layout
-from jaxlstm.model import LSTM
-from jaxlstm.types import Params, Weights
+from jaxlstm.interop import cell_discovery, conversion
+from jaxlstm.interop.conversion import Layout
+from jaxlstm.lstm import LSTM
+from jaxlstm.params import Params, Weights
 
 
 def from_equinox(lstm: LSTM, cells: Any) -> Params:
@@ -29,8 +29,8 @@ def from_equinox(lstm: LSTM, cells: Any) -> Params:
         or if an array is missing, unexpected or of the wrong shape.
       TypeError: naming the array, if ``param_dtype`` does not hold its dtype exactly.
     """
-    found = stack.find(lstm, LAYOUT, stack.flatten(cells), r"(?P<cell>(.*/)?)weight_ih")
-    return layout.read(lstm, LAYOUT, *found)
+    found = cell_discovery.find(lstm, LAYOUT, cell_discovery.flatten(cells), r"(?P<cell>(.*/)?)weight_ih")
+    return conversion.read(lstm, LAYOUT, *found)
 
 
 def to_equinox(lstm: LSTM, params: Params) -> Any:
@@ -40,7 +40,7 @@ def to_equinox(lstm: LSTM, params: Params) -> Any:
       ImportError: if Equinox is not installed.
       ValueError, TypeError: if the LSTM has an option that the cell has not, or ``params`` are not of this LSTM.
     """
-    arrays = layout.write(lstm, LAYOUT, params, lambda n, d, name: f"{n}/{d}/{name}")
+    arrays = conversion.write(lstm, LAYOUT, params, lambda n, d, name: f"{n}/{d}/{name}")
     try:
         import equinox
     except ImportError:
@@ -53,7 +53,7 @@ def to_equinox(lstm: LSTM, params: Params) -> Any:
             lambda cell: [getattr(cell, name) for name in arrays], drawn, [jnp.asarray(a) for a in arrays.values()]
         )
 
-    layers = [tuple(cell(own) for own in layer.values()) for layer in stack.nested(arrays).values()]
+    layers = [tuple(cell(own) for own in layer.values()) for layer in cell_discovery.nested(arrays).values()]
     entries = layers if lstm.bidirectional else [layer[0] for layer in layers]
     return entries if lstm.num_layers > 1 else entries[0]
 

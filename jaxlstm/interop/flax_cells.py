@@ -5,9 +5,9 @@ from typing import Any
 
 import numpy as np
 
-from jaxlstm.interop.layout import Layout
-from jaxlstm.model import LSTM
-from jaxlstm.types import Weights
+from jaxlstm.interop.conversion import Layout
+from jaxlstm.lstm import LSTM
+from jaxlstm.params import Weights
 
 # An array's path by which a cell is known.
 CELL = r"(?P<cell>(.*/)?)(ii|if_?|ig|io|hi|hf|hg|ho|dense_i|dense_h)/(kernel|bias)"

@@ -2,10 +2,10 @@
 
 from typing import Any
 
-from jaxlstm.interop import layout, stack
+from jaxlstm.interop import cell_discovery, conversion
 from jaxlstm.interop.flax_cells import CELL, apart, within_layer
-from jaxlstm.model import LSTM
-from jaxlstm.types import Params
+from jaxlstm.lstm import LSTM
+from jaxlstm.params import Params
 
 LAYOUT = apart("flax linen", ("ii", "if", "ig", "io"))
 
@@ -30,7 +30,7 @@ def from_flax_linen(lstm: LSTM, variables: Any) -> Params:
         directions, or if an array is missing, unexpected or of the wrong shape.
       TypeError: naming the array, if ``param_dtype`` does not hold its dtype exactly.
     """
-    return layout.read(lstm, LAYOUT, *stack.find(lstm, LAYOUT, stack.flatten(variables), CELL))
+    return conversion.read(lstm, LAYOUT, *cell_discovery.find(lstm, LAYOUT, cell_discovery.flatten(variables), CELL))
 
 
 def to_flax_linen(lstm: LSTM, params: Params) -> dict[str, Any]:
@@ -46,4 +46,4 @@ def to_flax_linen(lstm: LSTM, params: Params) -> dict[str, Any]:
         which = f"layers_{layer}/" if lstm.num_layers > 1 else ""
         return f"params/{which}{within_layer(lstm, direction)}{name}"
 
-    return stack.nested(layout.write(lstm, LAYOUT, params, place))
+    return cell_discovery.nested(conversion.write(lstm, LAYOUT, params, place))

@@ -5,10 +5,10 @@ from typing import Any
 import jax.numpy as jnp
 
 from jaxlstm import validation
-from jaxlstm.interop import layout, stack
+from jaxlstm.interop import cell_discovery, conversion
 from jaxlstm.interop.flax_cells import CELL, apart, together, within_layer
-from jaxlstm.model import LSTM
-from jaxlstm.types import Params
+from jaxlstm.lstm import LSTM
+from jaxlstm.params import Params
 
 LAYOUTS = {
     "LSTMCell": apart("flax nnx", ("ii", "if_", "ig", "io")),
@@ -36,10 +36,10 @@ def from_flax_nnx(lstm: LSTM, module: Any) -> Params:
         directions, or if an array is missing, unexpected or of the wrong shape.
       TypeError: naming the array, if ``param_dtype`` does not hold its dtype exactly.
     """
-    arrays = {name: array for name, array in stack.flatten(module).items() if "rngs" not in name.split("/")}
+    arrays = {name: array for name, array in cell_discovery.flatten(module).items() if "rngs" not in name.split("/")}
     optimized = any("dense_i/" in name for name in arrays)
     kind = LAYOUTS["OptimizedLSTMCell" if optimized else "LSTMCell"]
-    return layout.read(lstm, kind, *stack.find(lstm, kind, arrays, CELL))
+    return conversion.read(lstm, kind, *cell_discovery.find(lstm, kind, arrays, CELL))
 
 
 def to_flax_nnx(lstm: LSTM, params: Params, cell: str = "LSTMCell") -> Any:
@@ -60,7 +60,7 @@ def to_flax_nnx(lstm: LSTM, params: Params, cell: str = "LSTMCell") -> Any:
       ValueError, TypeError: if the LSTM has an option that the cells have not, or ``params`` are not of this LSTM.
     """
     kind = LAYOUTS[validation.choice("cell", cell, LAYOUTS)]
-    arrays = layout.write(lstm, kind, params, lambda n, d, name: f"{n}/{within_layer(lstm, d)}{name}")
+    arrays = conversion.write(lstm, kind, params, lambda n, d, name: f"{n}/{within_layer(lstm, d)}{name}")
     # Name by name: `jax.tree.map` would put layer 10 before layer 2.
-    layers = list(stack.nested({name: jnp.array(array) for name, array in arrays.items()}).values())
+    layers = list(cell_discovery.nested({name: jnp.array(array) for name, array in arrays.items()}).values())
     return layers if lstm.num_layers > 1 else layers[0]

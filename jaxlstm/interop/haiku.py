@@ -6,10 +6,10 @@ from typing import Any
 
 import numpy as np
 
-from jaxlstm.interop import layout, stack
-from jaxlstm.interop.layout import Layout, reorder
-from jaxlstm.model import LSTM
-from jaxlstm.types import Params, Weights
+from jaxlstm.interop import cell_discovery, conversion
+from jaxlstm.interop.conversion import Layout, reorder
+from jaxlstm.lstm import LSTM
+from jaxlstm.params import Params, Weights
 
 GATES = "igfo"
 FORGET_BIAS = np.array([[0], [0], [1], [0]])  # what hk.LSTM adds to z in each step; here it lies in the parameters
@@ -38,7 +38,7 @@ def from_haiku(lstm: LSTM, params: Mapping[str, Mapping[str, Any]], name: str = 
       TypeError: naming the array, if ``param_dtype`` does not hold its dtype exactly.
     """
     cell = rf"(?P<cell>(.*/)?{re.escape(name)}(_\d+)?/linear/)[wb]"
-    return layout.read(lstm, LAYOUT, *stack.find(lstm, LAYOUT, stack.flatten(params), cell))
+    return conversion.read(lstm, LAYOUT, *cell_discovery.find(lstm, LAYOUT, cell_discovery.flatten(params), cell))
 
 
 def to_haiku(lstm: LSTM, params: Params, name: str = "lstm") -> dict[str, dict[str, np.ndarray]]:
@@ -62,7 +62,7 @@ def to_haiku(lstm: LSTM, params: Params, name: str = "lstm") -> dict[str, dict[s
         return f"{name}{f'_{count}' if count else ''}/linear/{array}"
 
     modules: dict[str, dict[str, np.ndarray]] = {}
-    for path, array in layout.write(lstm, LAYOUT, params, place).items():
+    for path, array in conversion.write(lstm, LAYOUT, params, place).items():
         module, own = path.rsplit("/", 1)
         modules.setdefault(module, {})[own] = array
     return modules

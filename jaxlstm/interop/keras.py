@@ -6,10 +6,10 @@ from typing import Any
 import numpy as np
 
 from jaxlstm import validation
-from jaxlstm.interop import layout
-from jaxlstm.interop.layout import Layout
-from jaxlstm.model import LSTM
-from jaxlstm.types import Params, Weights
+from jaxlstm.interop import conversion
+from jaxlstm.interop.conversion import Layout
+from jaxlstm.lstm import LSTM
+from jaxlstm.params import Params, Weights
 
 
 def from_keras(lstm: LSTM, weights: Sequence[Any]) -> Params:
@@ -31,9 +31,9 @@ def from_keras(lstm: LSTM, weights: Sequence[Any]) -> Params:
     """
     if not isinstance(weights, list | tuple):
         raise TypeError(f"weights must be the list of get_weights(), got {validation.describe(weights)}")
-    names = list(layout.shapes(lstm, LAYOUT, _place))
+    names = list(conversion.shapes(lstm, LAYOUT, _place))
     names += [f"number {k}" for k in range(len(names), len(weights))]
-    return layout.read(lstm, LAYOUT, dict(zip(names, weights)), _place)
+    return conversion.read(lstm, LAYOUT, dict(zip(names, weights)), _place)
 
 
 def to_keras(lstm: LSTM, params: Params) -> list[np.ndarray]:
@@ -42,7 +42,7 @@ def to_keras(lstm: LSTM, params: Params) -> list[np.ndarray]:
     Raises:
       ValueError, TypeError: if the LSTM has an option that the layer has not, or ``params`` are not of this LSTM.
     """
-    return list(layout.write(lstm, LAYOUT, params, _place).values())
+    return list(conversion.write(lstm, LAYOUT, params, _place).values())
 
 
 def _place(layer: int, direction: int, name: str) -> str:

@@ -16,8 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxlstm import validation
-from jaxlstm.model import LSTM
-from jaxlstm.types import Layer, Params, Weights, output_dtype
+from jaxlstm.lstm import LSTM
+from jaxlstm.params import Layer, Params, Weights, output_dtype
 
 OPSET, IR_VERSION = 17, 8  # of 2022: old enough for every runtime in use, and with the operators as they are today
 INPUTS = ("X", "W", "R", "B", "sequence_lens", "initial_h", "initial_c", "P")  # of both operators; RNN ends earlier

@@ -4,10 +4,10 @@ import os
 from pathlib import Path
 from typing import Any
 
-from jaxlstm.files import written_whole
+from jaxlstm.atomic_write import atomic_write
 from jaxlstm.interop.torch import from_torch, own_names, to_torch
-from jaxlstm.model import LSTM
-from jaxlstm.types import Params
+from jaxlstm.lstm import LSTM
+from jaxlstm.params import Params
 
 
 def load_safetensors(lstm: LSTM, path: str | os.PathLike[str], prefix: str | None = None) -> Params:
@@ -45,7 +45,7 @@ def save_safetensors(lstm: LSTM, params: Params, path: str | os.PathLike[str], *
       ValueError, TypeError: as `to_torch`.
     """
     data = _library().numpy.save(to_torch(lstm, params), {"format": "pt"})  # which makes it PyTorch's to other readers
-    with written_whole(Path(path), overwrite=overwrite) as file:
+    with atomic_write(Path(path), overwrite=overwrite) as file:
         file.write(data)
 
 

@@ -8,10 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxlstm import validation
-from jaxlstm.interop import layout
-from jaxlstm.interop.layout import Layout, one_bias
-from jaxlstm.model import LSTM
-from jaxlstm.types import Params, Weights
+from jaxlstm.interop import conversion
+from jaxlstm.interop.conversion import Layout, one_bias
+from jaxlstm.lstm import LSTM
+from jaxlstm.params import Params, Weights
 
 FIRST = "weight_ih_l0"  # every nn.LSTM has it
 OWN = re.compile(r"(weight|bias)_(ih|hh|hr)_\w+")  # also what is none of its arrays and only looks like one
@@ -38,10 +38,10 @@ def from_torch(lstm: LSTM, state_dict: Mapping[str, Any], prefix: str | None = N
     """
     if not isinstance(state_dict, Mapping):
         raise TypeError(f"state_dict must be a mapping of names to arrays, got {validation.describe(state_dict)}")
-    layout.refuse(lstm, LAYOUT)
+    conversion.refuse(lstm, LAYOUT)
     prefix = _prefix(state_dict, prefix)
     arrays = {name: _array(state_dict[name]) for name in own_names(state_dict, prefix)}
-    return layout.read(lstm, LAYOUT, arrays, lambda n, d, name: prefix + _place(n, d, name))
+    return conversion.read(lstm, LAYOUT, arrays, lambda n, d, name: prefix + _place(n, d, name))
 
 
 def to_torch(lstm: LSTM, params: Params) -> dict[str, np.ndarray]:
@@ -57,7 +57,7 @@ def to_torch(lstm: LSTM, params: Params) -> dict[str, np.ndarray]:
     Raises:
       ValueError, TypeError: if the LSTM has an option that `nn.LSTM` has not, or ``params`` are not of this LSTM.
     """
-    return layout.write(lstm, LAYOUT, params, _place)
+    return conversion.write(lstm, LAYOUT, params, _place)
 
 
 def own_names(names: Iterable[str], prefix: str | None) -> list[str]:

@@ -13,11 +13,11 @@ The brackets do not wait for the step before. They are matrix products over many
 transposes: the gradient of a weight is one product per chunk of time, not one product and one addition of a
 weight-sized array per step. The rule is linear in the tangents and written in JAX, so JAX transposes it into
 backpropagation through time, and forward mode and second derivatives work as everywhere else. The partials of ``gates``
-are taken by `jax.jvp`, or for the LSTM as `jaxlstm.recurrence.partials` arranges them, again in the backward pass: what
-is kept of a step is ``z``, ``c`` and the output, 6 arrays of H numbers for an LSTM.
+are taken by `jax.jvp`, or for the LSTM as `jaxlstm.recurrence.gate_derivatives` arranges them, again in the backward
+pass: what is kept of a step is ``z``, ``c`` and the output, 6 arrays of H numbers for an LSTM.
 
 How a step's arrays lie in memory, and when the product of the input is taken, is `jaxlstm.recurrence.layout`'s to say;
-that sequences mapped one by one are worked on as a batch, `jaxlstm.recurrence.folding`'s doing.
+that sequences mapped one by one are worked on as a batch, `jaxlstm.primitives.batch_folding`'s doing.
 """
 
 from collections.abc import Callable
@@ -31,20 +31,21 @@ from jax.custom_derivatives import SymbolicZero
 from jaxtyping import Float
 
 from jaxlstm.cells import Cell
-from jaxlstm.dropout import Noise, Rates, zone_out
-from jaxlstm.recurrence import chunks, folding, partials, threads
-from jaxlstm.recurrence.how import How
+from jaxlstm.dropout import RegularizerMasks, RegularizerRates, apply_zoneout
+from jaxlstm.params import Layer, Size, State, Weights
+from jaxlstm.primitives import batch_folding
+from jaxlstm.recurrence import chunked_scan, cpu_activations, gate_derivatives
+from jaxlstm.recurrence.context import How
+from jaxlstm.recurrence.gate_derivatives import Partials
 from jaxlstm.recurrence.layout import Layout
-from jaxlstm.recurrence.partials import Partials
-from jaxlstm.step import advance, candidate_scale, input_part, slabs
-from jaxlstm.types import Layer, Size, State, Weights
+from jaxlstm.recurrence.step import advance, candidate_scale, input_part, slabs
 
 
 class Static(NamedTuple):
     """What is known when the program is compiled."""
 
     cell: Cell
-    rates: Rates
+    rates: RegularizerRates
     unroll: int
     units: Size
     dtype: jnp.dtype  # of the operands of products, and of outputs
@@ -54,8 +55,8 @@ class Static(NamedTuple):
 
     @property
     def arranged(self) -> bool:
-        """Whether the derivative of the gates is that of `jaxlstm.recurrence.partials`."""
-        return self.cell.gates in partials.ARRANGED and not self.normalised
+        """Whether the derivative of the gates is that of `jaxlstm.recurrence.gate_derivatives`."""
+        return self.cell.gates in gate_derivatives.ARRANGED and not self.normalised
 
     def layout(self, rows: Size) -> Layout:
         """The layout for a batch of ``rows``."""
@@ -69,7 +70,7 @@ class Inputs(NamedTuple):
     x: Any  # (T, B, I); None where only the flow of the state matters
     taken: Array | None  # (T, B) bool: where False the state is held
     fresh: Array | None  # (T, B) bool: where True the state starts anew before the step
-    noise: Noise  # (T, B, .)
+    noise: RegularizerMasks  # (T, B, .)
 
 
 class Saved(NamedTuple):
@@ -121,7 +122,7 @@ def run(
     if how.remat is None:
         after, ys = over_time(before, inputs)
     else:  # between chunks only the state is kept; within one, all is computed again for the derivative
-        after, ys = chunks.over(jax.checkpoint(over_time), before, inputs, size=how.remat)
+        after, ys = chunked_scan.over(jax.checkpoint(over_time), before, inputs, size=how.remat)
     if how.resets is not None:  # running backward, a reset on the very first step is one of the state that is returned
         first = how.resets[0]
         after = [_restart(layout, first, f, a) if back else a for a, f, back in zip(after, fresh, backward)]
@@ -152,7 +153,7 @@ def _restart(layout: Layout, rows: Array | None, fresh: State | None, state: Sta
 
 def _keep(static: Static, layout: Layout, now: Inputs, after: State, before: State) -> State:
     """The state after a step, but for what zoneout or the mask leaves as it was."""
-    after = zone_out(static.rates, jax.tree.map(layout.from_batch_major, now.noise), after, before)
+    after = apply_zoneout(static.rates, jax.tree.map(layout.from_batch_major, now.noise), after, before)
     if now.taken is None:
         return after
     taken = layout.along_batch(now.taken)
@@ -173,11 +174,11 @@ def _over_batch(static: Static, run: Callable[[Static, Size, Parts], Parts], giv
 
     def axes(rows: Size) -> Parts:
         batch = 1 - static.layout(rows).axis
-        return Parts(folding.SHARED, batch, 1, 1 + batch)
+        return Parts(batch_folding.SHARED, batch, 1, 1 + batch)
 
     rows = jax.tree.leaves(given.over_time)[0].shape[1]
     smooth = partial(run, static._replace(smooth=True))
-    return folding.call(partial(run, static), rows, (given,), lambda rows: (axes(rows),), axes, smooth)
+    return batch_folding.call(partial(run, static), rows, (given,), lambda rows: (axes(rows),), axes, smooth)
 
 
 def _forward(static: Static, rows: Size, given: Parts, *, save: bool) -> Parts:
@@ -219,13 +220,13 @@ def _forward(static: Static, rows: Size, given: Parts, *, save: bool) -> Parts:
 
 
 def _advance(
-    static: Static, layout: Layout, noise: Noise, w: Weights, z: Array, z_h: Array | None, c: Array | None
+    static: Static, layout: Layout, noise: RegularizerMasks, w: Weights, z: Array, z_h: Array | None, c: Array | None
 ) -> tuple[Array | None, Array]:
     """`jaxlstm.step.advance` in this layout."""
     gates = static.cell.num_gates
-    kept = None if noise.kept is None else layout.from_batch_major(noise.kept)
+    kept = None if noise.candidate_mask is None else layout.from_batch_major(noise.candidate_mask)
     z_h = None if z_h is None else slabs(z_h, gates, layout.axis)
-    z, activated = slabs(z, gates, layout.axis), threads.activated if layout.threads else None
+    z, activated = slabs(z, gates, layout.axis), cpu_activations.activated if layout.threads else None
     return advance(static.cell, w, z, z_h, c, kept, static.rates, layout.axis, activated=activated)
 
 
@@ -273,7 +274,7 @@ def _tangent(static: Static, rows: Size, given: Parts) -> Parts:
     inputs = tuple(i._replace(x=None if i.x is None else layout.pack(i.x)) for i in inputs)
     ys = tuple(map(layout.pack, ys))
     over_time = (jnp.arange(ys[0].shape[0]), d_xs, inputs, given.saved, ys)
-    d_after, d_ys = chunks.over(over_chunk, d_begin, over_time, size=layout.chunk)
+    d_after, d_ys = chunked_scan.over(over_chunk, d_begin, over_time, size=layout.chunk)
     return Parts(None, d_after, tuple(d.astype(layout.dtype) for d in d_ys))
 
 
@@ -291,9 +292,9 @@ def _inner(w: Weights, like: Weights) -> Weights:
 
 def _partials(static: Static, layout: Layout, now: Inputs, saved: Saved) -> Partials:
     """The partials of the gates in a chunk."""
-    kept, c = now.noise.kept, saved.c
+    kept, c = now.noise.candidate_mask, saved.c
     keep = 1.0 if kept is None else layout.from_batch_major(candidate_scale(kept, static.rates, layout.sums))
-    return partials.of(static.cell.gates, saved.z, c, keep, layout.axis)  # pyright: ignore[reportArgumentType]
+    return gate_derivatives.of(static.cell.gates, saved.z, c, keep, layout.axis)  # pyright: ignore[reportArgumentType]
 
 
 def _brackets(
@@ -351,7 +352,7 @@ def _tangent_step(
     else:
         dz_h = dz_h + layout.times_in_transpose(recurrent, before.h)
     if isinstance(saved, Partials):
-        dc, dh = partials.step(saved, dz, before.c, layout.axis)  # pyright: ignore[reportArgumentType]
+        dc, dh = gate_derivatives.step(saved, dz, before.c, layout.axis)  # pyright: ignore[reportArgumentType]
     else:
         primals = (_inner(w, w), saved.z, saved.z_h, saved.c)
         dc, dh = jax.jvp(partial(_advance, static, layout, now.noise), primals, (d_inner, dz, dz_h, before.c))[1]

@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from jaxlstm.products import dot, placed
-from jaxlstm.types import Size
+from jaxlstm.params import Size
+from jaxlstm.primitives.mixed_precision_dot import dot, has_explicit_sharding
 
 
 class Layout(NamedTuple):
@@ -23,7 +23,9 @@ class Layout(NamedTuple):
     axis: int  # of the units: 0 feature-major, 1 batch-major
     hoisted: bool  # whether the product of the input is taken before the loop
     chunk: int = 16  # steps whose tangents are taken together: enough for one large product, few enough for the cache
-    threads: bool = False  # whether the gates are written for all threads of a CPU: `jaxlstm.recurrence.threads`
+    threads: bool = (
+        False  # whether the gates are written for all threads of a CPU: `jaxlstm.recurrence.cpu_activations`
+    )
     bits: bool = False  # whether bfloat16 is moved about as integers, which has no derivative: `pack`
     halves: bool = False  # whether products of a step are taken in two, of every other row each
 
@@ -144,7 +146,7 @@ class Layout(NamedTuple):
 
     def _times_in_halves(self, x: Array, w: Array, axis: int) -> Array:
         """``(B, m)`` times ``w`` over one of its axes, in two products of every other row each."""
-        if placed(x):
+        if has_explicit_sharding(x):
             return self._dot(x, w, (1, axis))
         halves = jnp.unstack(x.reshape(x.shape[0] // 2, 2, x.shape[1]), axis=1)
         return jnp.stack([self._dot(half, w, (1, axis)) for half in halves], axis=1).reshape(x.shape[0], -1)

@@ -11,18 +11,20 @@ from jax.typing import DTypeLike
 from jaxtyping import Bool, Float
 
 from jaxlstm.cells import Cell
-from jaxlstm.dropout import Noise
-from jaxlstm.recurrence import chunks
-from jaxlstm.recurrence.how import How
-from jaxlstm.step import input_part, step
-from jaxlstm.types import Layer, State
+from jaxlstm.dropout import RegularizerMasks
+from jaxlstm.params import Layer, State
+from jaxlstm.recurrence import chunked_scan
+from jaxlstm.recurrence.context import How
+from jaxlstm.recurrence.step import input_part, step
 
 
 class Equations(NamedTuple):
     """The two halves of a recurrence in one direction: what waits for no step before, and the step."""
 
     input_part: Callable[[Array], Any]  # xs (T, B, ...) -> z_x, a tree of arrays (T, B, ...)
-    step: Callable[[Any, State, Noise], tuple[State, Any]]  # z_x, the state before, the noise of this step -> the
+    step: Callable[
+        [Any, State, RegularizerMasks], tuple[State, Any]
+    ]  # z_x, the state before, the noise of this step -> the
     # state after, and what the step puts out: a tree of arrays (B, ...)
 
 
@@ -40,10 +42,10 @@ def run(
     return side_by_side(*over_time(directions, xs, state, how), how.dtype)
 
 
-def puts_out_h(step: Callable[..., State]) -> Callable[[Any, State, Noise], tuple[State, Array]]:
+def puts_out_h(step: Callable[..., State]) -> Callable[[Any, State, RegularizerMasks], tuple[State, Array]]:
     """A step of `Equations`, from one that returns the state after it."""
 
-    def step_and_output(z_x: Any, before: State, noise: Noise) -> tuple[State, Array]:
+    def step_and_output(z_x: Any, before: State, noise: RegularizerMasks) -> tuple[State, Array]:
         after = step(z_x=z_x, before=before, noise=noise)
         return after, after.h
 
@@ -80,7 +82,7 @@ def over_time(
 
 
 def _direction(
-    equations: Equations, xs: Array, state: State, start: State | None, noise: Noise, how: How
+    equations: Equations, xs: Array, state: State, start: State | None, noise: RegularizerMasks, how: How
 ) -> tuple[Any, State]:
     """One direction: what its steps put out, and the last state."""
 
@@ -100,7 +102,7 @@ def _direction(
     if how.remat is None:
         last, outputs = scan(state, steps)
     else:  # between chunks only the state is kept; within one, all is computed again for the derivative
-        last, outputs = chunks.over(jax.checkpoint(scan), state, steps, size=how.remat, reverse=how.reverse)
+        last, outputs = chunked_scan.over(jax.checkpoint(scan), state, steps, size=how.remat, reverse=how.reverse)
     return outputs, last
 
 

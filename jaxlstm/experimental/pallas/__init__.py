@@ -1,0 +1,1 @@
+"""The recurrence as Pallas kernels, one module per compiler and chip."""

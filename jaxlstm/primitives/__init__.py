@@ -1,0 +1,1 @@
+"""General JAX building blocks that know nothing about recurrent networks."""

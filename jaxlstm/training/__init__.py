@@ -1,0 +1,1 @@
+"""The training application behind ``train.py`` and the ``jaxlstm`` command."""

@@ -1,0 +1,1 @@
+"""Models built around `jaxlstm.LSTM`: embeddings, heads and losses."""

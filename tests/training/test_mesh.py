@@ -1,0 +1,111 @@
+"""Training over many devices and many processes: the same numbers as on one device."""
+
+import json
+import re
+import socket
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from test_train import ENVIRONMENT, ROOT, TEXT, metrics, process
+
+from jaxlstm.training import sharding
+
+SMALL = [
+    "--hidden",
+    "16",
+    "--embedding",
+    "8",
+    "--batch",
+    "8",
+    "--window",
+    "16",
+    "--dropout",
+    "0.2",
+    "--valid-every",
+    "10",
+]
+RUN = ["--data", "text.txt", "--max-steps", "20", "--log-every", "5", "--save-every", "5", *SMALL]
+
+
+@pytest.mark.slow
+def test_units_and_rows_over_eight_devices():
+    """Outputs, states and gradients; one exchange a step, forward and backward."""
+    program = [sys.executable, str(ROOT / "tests" / "mesh_program.py")]
+    done = subprocess.run(program, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    (plain, projection), rows = (json.loads(line.replace("'", '"')) for line in done.stdout.strip().splitlines())
+    assert plain == [["all-gather"], ["reduce-scatter"]]
+    assert projection == [["all-reduce"], ["all-reduce"]]
+    assert rows == [[], []]  # of the fused recurrence over rows alone
+
+
+def test_the_mesh_as_it_is_typed():
+    assert sharding.axes("data=4,model=2") == {"data": 4, "model": 2}
+    assert sharding.axes("model=3") == {"data": 1, "model": 3}
+    for wrong in ("data", "data=0", "rows=2", "data=2,data=2", "data=2,,", "data=-1"):
+        with pytest.raises(ValueError, match="--mesh takes axes and sizes such as data=4,model=2, got"):
+            sharding.axes(wrong)
+
+
+def losses(folder):
+    return [row["loss"] for row in metrics(folder)]
+
+
+@pytest.mark.slow
+def test_a_run_over_eight_devices_and_one_over_two_processes_are_a_run_on_one(tmp_path):
+    (tmp_path / "text.txt").write_text(TEXT, encoding="utf-8")
+    process(*RUN, "--run-dir", "one", cwd=tmp_path)
+    process(*RUN, "--run-dir", "eight", "--mesh", "data=4,model=2", cwd=tmp_path)
+    np.testing.assert_allclose(losses(tmp_path / "eight"), losses(tmp_path / "one"), rtol=1e-4)
+    two(tmp_path, *RUN, "--run-dir", "two", "--mesh", "data=2,model=2")
+    np.testing.assert_allclose(losses(tmp_path / "two"), losses(tmp_path / "one"), rtol=1e-4)
+    assert sorted(path.name for path in (tmp_path / "two" / "checkpoints").iterdir()) == ["16", "18", "20"]
+    # What two processes have saved one goes on with, on another mesh.
+    done = process("--resume", "two", "--max-steps", "25", "--mesh", "data=2", cwd=tmp_path)
+    assert "resumed after step 20" in done.stdout
+    assert metrics(tmp_path / "two")[-1]["step"] == 25
+    # And two go on with what they saved.
+    two(tmp_path, "--resume", "two", "--max-steps", "30", "--mesh", "data=2,model=2")
+    assert metrics(tmp_path / "two")[-1]["step"] == 30
+
+
+def two(folder, *arguments):
+    """The command in two processes that speak over loopback."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    together = ["--coordinator", f"127.0.0.1:{port}", "--processes", "2"]
+    processes = [
+        subprocess.Popen(
+            [sys.executable, str(ROOT / "train.py"), *arguments, *together, "--process", str(n)],
+            cwd=folder, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        )
+        for n in range(2)
+    ]  # fmt: skip
+    try:
+        printed = [process.communicate(timeout=240)[0] for process in processes]
+    finally:  # one that waits for another that is gone waits for ever
+        for process in processes:
+            process.kill()
+            process.communicate()
+    assert [process.returncode for process in processes] == [0, 0], printed
+    assert "resumed" in printed[0] or "step     20" in printed[0]
+    assert not re.search("^step", printed[1], re.MULTILINE)  # which XLA's warnings, of some versions, do not begin with
+
+
+@pytest.mark.slow
+def test_a_cluster_is_asked_who_is_who(tmp_path):
+    (tmp_path / "text.txt").write_text(TEXT, encoding="utf-8")
+    slurm = {"JOB_ID": "65001", "STEP_NODELIST": "localhost", "NTASKS": "1", "PROCID": "0", "LOCALID": "0"}
+    few = ["--data", "text.txt", "--max-steps", "2", *SMALL, "--coordinator", "auto", "--run-dir"]
+    environment = ENVIRONMENT | {f"SLURM_{name}": value for name, value in slurm.items()}
+    program = [sys.executable, str(ROOT / "train.py")]
+    done = subprocess.run([*program, *few, "a"], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "a" / "summary.json").exists()
+    alone = subprocess.run([*program, *few, "b"], cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True)
+    assert alone.returncode == 1
+    assert "--coordinator auto finds no cluster that JAX knows" in alone.stderr
+    assert "Traceback" not in alone.stderr
