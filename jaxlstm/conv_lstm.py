@@ -189,7 +189,7 @@ class ConvLSTM:
             put("dtype", validation.float_dtype("dtype", self.dtype))
         if not isinstance(self.cell, Cell):
             validation.choice("cell", self.cell, cells.CELLS)
-        validation.cell(self._cell)
+        validation.cell(self.resolved_cell)
 
     @property
     def num_directions(self) -> int:
@@ -209,13 +209,13 @@ class ConvLSTM:
         """
         validation.key(key)
         self._check_dtypes()
-        expected = self._shapes()
+        expected = self.param_shapes()
         keys = iter(jax.random.split(key, len(jax.tree.leaves(expected))))
-        gates = self._cell.num_gates
+        gates = self.resolved_cell.num_gates
         initializer: dict[str, Any] = {
             "w_x": initializers.per_gate(jax.nn.initializers.glorot_uniform(), gates, axis=-1),
             "w_h": initializers.per_gate(jax.nn.initializers.orthogonal(), gates, axis=-1),
-            "b": initializers.forget_bias(gates, self._cell.forget_gate),
+            "b": initializers.forget_bias(gates, self.resolved_cell.forget_gate),
             "w_c": jax.nn.initializers.zeros,
         }
 
@@ -236,7 +236,7 @@ class ConvLSTM:
           h and c ``(L*D, *batch, *spatial, H)`` (c is None for a cell without it), float32 or wider.
         """
         self._check_dtypes()
-        shapes = self._state_shapes(validation.sizes("batch_shape", batch_shape))
+        shapes = self.state_shapes(validation.sizes("batch_shape", batch_shape))
         return jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), shapes)
 
     def __call__(
@@ -275,14 +275,14 @@ class ConvLSTM:
           ValueError, TypeError: while tracing, for a wrong shape, size, dtype or type.
         """
         self._check_dtypes()
-        validation.params(params, self._shapes(), self._state_dtype)
+        validation.params(params, self.param_shapes(), self.state_dtype)
         xs = validation.inputs("xs", xs, self.input_size, "T, *batch", self._spatial)
         num_steps, *axes = xs.shape[: -1 - len(self._spatial)]
         batch = tuple(axes)
         if state is None:
             state = masking.laid_out_like(xs, self.initial_state(batch))
         else:
-            state = validation.state(state, self._state_shapes(batch))
+            state = validation.state(state, self.state_shapes(batch))
         marks = validation.marks(lengths, mask, resets, num_steps, batch)
         if key is not None:
             validation.key(key)
@@ -308,10 +308,10 @@ class ConvLSTM:
         if self.bidirectional:
             raise ValueError("step is for one direction: a bidirectional network needs the whole sequence")
         self._check_dtypes()
-        validation.params(params, self._shapes(), self._state_dtype)
+        validation.params(params, self.param_shapes(), self.state_dtype)
         x = validation.inputs("x", x, self.input_size, "*batch", self._spatial)
         batch = x.shape[: -1 - len(self._spatial)]
-        return self._step(params, validation.state(state, self._state_shapes(batch)), x)
+        return self._step(params, validation.state(state, self.state_shapes(batch)), x)
 
     @partial(jax.jit, static_argnums=(0, 7))
     def _run(
@@ -333,11 +333,11 @@ class ConvLSTM:
             noise=RegularizerMasks(),
             rates=RegularizerRates(),
             reverse=reverse,
-            dtype=self._output_dtype,
+            dtype=self.output_dtype,
             unroll=self.unroll,
             remat=self.remat,
         )
-        ys = xs.astype(self._output_dtype)
+        ys = xs.astype(self.output_dtype)
         last = []
         for n, layer in enumerate(params.layers):
             if n > 0:
@@ -356,8 +356,8 @@ class ConvLSTM:
         convolve = convolution if self.remat is None else convolution_in_loop  # over chunks of time, there is a loop
         directions = [
             scan.Equations(
-                partial(input_part_of_all_steps, weights, dtype=how.dtype, sums=self._state_dtype, convolve=convolve),
-                scan.puts_out_h(partial(step, self._cell, weights, dtype=how.dtype)),
+                partial(input_part_of_all_steps, weights, dtype=how.dtype, sums=self.state_dtype, convolve=convolve),
+                scan.puts_out_h(partial(step, self.resolved_cell, weights, dtype=how.dtype)),
             )
             for weights in layer.directions
         ]
@@ -365,17 +365,18 @@ class ConvLSTM:
 
     @partial(jax.jit, static_argnums=0)
     def _step(self, params: Params, state: State, x: Array) -> tuple[State, Array]:
-        y = x.astype(self._output_dtype)
+        y = x.astype(self.output_dtype)
         after = []
         for n, layer in enumerate(params.layers):
             before = jax.tree.map(lambda a: a[n], state)  # noqa: B023  (called at once)
-            z_x = input_part(layer.forward, y, self._output_dtype, self._state_dtype)
-            after.append(step(self._cell, layer.forward, z_x, before, self._output_dtype))
-            y = after[-1].h.astype(self._output_dtype)
+            z_x = input_part(layer.forward, y, self.output_dtype, self.state_dtype)
+            after.append(step(self.resolved_cell, layer.forward, z_x, before, self.output_dtype))
+            y = after[-1].h.astype(self.output_dtype)
         return jax.tree.map(lambda *a: jnp.stack(a), *after), y
 
     @property
-    def _cell(self) -> Cell:
+    def resolved_cell(self) -> Cell:
+        """The `jaxlstm.Cell` that ``cell`` names."""
         return self.cell if isinstance(self.cell, Cell) else cells.CELLS[self.cell]
 
     @property
@@ -383,18 +384,20 @@ class ConvLSTM:
         return validation.sizes("spatial_shape", self.spatial_shape)
 
     @property
-    def _output_dtype(self) -> jnp.dtype:
+    def output_dtype(self) -> jnp.dtype:
+        """Dtype of matrix products and outputs."""
         return output_dtype(self.dtype, self.param_dtype)
 
     @property
-    def _state_dtype(self) -> jnp.dtype:
+    def state_dtype(self) -> jnp.dtype:
+        """Dtype of the state, the gates and all sums."""
         return state_dtype(self.dtype, self.param_dtype)
 
     def _check_dtypes(self) -> None:
         validation.available("param_dtype", jnp.dtype(self.param_dtype))
-        validation.available("dtype", self._output_dtype)
+        validation.available("dtype", self.output_dtype)
 
-    def _shapes(self) -> Params:
+    def param_shapes(self) -> Params:
         """Shape and dtype of every parameter."""
 
         def array(*shape: int) -> Any:
@@ -403,9 +406,9 @@ class ConvLSTM:
         def weights(inputs: int) -> Weights:
             kernel, channels = (
                 validation.sizes("kernel_size", self.kernel_size),
-                self._cell.num_gates * self.hidden_size,
+                self.resolved_cell.num_gates * self.hidden_size,
             )
-            peepholes = self._cell.num_peepholes
+            peepholes = self.resolved_cell.num_peepholes
             return Weights(
                 w_x=array(*kernel, inputs, channels),
                 w_h=array(*kernel, self.hidden_size, channels),
@@ -416,8 +419,8 @@ class ConvLSTM:
         widths = [self.input_size] + (self.num_layers - 1) * [self.num_directions * self.hidden_size]
         return Params(tuple(Layer(*(weights(i) for _ in range(self.num_directions))) for i in widths))
 
-    def _state_shapes(self, batch: tuple[int, ...]) -> State:
+    def state_shapes(self, batch: tuple[int, ...]) -> State:
         """Shape and dtype of the state."""
         shape = (self.num_layers * self.num_directions, *batch, *self._spatial, self.hidden_size)
-        array: Any = jax.ShapeDtypeStruct(shape, self._state_dtype)
-        return State(array, array if self._cell.has_cell_state else None)
+        array: Any = jax.ShapeDtypeStruct(shape, self.state_dtype)
+        return State(array, array if self.resolved_cell.has_cell_state else None)

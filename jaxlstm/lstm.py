@@ -142,7 +142,7 @@ class LSTM:
 
     def _check_cell(self) -> None:
         """Refuse options that the cell has no place for."""
-        cell = self._cell
+        cell = self.resolved_cell
         if not isinstance(self.cell, str):
             validation.cell(cell)
         lacking = {
@@ -190,11 +190,11 @@ class LSTM:
         """
         validation.key(key)
         self._check_dtypes()
-        expected = self._shapes()
+        expected = self.param_shapes()
         weights = [w for layer in expected.layers for w in layer.directions]
         drawn = ("w_x", "w_h", "b", "w_p")
         keys = iter(jax.random.split(key, sum(getattr(w, name) is not None for w in weights for name in drawn)))
-        cell, gates = self._cell, self._cell.num_gates
+        cell, gates = self.resolved_cell, self.resolved_cell.num_gates
         if self.chrono is None:
             bias = initializers.forget_bias(
                 gates, cell.forget_gate, 1.0 if self.forget_bias is None else self.forget_bias
@@ -235,12 +235,12 @@ class LSTM:
           ValueError, TypeError: if the state is learned and ``params`` are missing or not of this configuration.
         """
         self._check_dtypes()
-        shapes = self._state_shapes(validation.sizes("batch_shape", batch_shape))
+        shapes = self.state_shapes(validation.sizes("batch_shape", batch_shape))
         if not self.learned_state:
             return jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), shapes)
         if params is None:
             raise ValueError("initial_state needs params: learned_state=True, the state is one of them")
-        validation.params(params, self._shapes(), self._state_dtype)
+        validation.params(params, self.param_shapes(), self.state_dtype)
         return self._spread(params.state, shapes)
 
     def __call__(
@@ -301,9 +301,9 @@ class LSTM:
         if self.bidirectional:
             raise ValueError("step is for one direction: a bidirectional network needs the whole sequence")
         self._check_dtypes()
-        validation.params(params, self._shapes(), self._state_dtype)
+        validation.params(params, self.param_shapes(), self.state_dtype)
         x = validation.inputs("x", x, self.input_size, "*batch")
-        return self._step(params, validation.state(state, self._state_shapes(x.shape[:-1])), x)
+        return self._step(params, validation.state(state, self.state_shapes(x.shape[:-1])), x)
 
     def _checked(
         self,
@@ -317,14 +317,14 @@ class LSTM:
     ) -> CallArgs:
         """The arguments of a call, validated."""
         self._check_dtypes()
-        validation.params(params, self._shapes(), self._state_dtype)
+        validation.params(params, self.param_shapes(), self.state_dtype)
         xs = validation.inputs("xs", xs, self.input_size, "T, *batch")
         num_steps, *axes = xs.shape[:-1]
         batch = tuple(axes)
         if state is None:
             state = masking.laid_out_like(xs, self.initial_state(batch, params))
         else:
-            state = validation.state(state, self._state_shapes(batch))
+            state = validation.state(state, self.state_shapes(batch))
         marks = validation.marks(lengths, mask, resets, num_steps, batch)
         if key is not None:
             validation.key(key)
@@ -356,13 +356,13 @@ class LSTM:
             noise=RegularizerMasks(),
             rates=self._rates,
             reverse=reverse,
-            dtype=self._output_dtype,
+            dtype=self.output_dtype,
             unroll=self.unroll,
             remat=self.remat,
             lengths=lengths if mask is None else None,
         )
-        start = None if resets is None else jax.tree.map(lambda a: a.astype(self._state_dtype), params.state)
-        ys = dropout(regularizer_key(key, 0, 3), self.input_dropout, xs.astype(self._output_dtype), over_time=False)
+        start = None if resets is None else jax.tree.map(lambda a: a.astype(self.state_dtype), params.state)
+        ys = dropout(regularizer_key(key, 0, 3), self.input_dropout, xs.astype(self.output_dtype), over_time=False)
         last = []
         layers = [self._drop_weights(regularizer_key(key, n, 2), layer) for n, layer in enumerate(params.layers)]
         for n, layer in [(0, tuple(layers))] if together else enumerate(layers):
@@ -372,9 +372,9 @@ class LSTM:
             rows = slice(None) if together else slice(n * self.num_directions, (n + 1) * self.num_directions)
             mine, fresh = jax.tree.map(lambda a: a[rows], (state, start))  # noqa: B023  (called at once)
             leading = (self.num_directions, num_steps, *batch)
-            units = self.hidden_size if self._cell.has_cell_state else None
+            units = self.hidden_size if self.resolved_cell.has_cell_state else None
             noise = draw_masks(regularizer_key(key, n, 1), self._rates, leading, self.output_size, units)
-            ys, after = run(self._cell, layer, ys, mine, how._replace(start=fresh, noise=noise))
+            ys, after = run(self.resolved_cell, layer, ys, mine, how._replace(start=fresh, noise=noise))
             last.append(after)
         ys = dropout(regularizer_key(key, 0, 4), self.output_dropout, ys, over_time=False)
         return ys, jax.tree.map(lambda *a: jnp.concatenate(a), *last)
@@ -391,19 +391,20 @@ class LSTM:
 
     @partial(jax.jit, static_argnums=0)
     def _step(self, params: Params, state: State, x: Array) -> tuple[State, Array]:
-        y = x.astype(self._output_dtype)
+        y = x.astype(self.output_dtype)
         after = []
         for n, layer in enumerate(params.layers):
             before = jax.tree.map(lambda a: a[n], state)  # noqa: B023  (called at once)
-            z_x = input_part(layer.forward, y, self._output_dtype, self._state_dtype)
+            z_x = input_part(layer.forward, y, self.output_dtype, self.state_dtype)
             after.append(
-                step(self._cell, layer.forward, z_x, before, self._output_dtype, self._rates, RegularizerMasks())
+                step(self.resolved_cell, layer.forward, z_x, before, self.output_dtype, self._rates, RegularizerMasks())
             )
-            y = after[-1].h.astype(self._output_dtype)
+            y = after[-1].h.astype(self.output_dtype)
         return jax.tree.map(lambda *a: jnp.stack(a), *after), y
 
     @property
-    def _cell(self) -> Cell:
+    def resolved_cell(self) -> Cell:
+        """The `jaxlstm.Cell` that ``cell`` names."""
         if isinstance(self.cell, Cell):
             return self.cell
         return cells.RNN[self.activation or "tanh"] if self.cell == "rnn" else cells.CELLS[self.cell]
@@ -413,26 +414,28 @@ class LSTM:
         return RegularizerRates(self.recurrent_dropout, self.zoneout_h, self.zoneout_c)
 
     @property
-    def _output_dtype(self) -> jnp.dtype:
+    def output_dtype(self) -> jnp.dtype:
+        """Dtype of matrix products and outputs."""
         return output_dtype(self.dtype, self.param_dtype)
 
     @property
-    def _state_dtype(self) -> jnp.dtype:
+    def state_dtype(self) -> jnp.dtype:
+        """Dtype of the state, the gates and all sums."""
         return state_dtype(self.dtype, self.param_dtype)
 
     def _check_dtypes(self) -> None:
         validation.available("param_dtype", jnp.dtype(self.param_dtype))
-        validation.available("dtype", self._output_dtype)
+        validation.available("dtype", self.output_dtype)
 
-    def _shapes(self) -> Params:
+    def param_shapes(self) -> Params:
         """Shape and dtype of every parameter."""
 
         def array(*shape: int) -> Any:
             return jax.ShapeDtypeStruct(shape, self.param_dtype)
 
         def weights(inputs: int) -> Weights:
-            h, p, has_c = self.hidden_size, self.output_size, self._cell.has_cell_state
-            rows, peepholes = self._cell.num_gates * h, self._cell.num_peepholes
+            h, p, has_c = self.hidden_size, self.output_size, self.resolved_cell.has_cell_state
+            rows, peepholes = self.resolved_cell.num_gates * h, self.resolved_cell.num_peepholes
             norm = Norm(
                 array(rows), array(rows), array(h) if has_c else None, array(h) if has_c and self.use_bias else None
             )
@@ -447,7 +450,7 @@ class LSTM:
 
         widths = [self.input_size] + (self.num_layers - 1) * [self.num_directions * self.output_size]
         layers = tuple(Layer(*(weights(i) for _ in range(self.num_directions))) for i in widths)
-        state = jax.tree.map(lambda a: array(*a.shape), self._state_shapes(())) if self.learned_state else None
+        state = jax.tree.map(lambda a: array(*a.shape), self.state_shapes(())) if self.learned_state else None
         return Params(layers, state)
 
     @staticmethod
@@ -460,13 +463,13 @@ class LSTM:
 
         return jax.tree.map(spread, state, shapes)
 
-    def _state_shapes(self, batch: tuple[int, ...]) -> State:
+    def state_shapes(self, batch: tuple[int, ...]) -> State:
         """Shape and dtype of the state."""
 
         def array(size: int) -> Any:
-            return jax.ShapeDtypeStruct((self.num_layers * self.num_directions, *batch, size), self._state_dtype)
+            return jax.ShapeDtypeStruct((self.num_layers * self.num_directions, *batch, size), self.state_dtype)
 
-        return State(array(self.output_size), array(self.hidden_size) if self._cell.has_cell_state else None)
+        return State(array(self.output_size), array(self.hidden_size) if self.resolved_cell.has_cell_state else None)
 
 
 def regularizer_key(key: Array | None, layer: int, part: int) -> Array | None:

@@ -103,7 +103,7 @@ def gradient_flow(
 
 def _nudges(lstm: LSTM, xs: Array) -> tuple[tuple[Nudges, ...], ...]:
     """Zeros for every layer, direction and step."""
-    shapes = lstm._state_shapes(xs.shape[1:-1])
+    shapes = lstm.state_shapes(xs.shape[1:-1])
 
     def zeros(shape: Any) -> Array:
         return jnp.zeros((len(xs), *shape.shape[1:]), shape.dtype)

@@ -132,7 +132,7 @@ def draw_eigenvalues(lstm: LSTM, params: Params, *, layer: int = 0, direction: i
     for name, number, count in (("layer", layer, lstm.num_layers), ("direction", direction, lstm.num_directions)):
         if not 0 <= number < count:
             raise ValueError(f"{name} must be one of 0 to {count - 1}, got {number}")
-    blocks = _recurrent_blocks(lstm._cell, params.layers[layer].directions[direction])
+    blocks = _recurrent_blocks(lstm.resolved_cell, params.layers[layer].directions[direction])
     figure = Figure(figsize=(2.6 * len(blocks) + 0.4, 3.0), layout="constrained")
     angles = np.linspace(0, 2 * np.pi, 200)
     panels = figure.subplots(1, len(blocks), squeeze=False, sharex=True, sharey=True)[0]

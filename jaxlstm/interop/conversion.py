@@ -84,7 +84,7 @@ def write(lstm: LSTM, layout: Layout, params: Params, place: Place) -> dict[str,
       ValueError, TypeError: if the framework has no place for an option, or ``params`` are not of this configuration.
     """
     refuse(lstm, layout)
-    validation.params(params, lstm._shapes(), state_dtype(lstm.dtype, lstm.param_dtype))
+    validation.params(params, lstm.param_shapes(), state_dtype(lstm.dtype, lstm.param_dtype))
     return {
         place(n, d, name): np.array(array, order="C")
         for n, layer in enumerate(jax.tree.map(np.asarray, params).layers)
@@ -124,7 +124,7 @@ def _directions(lstm: LSTM, layout: Layout) -> list[Direction]:
     """Layer, direction, and the shapes of the arrays there by name."""
     refuse(lstm, layout)
     # A single zero, spread over the shape: what is written of it has the framework's shapes and takes no memory.
-    zeros = jax.tree.map(lambda a: np.broadcast_to(np.zeros((), a.dtype), a.shape), lstm._shapes())
+    zeros = jax.tree.map(lambda a: np.broadcast_to(np.zeros((), a.dtype), a.shape), lstm.param_shapes())
     return [
         (n, d, {name: array.shape for name, array in layout.write(weights).items() if array is not None})
         for n, layer in enumerate(zeros.layers)

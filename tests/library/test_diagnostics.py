@@ -96,7 +96,10 @@ def test_the_gates_are_those_of_the_equations(cell):
     w, xs, steps = jax.tree.map(np.asarray, (params.layers[0].forward, xs, steps))
     h, c = np.concatenate([state.h, steps.h[:-1]]), np.concatenate([state.c, steps.c[:-1]])
     z = dict(
-        zip("fgo" if cell == "cifg" else "ifgo", np.split(xs @ w.w_x.T + h @ w.w_h.T + w.b, lstm._cell.num_gates, -1))
+        zip(
+            "fgo" if cell == "cifg" else "ifgo",
+            np.split(xs @ w.w_x.T + h @ w.w_h.T + w.b, lstm.resolved_cell.num_gates, -1),
+        )
     )
     if cell == "peephole":
         z = {"i": z["i"] + w.w_c[0] * c, "f": z["f"] + w.w_c[1] * c, "g": z["g"], "o": z["o"] + w.w_c[2] * steps.c}
