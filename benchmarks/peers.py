@@ -1,8 +1,8 @@
-"""Who is measured: this library and its peers, each doing the same work, one LSTM layer over a batch of sequences.
+"""Builds the benchmarks: jaxlstm and its peers, each running one LSTM layer over a batch of sequences.
 
-A builder imports its library, makes parameters and inputs, and gives the forward pass; the training step is made here,
-the same for all. Libraries that lead with time get inputs that lead with time, the others inputs that lead with the
-batch, so that no transposition is charged to anybody who did not choose it.
+A builder imports its library, creates parameters and inputs, and returns the forward pass; `jax_benchmark` adds the
+training step, the same for all JAX libraries. Libraries that are time-major get time-major inputs and libraries that
+are batch-major get batch-major inputs, so no benchmark includes a transposition that its library does not require.
 """
 
 import os
@@ -21,16 +21,20 @@ import jaxlstm
 
 
 class Shape(NamedTuple):
-    """The size of the work."""
+    """Sizes of a benchmark."""
 
-    steps: int  # T
-    rows: int  # B
-    inputs: int  # I
-    units: int  # H
+    num_steps: int  # T
+    batch_size: int  # B
+    input_size: int  # I
+    hidden_size: int  # H
 
     @classmethod
     def parse(cls, text: str) -> Self:
-        """From ``T,B,I,H``."""
+        """Parses ``T,B,I,H``.
+
+        Raises:
+          ValueError: if ``text`` is not four positive integers.
+        """
         sizes = [int(size) if size.isdecimal() else 0 for size in text.split(",")]
         if len(sizes) != 4 or min(sizes) < 1:
             raise ValueError(f"a shape is four positive integers T,B,I,H, got {text!r}")
@@ -41,163 +45,185 @@ class Shape(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Contestant:
-    """One library at one shape, ready to run; a call returns when its result is there."""
+class Benchmark:
+    """One library at one shape. Calls return after their result has been computed."""
 
     name: str
-    train: Callable[[], tuple[Any, list[Any]]]  # the value of the loss, and its gradients, that of the inputs last
-    infer: Callable[[], Any]  # the outputs
+    train: Callable[[], tuple[Any, list[Any]]]  # () -> (loss, gradients), the gradient of the inputs last
+    infer: Callable[[], Any]  # () -> outputs
     output_shape: tuple[int, ...]
     input_shape: tuple[int, ...]
     to_numpy: Callable[[Any], np.ndarray]
-    lower: Callable[[], Any] | None = None  # the training step, lowered and not yet compiled; None outside of JAX
+    lower: Callable[[], Any] | None = None  # () -> lowered training step; None for PyTorch
 
     def check(self) -> None:
-        """Run both, and raise `ValueError` unless all is there, of the expected shape, finite and not all zero."""
-        value, grads = self.train()
+        """Runs the training step and inference, and checks their results.
+
+        Raises:
+          ValueError: if a result has an unexpected shape, is not finite, or is zero everywhere.
+        """
+        loss, grads = self.train()
         *_, d_xs = grads
-        expected = [("outputs", self.infer(), self.output_shape), ("loss", value, ()), ("d_xs", d_xs, self.input_shape)]
-        for what, array, shape in expected:
+        expected = [("outputs", self.infer(), self.output_shape), ("loss", loss, ()), ("d_xs", d_xs, self.input_shape)]
+        for name, array, shape in expected:
             if tuple(array.shape) != shape:
-                raise ValueError(f"{what} of shape {tuple(array.shape)}, expected {shape}")
-        for what, array in [(what, array) for what, array, _ in expected] + [("a gradient", grad) for grad in grads]:
+                raise ValueError(f"{name} of shape {tuple(array.shape)}, expected {shape}")
+        for name, array in [(name, array) for name, array, _ in expected] + [("a gradient", grad) for grad in grads]:
             array = self.to_numpy(array)
             if not np.isfinite(array).all() or not array.any():
-                raise ValueError(f"{what} of shape {array.shape} is zero or not finite")
+                raise ValueError(f"{name} of shape {array.shape} is zero or not finite")
 
 
-class Program(NamedTuple):
-    """A forward pass in JAX."""
+class ForwardPass(NamedTuple):
+    """A forward pass in JAX with its arguments."""
 
-    forward: Callable[[Any, jax.Array], jax.Array]  # (params, xs) -> outputs
+    apply: Callable[[Any, jax.Array], jax.Array]  # (params, xs) -> outputs
     params: Any
     xs: jax.Array
-    batch_leads: bool = False
+    batch_major: bool = False
 
 
-def inputs(shape: Shape, batch_leads: bool = False) -> jax.Array:
-    """Normal inputs, ``(T, B, I)`` or ``(B, T, I)``."""
-    leading = (shape.rows, shape.steps) if batch_leads else (shape.steps, shape.rows)
-    return jax.random.normal(jax.random.key(1), (*leading, shape.inputs))
+def random_inputs(shape: Shape, batch_major: bool = False) -> jax.Array:
+    """Returns normal inputs ``(T, B, I)``, or ``(B, T, I)`` if ``batch_major``."""
+    sizes = (shape.num_steps, shape.batch_size)
+    return jax.random.normal(jax.random.key(1), (*(sizes[::-1] if batch_major else sizes), shape.input_size))
 
 
-def this_library(
-    shape: Shape, dtype: Any = None, one_by_one: bool = False, spread: bool = False, **options: Any
-) -> Program:
-    """`jaxlstm.LSTM`; ``one_by_one`` maps the call for one sequence over the batch with `jax.vmap`.
+def build_jaxlstm(
+    shape: Shape, dtype: Any = None, vmap: bool = False, shard_batch: bool = False, **options: Any
+) -> ForwardPass:
+    """Builds `jaxlstm.LSTM`.
 
-    ``spread`` lays the batch over all devices, by the sharding of the inputs and nothing else.
+    Args:
+      shape: sizes of the benchmark.
+      dtype: of inputs and matrix products; None for float32.
+      vmap: whether to map the call for one sequence over the batch with `jax.vmap`.
+      shard_batch: whether to shard the batch over all devices, by the sharding of the inputs alone.
+      **options: of `jaxlstm.LSTM`.
     """
-    lstm = jaxlstm.LSTM(shape.inputs, shape.units, dtype=dtype, **options)
+    lstm = jaxlstm.LSTM(shape.input_size, shape.hidden_size, dtype=dtype, **options)
     params = lstm.init(jax.random.key(0))
-    xs = inputs(shape).astype(dtype or jnp.float32)
-    if spread:
+    xs = random_inputs(shape).astype(dtype or jnp.float32)
+    if shard_batch:
         mesh = jax.make_mesh((jax.device_count(),), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
         params = jax.device_put(params, NamedSharding(mesh, PartitionSpec()))
         xs = jax.device_put(xs, NamedSharding(mesh, PartitionSpec(None, "data")))
 
-    def forward(params: jaxlstm.Params, xs: jax.Array) -> jax.Array:
-        if one_by_one:
+    def apply(params: jaxlstm.Params, xs: jax.Array) -> jax.Array:
+        if vmap:
             return jax.vmap(lambda x: lstm(params, x)[0], in_axes=1, out_axes=1)(xs)
         return lstm(params, xs)[0]
 
-    return Program(forward, params, xs)
+    return ForwardPass(apply, params, xs)
 
 
-def flax_nnx(shape: Shape, cell: str) -> Program:
-    """A cell of `flax.nnx` in `nnx.RNN`."""
+def build_flax_nnx(shape: Shape, cell: str) -> ForwardPass:
+    """Builds a cell of `flax.nnx` in `nnx.RNN`."""
     nnx: Any = import_module("flax.nnx")
-    rnn = nnx.RNN(getattr(nnx, cell)(shape.inputs, shape.units, rngs=nnx.Rngs(0)), time_major=True, rngs=False)
+    rnn = nnx.RNN(
+        getattr(nnx, cell)(shape.input_size, shape.hidden_size, rngs=nnx.Rngs(0)), time_major=True, rngs=False
+    )
     graph, params = nnx.split(rnn)
 
-    def forward(params: Any, xs: jax.Array) -> jax.Array:
-        zeros = jnp.zeros((shape.rows, shape.units))  # given, because the layer's own would count up a generator
+    def apply(params: Any, xs: jax.Array) -> jax.Array:
+        # Without an initial carry the layer advances a random number generator, which a pure function cannot.
+        zeros = jnp.zeros((shape.batch_size, shape.hidden_size))
         return nnx.merge(graph, params)(xs, initial_carry=(zeros, zeros))
 
-    return Program(forward, params, inputs(shape))
+    return ForwardPass(apply, params, random_inputs(shape))
 
 
-def flax_linen(shape: Shape) -> Program:
-    """`nn.OptimizedLSTMCell` in `nn.RNN`."""
+def build_flax_linen(shape: Shape) -> ForwardPass:
+    """Builds `nn.OptimizedLSTMCell` in `nn.RNN`."""
     nn: Any = import_module("flax.linen")
-    rnn = nn.RNN(nn.OptimizedLSTMCell(shape.units), time_major=True)
-    xs = inputs(shape)
-    return Program(rnn.apply, rnn.init(jax.random.key(0), xs), xs)
+    rnn = nn.RNN(nn.OptimizedLSTMCell(shape.hidden_size), time_major=True)
+    xs = random_inputs(shape)
+    return ForwardPass(rnn.apply, rnn.init(jax.random.key(0), xs), xs)
 
 
-def haiku(shape: Shape) -> Program:
-    """`hk.LSTM` under `hk.dynamic_unroll`."""
+def build_haiku(shape: Shape) -> ForwardPass:
+    """Builds `hk.LSTM` under `hk.dynamic_unroll`."""
     hk: Any = import_module("haiku")
 
     def unroll(xs: jax.Array) -> jax.Array:
-        core = hk.LSTM(shape.units)
-        return hk.dynamic_unroll(core, xs, core.initial_state(shape.rows))[0]
+        core = hk.LSTM(shape.hidden_size)
+        return hk.dynamic_unroll(core, xs, core.initial_state(shape.batch_size))[0]
 
     net = hk.without_apply_rng(hk.transform(unroll))
-    xs = inputs(shape)
-    return Program(net.apply, net.init(jax.random.key(0), xs), xs)
+    xs = random_inputs(shape)
+    return ForwardPass(net.apply, net.init(jax.random.key(0), xs), xs)
 
 
-def equinox(shape: Shape) -> Program:
-    """`eqx.nn.LSTMCell`, mapped over the batch, under `jax.lax.scan`."""
+def build_equinox(shape: Shape) -> ForwardPass:
+    """Builds `eqx.nn.LSTMCell`, mapped over the batch, under `jax.lax.scan`."""
     eqx: Any = import_module("equinox")
-    cell = eqx.nn.LSTMCell(shape.inputs, shape.units, key=jax.random.key(0))
+    cell = eqx.nn.LSTMCell(shape.input_size, shape.hidden_size, key=jax.random.key(0))
     params, static = eqx.partition(cell, eqx.is_inexact_array)
 
-    def forward(params: Any, xs: jax.Array) -> jax.Array:
-        step = jax.vmap(eqx.combine(params, static))
+    def apply(params: Any, xs: jax.Array) -> jax.Array:
+        batched_cell = jax.vmap(eqx.combine(params, static))
 
-        def body(state: tuple[jax.Array, jax.Array], x: jax.Array) -> tuple[tuple[jax.Array, jax.Array], jax.Array]:
-            state = step(x, state)
+        def scan_fn(state: tuple[jax.Array, jax.Array], x: jax.Array) -> tuple[tuple[jax.Array, jax.Array], jax.Array]:
+            state = batched_cell(x, state)
             return state, state[0]
 
-        zeros = jnp.zeros((shape.rows, shape.units))
-        return jax.lax.scan(body, (zeros, zeros), xs)[1]
+        zeros = jnp.zeros((shape.batch_size, shape.hidden_size))
+        return jax.lax.scan(scan_fn, (zeros, zeros), xs)[1]
 
-    return Program(forward, params, inputs(shape))
+    return ForwardPass(apply, params, random_inputs(shape))
 
 
-def keras(shape: Shape) -> Program:
-    """`keras.layers.LSTM` on the JAX backend."""
+def build_keras(shape: Shape) -> ForwardPass:
+    """Builds `keras.layers.LSTM` on the JAX backend."""
     os.environ["KERAS_BACKEND"] = "jax"  # read when Keras is first imported
     keras: Any = import_module("keras")
     if keras.backend.backend() != "jax":
         raise RuntimeError(f"Keras was imported with the backend {keras.backend.backend()!r}")
-    layer = keras.layers.LSTM(shape.units, return_sequences=True)
-    layer.build((shape.rows, shape.steps, shape.inputs))
-    rest = [v.value for v in layer.non_trainable_variables]
+    layer = keras.layers.LSTM(shape.hidden_size, return_sequences=True)
+    layer.build((shape.batch_size, shape.num_steps, shape.input_size))
+    non_trainable = [v.value for v in layer.non_trainable_variables]
     params = [v.value for v in layer.trainable_variables]
-    xs = inputs(shape, batch_leads=True)
-    return Program(lambda params, xs: layer.stateless_call(params, rest, xs)[0], params, xs, batch_leads=True)
-
-
-def in_jax(build: Callable[[Shape], Program], name: str, shape: Shape) -> Contestant:
-    """A program as a contestant: value and gradient of ``sum(y**2)``, and the forward pass, both jitted."""
-    forward, params, xs, batch_leads = build(shape)
-
-    def loss(params: Any, xs: jax.Array) -> jax.Array:
-        return jnp.sum(jnp.square(forward(params, xs).astype(jnp.float32)))
-
-    step = jax.jit(jax.value_and_grad(loss, argnums=(0, 1)))
-    outputs = jax.jit(forward)
-
-    def train() -> tuple[Any, list[Any]]:
-        value, grads = jax.block_until_ready(step(params, xs))
-        return value, jax.tree.leaves(grads)
-
-    return Contestant(
-        name=name,
-        train=train,
-        infer=lambda: jax.block_until_ready(outputs(params, xs)),
-        output_shape=((shape.rows, shape.steps) if batch_leads else (shape.steps, shape.rows)) + (shape.units,),
-        input_shape=xs.shape,
-        to_numpy=partial(np.asarray, dtype=np.float32),
-        lower=partial(step.lower, params, xs),
+    xs = random_inputs(shape, batch_major=True)
+    return ForwardPass(
+        lambda params, xs: layer.stateless_call(params, non_trainable, xs)[0], params, xs, batch_major=True
     )
 
 
-def pytorch() -> tuple[Any, str, Callable[[], None]]:
-    """PyTorch with all cores, the device of JAX's kind, and what waits for it."""
+def jax_benchmark(build: Callable[[Shape], ForwardPass], name: str, shape: Shape) -> Benchmark:
+    """Compiles a forward pass, and the value and gradient of ``sum(outputs**2)`` for parameters and inputs."""
+    apply, params, xs, batch_major = build(shape)
+
+    def loss(params: Any, xs: jax.Array) -> jax.Array:
+        return jnp.sum(jnp.square(apply(params, xs).astype(jnp.float32)))
+
+    train_step = jax.jit(jax.value_and_grad(loss, argnums=(0, 1)))
+    forward = jax.jit(apply)
+
+    def train() -> tuple[Any, list[Any]]:
+        value, grads = jax.block_until_ready(train_step(params, xs))
+        return value, jax.tree.leaves(grads)
+
+    leading = (shape.batch_size, shape.num_steps) if batch_major else (shape.num_steps, shape.batch_size)
+    return Benchmark(
+        name=name,
+        train=train,
+        infer=lambda: jax.block_until_ready(forward(params, xs)),
+        output_shape=(*leading, shape.hidden_size),
+        input_shape=xs.shape,
+        to_numpy=partial(np.asarray, dtype=np.float32),
+        lower=partial(train_step.lower, params, xs),
+    )
+
+
+def load_torch() -> tuple[Any, str, Callable[[], None]]:
+    """Imports PyTorch with one thread per core.
+
+    Returns:
+      the module, the device that matches JAX's backend, and a function that waits for that device.
+
+    Raises:
+      ImportError: if PyTorch is not installed.
+    """
     torch: Any = import_module("torch")
     torch.set_num_threads(os.cpu_count() or 1)
     if jax.default_backend() != "cpu" and torch.cuda.is_available():
@@ -205,20 +231,20 @@ def pytorch() -> tuple[Any, str, Callable[[], None]]:
     return torch, "cpu", lambda: None
 
 
-def in_torch(dtype: str, name: str, shape: Shape) -> Contestant:
-    """`torch.nn.LSTM`, eager."""
-    torch, device, synchronize = pytorch()
-    place = {"device": device, "dtype": getattr(torch, dtype)}
-    layer = torch.nn.LSTM(shape.inputs, shape.units, **place)
-    xs = torch.randn(*shape[:3], **place)
-    followed = xs.clone().requires_grad_()
-    wanted = [*layer.parameters(), followed]
+def torch_benchmark(dtype: str, name: str, shape: Shape) -> Benchmark:
+    """Builds `torch.nn.LSTM` in eager mode, with the loss of `jax_benchmark`."""
+    torch, device, synchronize = load_torch()
+    options = {"device": device, "dtype": getattr(torch, dtype)}
+    layer = torch.nn.LSTM(shape.input_size, shape.hidden_size, **options)
+    xs = torch.randn(shape.num_steps, shape.batch_size, shape.input_size, **options)
+    xs_with_grad = xs.clone().requires_grad_()
+    variables = [*layer.parameters(), xs_with_grad]
 
     def train() -> tuple[Any, list[Any]]:
-        value = layer(followed)[0].float().square().sum()
-        grads = torch.autograd.grad(value, wanted)
+        loss = layer(xs_with_grad)[0].float().square().sum()
+        grads = torch.autograd.grad(loss, variables)
         synchronize()
-        return value.detach(), list(grads)
+        return loss.detach(), list(grads)
 
     def infer() -> Any:
         with torch.no_grad():
@@ -226,75 +252,82 @@ def in_torch(dtype: str, name: str, shape: Shape) -> Contestant:
         synchronize()
         return ys
 
-    outputs = (shape.steps, shape.rows, shape.units)
-    return Contestant(name, train, infer, outputs, tuple(xs.shape), lambda a: a.float().cpu().numpy())
+    output_shape = (shape.num_steps, shape.batch_size, shape.hidden_size)
+    return Benchmark(name, train, infer, output_shape, tuple(xs.shape), lambda a: a.float().cpu().numpy())
 
 
-Builder = Callable[[str, Shape], Contestant]
+Builder = Callable[[str, Shape], Benchmark]
 
-OURS, SCAN, OURS_BF16 = "jaxlstm fused", "jaxlstm scan", "jaxlstm fused bf16"
-SPREAD = "jaxlstm fused, batch over devices"
-REMAT, ONE_BY_ONE = "jaxlstm fused remat=32", "jaxlstm fused vmap"
+# Names of benchmarks; they are keys in results/*.json.
+JAXLSTM, JAXLSTM_SCAN, JAXLSTM_BF16 = "jaxlstm fused", "jaxlstm scan", "jaxlstm fused bf16"
+JAXLSTM_SHARDED = "jaxlstm fused, batch over devices"
+JAXLSTM_REMAT, JAXLSTM_VMAP = "jaxlstm fused remat=32", "jaxlstm fused vmap"
 TORCH, TORCH_BF16 = "torch float32", "torch bfloat16"
 
 FLAX: dict[str, Builder] = {
-    "nnx LSTMCell": partial(in_jax, partial(flax_nnx, cell="LSTMCell")),
-    "nnx OptimizedLSTMCell": partial(in_jax, partial(flax_nnx, cell="OptimizedLSTMCell")),
-    "linen OptimizedLSTMCell": partial(in_jax, flax_linen),
+    "nnx LSTMCell": partial(jax_benchmark, partial(build_flax_nnx, cell="LSTMCell")),
+    "nnx OptimizedLSTMCell": partial(jax_benchmark, partial(build_flax_nnx, cell="OptimizedLSTMCell")),
+    "linen OptimizedLSTMCell": partial(jax_benchmark, build_flax_linen),
 }
 JAX_PEERS: dict[str, Builder] = {
     **FLAX,
-    "haiku": partial(in_jax, haiku),
-    "equinox": partial(in_jax, equinox),
-    "keras": partial(in_jax, keras),
+    "haiku": partial(jax_benchmark, build_haiku),
+    "equinox": partial(jax_benchmark, build_equinox),
+    "keras": partial(jax_benchmark, build_keras),
 }
 BUILDERS: dict[str, Builder] = {
-    OURS: partial(in_jax, partial(this_library, implementation="fused")),
-    SCAN: partial(in_jax, partial(this_library, implementation="scan")),
-    OURS_BF16: partial(in_jax, partial(this_library, implementation="fused", dtype=jnp.bfloat16)),
-    SPREAD: partial(in_jax, partial(this_library, implementation="fused", spread=True)),
-    REMAT: partial(in_jax, partial(this_library, implementation="fused", remat=32)),
-    ONE_BY_ONE: partial(in_jax, partial(this_library, implementation="fused", one_by_one=True)),
+    JAXLSTM: partial(jax_benchmark, partial(build_jaxlstm, implementation="fused")),
+    JAXLSTM_SCAN: partial(jax_benchmark, partial(build_jaxlstm, implementation="scan")),
+    JAXLSTM_BF16: partial(jax_benchmark, partial(build_jaxlstm, implementation="fused", dtype=jnp.bfloat16)),
+    JAXLSTM_SHARDED: partial(jax_benchmark, partial(build_jaxlstm, implementation="fused", shard_batch=True)),
+    JAXLSTM_REMAT: partial(jax_benchmark, partial(build_jaxlstm, implementation="fused", remat=32)),
+    JAXLSTM_VMAP: partial(jax_benchmark, partial(build_jaxlstm, implementation="fused", vmap=True)),
     **JAX_PEERS,
-    TORCH: partial(in_torch, "float32"),
-    TORCH_BF16: partial(in_torch, "bfloat16"),
+    TORCH: partial(torch_benchmark, "float32"),
+    TORCH_BF16: partial(torch_benchmark, "bfloat16"),
 }
 
 
-class Field:
-    """Those who take part.
+class Registry:
+    """Builds the selected benchmarks and records the peers that were left out.
 
     Args:
-      only: words; a contestant takes part if its name contains one of them. This library always does. Empty: all.
-      say: where to report, in one line, who is left out and why.
+      only: words; a peer is selected if its name contains one of them. Empty selects all. jaxlstm is always selected.
+      print_line: called with one line for each peer that is left out.
     """
 
-    def __init__(self, only: Iterable[str], say: Callable[[str], None]) -> None:
-        self.skipped: dict[str, str] = {}
+    def __init__(self, only: Iterable[str], print_line: Callable[[str], None]) -> None:
+        self.skipped: dict[str, str] = {}  # name -> reason
         self._only = [word.lower() for word in only]
-        self._say = say
+        self._print_line = print_line
 
-    def build(self, names: Iterable[str], shape: Shape, *, run: bool = True) -> list[Contestant]:
-        """The contestants at ``shape``, run and checked, or only lowered; who fails is left out from then on."""
-        ready = []
+    def build(self, names: Iterable[str], shape: Shape, *, execute: bool = True) -> list[Benchmark]:
+        """Builds the named benchmarks that are selected. A peer that fails is left out of this and all later calls.
+
+        Args:
+          names: keys of `BUILDERS`.
+          shape: sizes of the benchmark.
+          execute: whether to run and check each benchmark; otherwise its training step is only lowered.
+        """
+        benchmarks = []
         for name in names:
-            if name in self.skipped or not self._takes_part(name):
+            if name in self.skipped or not self._is_selected(name):
                 continue
-            if name == SPREAD and (jax.device_count() == 1 or shape.rows % jax.device_count()):
-                continue  # nothing to spread, or not evenly
+            if name == JAXLSTM_SHARDED and (jax.device_count() == 1 or shape.batch_size % jax.device_count()):
+                continue  # the batch does not divide over several devices
             try:
-                contestant = BUILDERS[name](name, shape)
-                if run:
-                    contestant.check()
-                elif contestant.lower is not None:
-                    contestant.lower()
-            except Exception as error:  # whatever goes wrong in a foreign library, the others go on
+                benchmark = BUILDERS[name](name, shape)
+                if execute:
+                    benchmark.check()
+                elif benchmark.lower is not None:
+                    benchmark.lower()
+            except Exception as error:  # an error in another library must not stop the comparison
                 self._skip(name, error)
             else:
-                ready.append(contestant)
-        return ready
+                benchmarks.append(benchmark)
+        return benchmarks
 
-    def _takes_part(self, name: str) -> bool:
+    def _is_selected(self, name: str) -> bool:
         return not self._only or name.startswith("jaxlstm") or any(word in name.lower() for word in self._only)
 
     def _skip(self, name: str, error: Exception) -> None:
@@ -303,4 +336,4 @@ class Field:
         first_line = (str(error).splitlines() or [""])[0]
         missing = isinstance(error, ImportError)
         self.skipped[name] = ("not installed: " if missing else f"failed, {type(error).__name__}: ") + first_line
-        self._say(f"{name}: {self.skipped[name]}")
+        self._print_line(f"{name}: {self.skipped[name]}")

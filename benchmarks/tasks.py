@@ -1,7 +1,7 @@
-"""The stated results of `train.py`'s tasks: run one of them, as often as wanted, and write down what came out.
+"""Measures the documented results of the tasks of `train.py`.
 
-python benchmarks/tasks.py digits                                   into benchmarks/results/task-digits.json
-python benchmarks/tasks.py adding "--cell lstm" "--cell rnn --learning-rate 1e-3"     two runs, each with its options
+python benchmarks/tasks.py digits                       one run, written to benchmarks/results/task-digits.json
+python benchmarks/tasks.py adding "--cell lstm" "--cell rnn --learning-rate 1e-3"     two runs with these options
 """
 
 import argparse
@@ -13,36 +13,39 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from measuring import machine
+from machine import describe_machine
 
 from jaxlstm.training.metrics import write_json
 
 ROOT = Path(__file__).parent.parent
 
 
-def result(task: str, options: str) -> dict[str, Any]:
-    """Summary and validation figures of one run."""
+def run_task(task: str, options: str) -> dict[str, Any]:
+    """Runs ``train.py`` once and returns its command, its summary and its validation metrics."""
     with tempfile.TemporaryDirectory() as folder:
-        run = Path(folder) / "run"
-        typed = ["--task", task, *shlex.split(options)]
-        if subprocess.run([sys.executable, str(ROOT / "train.py"), *typed, "--run-dir", str(run)]).returncode:
-            raise SystemExit(f"tasks.py: a run of train.py failed, with {shlex.join(typed)}")
-        rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+        run_dir = Path(folder) / "run"
+        arguments = ["--task", task, *shlex.split(options)]
+        command = [sys.executable, str(ROOT / "train.py"), *arguments, "--run-dir", str(run_dir)]
+        if subprocess.run(command).returncode:
+            raise SystemExit(f"tasks.py: train.py failed with {shlex.join(arguments)}")
+        rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
         return {
-            "command": shlex.join(["python", "train.py", *typed]),
-            "summary": json.loads((run / "summary.json").read_text()),
+            "command": shlex.join(["python", "train.py", *arguments]),
+            "summary": json.loads((run_dir / "summary.json").read_text()),
             "validation": [{k: v for k, v in row.items() if k != "split"} for row in rows if row["split"] == "valid"],
         }
 
 
 def main() -> None:
-    """The command line."""
+    """Runs the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("task")
-    parser.add_argument("options", nargs="*", default=[""], help="of each run, as one argument")
-    arguments = parser.parse_args()
-    runs = [result(arguments.task, options) for options in arguments.options]
-    write_json(ROOT / "benchmarks" / "results" / f"task-{arguments.task}.json", {"machine": machine(), "runs": runs})
+    parser.add_argument("options", nargs="*", default=[""], help="options of a run of train.py, as one argument")
+    args = parser.parse_args()
+    runs = [run_task(args.task, options) for options in args.options]
+    write_json(
+        ROOT / "benchmarks" / "results" / f"task-{args.task}.json", {"machine": describe_machine(), "runs": runs}
+    )
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""Every figure and number of lstm.md and gallery.md, from runs made here and now: python docs/make.py
+"""Recomputes every figure and number of lstm.md and gallery.md: ``python docs/make.py``.
 
-It trains the default character model and the three networks of the adding task: some six minutes on two cores. The
-figures go to docs/figures, the numbers to docs/figures/numbers.json and between their marks in the pages.
+Trains the default character model and the three networks of the adding task, about six minutes on two cores. Writes the
+figures to docs/figures, and the numbers to docs/figures/numbers.json and to their marks in the pages.
 """
 
 import json
@@ -11,114 +11,125 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
+from matplotlib.figure import Figure
 
 from jaxlstm import diagnostics
 from jaxlstm.diagnostics import plots
-from jaxlstm.training import inspect_run, vanishing_gradient
+from jaxlstm.training import inspect_run, vanishing_gradient, vanishing_plots
 from jaxlstm.training.data import synthetic
 
 DOCS = Path(__file__).parent
 FIGURES = DOCS / "figures"
-MARKED = re.compile(r"(<!-- (\w+) -->)[^<]*(<!-- -->)")
+MARKED_NUMBER = re.compile(r"(<!-- (\w+) -->)[^<]*(<!-- -->)")
 TEXT = """The statement "x = (1, 2)" binds a name:
     def f(a, b=(3, 4)):
         return "a string" + str([a, b])
 See also "the import statement" (section 7.11).
 """
-STEPS, HIDDEN, UPDATES = 100, 64, 1600
+SHOWN_CHARACTERS = 80  # of TEXT, in the figure of the gates
+NUM_STEPS, HIDDEN_SIZE, NUM_UPDATES = 100, 64, 1600  # of the adding task
+NETWORKS = {"rnn": "vanilla RNN", "zero": "LSTM, forget bias 0", "one": "LSTM, forget bias 1"}  # prefix of the numbers
 
 
 def character_model() -> dict[str, str]:
-    """The default run of train.py, and what is in its network as it reads `TEXT`."""
+    """Trains the default model of train.py and traces it on `TEXT`; draws figures and returns numbers by name."""
     with tempfile.TemporaryDirectory() as folder:
-        run = Path(folder) / "run"
-        subprocess.run([sys.executable, DOCS.parent / "train.py", "--run-dir", run], check=True)
-        shutil.copy(run / "curves.png", FIGURES / "learning.png")
-        summary = json.loads((run / "summary.json").read_text())
-        model, params, ids = inspect_run.load(run, TEXT)
+        run_dir = Path(folder) / "run"
+        subprocess.run([sys.executable, DOCS.parent / "train.py", "--run-dir", run_dir], check=True)
+        shutil.copy(run_dir / "curves.png", FIGURES / "learning.png")
+        summary = json.loads((run_dir / "summary.json").read_text())
+        model, params, ids = inspect_run.load_character_model(run_dir, TEXT)
     trace = diagnostics.trace(model.lstm, params.lstm, params.embedding[ids])
-    steps = trace.layers[0].forward
-    shown = steps._replace(
-        gates={name: a[:80] for name, a in steps.gates.items()}, c=steps.c[:80], m=steps.m[:80], h=steps.h[:80]
-    )
-    save("gates", plots.draw_gates(shown, TEXT[:80]))
-    telling = inspect_run.telling_units(steps.c, TEXT)
-    save("cell_states", plots.draw_cell_states(steps.c, TEXT, telling))
-    memory = diagnostics.memory(trace)
-    units = memory.layers[0].forward
-    middle, long = np.quantile(units.time_constant, (0.5, 0.9), method="nearest")
-    shares = {
-        f"{gate}_{word}": f"{getattr(units, word)[gate].mean():.0%}" for gate in "ifo" for word in ("shut", "open")
+    layer = trace.layers[0].forward
+    shown = jax.tree.map(lambda a: a[:SHOWN_CHARACTERS], layer)
+    save_figure("gates", plots.draw_gates(shown, TEXT[:SHOWN_CHARACTERS]))
+    titles = inspect_run.most_predictive_units(layer.c, TEXT)
+    save_figure("cell_states", plots.draw_cell_states(layer.c, TEXT, titles))
+    statistics = diagnostics.gate_statistics(trace)
+    units = statistics.layers[0].forward
+    median, long = np.quantile(units.time_constant, (0.5, 0.9), method="nearest")
+    fractions = {
+        f"{gate}_{extreme}": f"{getattr(units, extreme)[gate].mean():.0%}"
+        for gate in "ifo"
+        for extreme in ("shut", "open")
     }
-    return shares | {
+    return fractions | {
         "loss": f"{summary['valid_loss']:.3f}",
         "hidden": str(len(units.dead)),
-        "median_constant": f"{middle:.1f}",
+        "median_constant": f"{median:.1f}",
         "long_constant": f"{long:.1f}",
         "dead": str(int(units.dead.sum())),
         "frozen": str(int(units.frozen.sum())),
-        "report": "\n\n" + "".join(f"    {line}\n" for line in memory.report.splitlines()) + "\n",
+        "report": "\n\n" + "".join(f"    {line}\n" for line in statistics.report.splitlines()) + "\n",
     }
 
 
 def adding_task() -> dict[str, str]:
-    """The vanishing gradient and its cure, as ``python -m jaxlstm.diagnostics vanishing`` shows it."""
-    networks = vanishing_gradient.contestants(HIDDEN)
-    learners = {
-        name: vanishing_gradient.learn(lstm, steps=STEPS, updates=UPDATES, batch=32, learning_rate=rate, seed=0)
-        for name, (lstm, rate) in networks.items()
+    """Trains the networks of ``jaxlstm vanishing``; draws figures and returns numbers by name."""
+    networks = vanishing_gradient.compared_networks(HIDDEN_SIZE)
+    results = {
+        name: vanishing_gradient.train_network(
+            lstm, steps=NUM_STEPS, updates=NUM_UPDATES, batch_size=32, learning_rate=learning_rate, seed=0
+        )
+        for name, (lstm, learning_rate) in networks.items()
     }
-    save("vanishing", plots.draw_vanishing(learners, title=f"The adding task over {STEPS} steps, {HIDDEN} units"))
-    numbers = {"steps": str(STEPS), "updates": f"{UPDATES:,}", "adding_hidden": str(HIDDEN)}
-    probe = synthetic.adding(np.random.default_rng(1), STEPS, 1)
-    for short, name in (("rnn", "vanilla RNN"), ("zero", "LSTM, forget bias 0"), ("one", "LSTM, forget bias 1")):
-        learner, (lstm, _) = learners[name], networks[name]
-        numbers |= {
-            f"{short}_error": f"{learner.errors[-1]:.4f}",
-            f"{short}_before": power(learner.before[0] / learner.before[-1]),
-            f"{short}_after": power(learner.after[0] / learner.after[-1]),
-        }
-        for when, params in zip(("before", "after"), learner.params):
+    title = f"The adding task over {NUM_STEPS} steps, {HIDDEN_SIZE} units"
+    save_figure("vanishing", vanishing_plots.draw_vanishing(results, title=title))
+    numbers = {"steps": str(NUM_STEPS), "updates": f"{NUM_UPDATES:,}", "adding_hidden": str(HIDDEN_SIZE)}
+    probe = synthetic.adding(np.random.default_rng(1), NUM_STEPS, 1)
+    for prefix, name in NETWORKS.items():
+        result, (lstm, _) = results[name], networks[name]
+        numbers[f"{prefix}_error"] = f"{result.errors[-1]:.4f}"
+        for when, norms, params in (
+            ("before", result.gradient_norms_before, result.params_before),
+            ("after", result.gradient_norms_after, result.params_after),
+        ):
+            numbers[f"{prefix}_{when}"] = format_number(norms[0] / norms[-1])
             flow = diagnostics.gradient_flow(
-                lstm, params.network, probe.inputs, lambda ys: (ys**2).sum(), jacobian="spectral"
+                lstm, params.lstm, probe.inputs, lambda ys: (ys**2).sum(), jacobian="spectral"
             )
-            numbers[f"{short}_jacobian_{when}"] = power(float(flow.network_jacobian[0, 0]))
-            if short != "rnn":
-                f = diagnostics.trace(lstm, params.network, probe.inputs).layers[0].forward.gates["f"]
-                numbers[f"{short}_along_c_{when}"] = power(float(np.prod(np.asarray(f, np.float64), 0).max()))
-    vanilla, lstm = "vanilla RNN", "LSTM, forget bias 1"
-    for file, name, trained_yet in (("rnn_before", vanilla, 0), ("rnn_after", vanilla, 1), ("lstm_after", lstm, 1)):
-        params = learners[name].params[trained_yet].network
-        save(f"eigenvalues_{file}", plots.draw_eigenvalues(networks[name][0], params))
+            numbers[f"{prefix}_jacobian_{when}"] = format_number(float(flow.network_jacobian[0, 0]))
+            if prefix != "rnn":
+                f = diagnostics.trace(lstm, params.lstm, probe.inputs).layers[0].forward.gates["f"]
+                product = np.prod(np.asarray(f, np.float64), 0)
+                numbers[f"{prefix}_along_c_{when}"] = format_number(float(product.max()))
+    for file, prefix, when in (
+        ("rnn_before", "rnn", "before"),
+        ("rnn_after", "rnn", "after"),
+        ("lstm_after", "one", "after"),
+    ):
+        name = NETWORKS[prefix]
+        params = results[name].params_before if when == "before" else results[name].params_after
+        save_figure(f"eigenvalues_{file}", plots.draw_eigenvalues(networks[name][0], params.lstm))
     return numbers
 
 
-def power(value: float) -> str:
-    """A number as people write it: 0.53, 17, or 7×10⁻¹⁴."""
+def format_number(value: float) -> str:
+    """Formats a number as 0.53, 17, or 7×10⁻¹⁴."""
     if 0.01 <= value < 1000:
         return f"{value:.2g}" if value < 1 else f"{value:.3g}"
     mantissa, exponent = f"{value:.0e}".split("e")
     return f"{mantissa}×10{str(int(exponent)).translate(str.maketrans('-0123456789', '⁻⁰¹²³⁴⁵⁶⁷⁸⁹'))}"
 
 
-def save(name: str, figure: Any) -> None:
-    """A figure of the pages."""
+def save_figure(name: str, figure: Figure) -> None:
+    """Writes a figure of the pages."""
     figure.savefig(FIGURES / f"{name}.png", dpi=110)
 
 
 def main() -> None:
-    """All of it."""
+    """Writes all figures and numbers."""
     FIGURES.mkdir(exist_ok=True)
     numbers = character_model() | adding_task()
     numbers["jax"] = jax.__version__
     (FIGURES / "numbers.json").write_text(json.dumps(numbers, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     for page in DOCS.glob("*.md"):
         text = page.read_text(encoding="utf-8")
-        page.write_text(MARKED.sub(lambda m: f"{m[1]}{numbers[m[2]]}{m[3]}", text), encoding="utf-8")
+        text = MARKED_NUMBER.sub(lambda match: f"{match[1]}{numbers[match[2]]}{match[3]}", text)
+        page.write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":

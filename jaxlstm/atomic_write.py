@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all."""
+"""Atomic file writes: a file is replaced completely or not at all."""
 
 import contextlib
 import os
@@ -6,18 +6,23 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
+from jaxlstm.errors import first_line
+
 
 @contextlib.contextmanager
 def atomic_write(path: Path, *, overwrite: bool = True) -> Iterator[BinaryIO]:
-    """A file to write to, which takes the place of ``path`` once all of it is on the disk.
+    """Opens a temporary file that replaces ``path`` once it is complete and flushed to disk.
 
     Args:
-      path: of the file to be.
-      overwrite: whether a file that is there may be replaced.
+      path: path of the file to write.
+      overwrite: whether to replace an existing file.
+
+    Yields:
+      The temporary file, open for writing bytes.
 
     Raises:
-      FileExistsError: if there is one and it may not.
-      OSError: names the file that cannot be written; what was there stays as it was.
+      FileExistsError: if the file exists and ``overwrite`` is False.
+      OSError: if the file cannot be written. The message names ``path``; an existing file is left unchanged.
     """
     if path.exists() and not overwrite:
         raise FileExistsError(f"{path} exists; overwrite=True replaces it")
@@ -36,5 +41,5 @@ def atomic_write(path: Path, *, overwrite: bool = True) -> Iterator[BinaryIO]:
 
 
 def write_error(path: Path, error: OSError) -> OSError:
-    """The error with the file's name in it: the system gives none where it is the disk that is full."""
-    return OSError(f"cannot write {path}: {error.strerror or error}")
+    """Returns the error with the path in its message; the system omits the path when the disk is full."""
+    return OSError(f"cannot write {path}: {error.strerror or first_line(error)}")

@@ -1,4 +1,7 @@
-"""Random masks as data: drawn first, used later, so that every implementation sees the same ones."""
+"""Dropout, zoneout and the random masks of the regularizers inside the recurrence.
+
+Masks are drawn before the recurrence runs and are passed to it as arrays, so that every backend sees the same masks.
+"""
 
 from typing import NamedTuple
 
@@ -11,28 +14,41 @@ from jaxlstm.params import Size, State
 
 
 class RegularizerRates(NamedTuple):
-    """RegularizerRates of the regularisers inside the recurrence, in [0, 1)."""
+    """Rates of the regularizers inside the recurrence, in [0, 1)."""
 
-    recurrent_dropout: float = 0.0  # share of candidates dropped (Semeniuta et al. 2016)
-    zoneout_h: float = 0.0  # share of h that stays as it was (zoneout, Krueger et al. 2017)
-    zoneout_c: float = 0.0  # the same of c
+    recurrent_dropout: float = 0.0  # of candidates (Semeniuta et al. 2016)
+    zoneout_h: float = 0.0  # of units of h that keep their old value (Krueger et al. 2017)
+    zoneout_c: float = 0.0  # of units of c that keep their old value
 
 
 class RegularizerMasks(NamedTuple):
-    """Masks of the regularisers inside the recurrence; None for one that is off, or for a call without a key.
+    """Masks of the regularizers inside the recurrence; None for a regularizer that is off or without a key.
 
-    Those of a layer are ``(D, T, *batch, .)``; inside an implementation the leading axes go one by one.
+    A whole layer has masks ``(D, T, *batch, .)``; a backend receives one direction, and a step one step of it.
     """
 
-    candidate_mask: Array | None = None  # (H,) bool: where False the candidate is dropped
-    zoneout_mask_h: Array | None = None  # (P,) bool: where True h stays as it was
-    zoneout_mask_c: Array | None = None  # (H,) bool: where True c stays as it was
+    candidate_mask: Array | None = None  # (H,) bool: the candidate is dropped where False
+    zoneout_mask_h: Array | None = None  # (P,) bool: h keeps its old value where True
+    zoneout_mask_c: Array | None = None  # (H,) bool: c keeps its old value where True
+
+
+def regularizer_key(key: Array | None, layer: int, regularizer: int) -> Array | None:
+    """Derives the key of one regularizer of one layer; None without a key."""
+    return None if key is None else jax.random.fold_in(jax.random.fold_in(key, layer), regularizer)
 
 
 def draw_masks(
     key: Array | None, rates: RegularizerRates, leading: tuple[Size, ...], h: int, c: int | None
 ) -> RegularizerMasks:
-    """The masks of one layer; ``leading`` is ``(D, T, *batch)``, ``h`` and ``c`` the sizes of the state."""
+    """Draws the masks of one layer.
+
+    Args:
+      key: PRNG key; without one there are no masks.
+      rates: the rates.
+      leading: ``(D, T, *batch)``.
+      h: size of h.
+      c: size of c; None for a cell without cell state.
+    """
     if key is None:
         return RegularizerMasks()
 
@@ -41,41 +57,41 @@ def draw_masks(
             return None
         return jax.random.bernoulli(jax.random.fold_in(key, n), share, (*leading, size))
 
-    kept = None if rates.recurrent_dropout == 0.0 else mask(0, 1 - rates.recurrent_dropout, c)
-    return RegularizerMasks(kept, mask(1, rates.zoneout_h, h), mask(2, rates.zoneout_c, c))
+    candidate_mask = None if rates.recurrent_dropout == 0.0 else mask(0, 1 - rates.recurrent_dropout, c)
+    return RegularizerMasks(candidate_mask, mask(1, rates.zoneout_h, h), mask(2, rates.zoneout_c, c))
 
 
-def apply_zoneout(rates: RegularizerRates, noise: RegularizerMasks, after: State, before: State) -> State:
-    """The state after a step, with some of it as it was before: by the masks, or without them by expectation."""
+def apply_zoneout(rates: RegularizerRates, masks: RegularizerMasks, new: State, old: State) -> State:
+    """Returns the state after a step with zoneout: by the masks, or without masks the expectation over them."""
+    h = _mix(rates.zoneout_h, masks.zoneout_mask_h, new.h, old.h)
+    if new.c is None or old.c is None:
+        return State(h, new.c)
+    return State(h, _mix(rates.zoneout_c, masks.zoneout_mask_c, new.c, old.c))
 
-    def mix(rate: float, held: Array | None, new: Array | None, old: Array | None) -> Array | None:
-        if rate == 0.0 or new is None or old is None:
-            return new
-        return (1 - rate) * new + rate * old if held is None else jnp.where(held, old, new)
 
-    return State(
-        mix(rates.zoneout_h, noise.zoneout_mask_h, after.h, before.h),  # pyright: ignore[reportArgumentType]
-        mix(rates.zoneout_c, noise.zoneout_mask_c, after.c, before.c),
-    )
+def _mix(rate: float, mask: Array | None, new: Array, old: Array) -> Array:
+    if rate == 0.0:
+        return new
+    return (1 - rate) * new + rate * old if mask is None else jnp.where(mask, old, new)
 
 
 def dropout_mask(key: Array, rate: float, shape: tuple[int, ...], dtype: DTypeLike) -> Array:
-    """Zeros with probability ``rate``, else ``1 / (1 - rate)``: multiplying by it keeps the mean (Srivastava 2014).
+    """Draws zeros with probability ``rate``, else ``1 / (1 - rate)``, to preserve the mean (Srivastava et al. 2014).
 
     Args:
       key: PRNG key.
-      rate: share of elements dropped, in [0, 1).
-      shape: of the mask.
-      dtype: of the mask.
+      rate: probability of a zero, in [0, 1).
+      shape: shape of the mask.
+      dtype: dtype of the mask.
     """
-    kept = jax.random.bernoulli(key, 1.0 - rate, shape)
-    return jnp.where(kept, jnp.asarray(1.0 / (1.0 - rate), dtype), jnp.zeros((), dtype))
+    keep = jax.random.bernoulli(key, 1.0 - rate, shape)
+    return jnp.where(keep, jnp.asarray(1.0 / (1.0 - rate), dtype), jnp.zeros((), dtype))
 
 
 def dropout(key: Array | None, rate: float, x: Array, *, over_time: bool = True) -> Array:
-    """``x`` with each element dropped at ``rate`` and the rest scaled up; ``x`` itself without a key or at rate 0.
+    """Drops elements of ``x (T, ...)`` at ``rate`` and scales up the others; identity without a key or at rate 0.
 
-    Without ``over_time`` one mask serves all of the leading axis, which is time (Gal & Ghahramani 2016).
+    With ``over_time=False`` all steps share one mask (Gal & Ghahramani 2016).
     """
     if key is None or rate == 0.0:
         return x

@@ -1,8 +1,8 @@
-"""Where training starts.
+"""Initializers of weights and biases.
 
-Each function returns an initialiser of the `jax.nn.initializers` form, ``init(key, shape, dtype) -> Array``, for an
-array with an axis (the leading one unless said otherwise) that stacks ``num_gates`` slabs of H, and treats every gate
-as an array of its own.
+Each function returns an initializer of the `jax.nn.initializers` form, ``init(key, shape, dtype) -> Array``, for an
+array with an axis (the leading one unless stated otherwise) that stacks ``num_gates`` blocks of H. Every gate is
+initialized as a separate array.
 """
 
 from collections.abc import Callable
@@ -14,24 +14,24 @@ from jax.typing import DTypeLike
 
 from jaxlstm.params import accumulation_dtype
 
-Initializer = Callable[..., Array]  # (key, shape, dtype) -> array, as those of jax.nn.initializers
+Initializer = Callable[..., Array]  # (key, shape, dtype) -> array, as in jax.nn.initializers
 
 
 def per_gate(initializer: Initializer, num_gates: int = 4, axis: int = 0) -> Initializer:
-    """``initializer`` applied to each gate's block of an array that stacks them along ``axis``, each with its own key.
+    """Applies ``initializer`` to the block of each gate along ``axis``, each with its own key.
 
     A ``(num_gates*H, n)`` matrix has blocks ``(H, n)``; along the last axis, a ``(*kernel, n, num_gates*H)``
-    convolution has blocks ``(*kernel, n, H)``.
+    convolution kernel has blocks ``(*kernel, n, H)``.
 
-    Drawn in float32 or wider and rounded at the end: the factorisations behind some initialisers know no narrower
-    type.
+    Blocks are drawn in float32 or wider and cast at the end: the factorizations behind some initializers support no
+    narrower dtype.
     """
 
     def init(key: Array, shape: tuple[int, ...], dtype: DTypeLike = jnp.float32) -> Array:
         block = list(shape)
-        block[axis], left = divmod(shape[axis], num_gates)
-        if left:
-            raise ValueError(f"axis {axis} stacks {num_gates} gates, but {shape[axis]} is no multiple of {num_gates}")
+        block[axis], remainder = divmod(shape[axis], num_gates)
+        if remainder:
+            raise ValueError(f"axis {axis} must be a multiple of the {num_gates} gates, got {shape[axis]}")
         draw_dtype = accumulation_dtype(dtype)
         blocks = [initializer(k, tuple(block), draw_dtype) for k in jax.random.split(key, num_gates)]
         return jnp.concatenate(blocks, axis).astype(dtype)
@@ -40,29 +40,30 @@ def per_gate(initializer: Initializer, num_gates: int = 4, axis: int = 0) -> Ini
 
 
 def glorot_uniform(num_gates: int = 4) -> Initializer:
-    """Input weights ``(num_gates*H, I)``: uniform in ±sqrt(6 / (I + H)) for each gate (Glorot & Bengio 2010)."""
+    """Initializes input weights ``(num_gates*H, I)`` uniformly in ±sqrt(6/(I+H)) per gate (Glorot & Bengio 2010)."""
     return per_gate(jax.nn.initializers.glorot_uniform(in_axis=1, out_axis=0), num_gates)
 
 
 def orthogonal(num_gates: int = 4) -> Initializer:
-    """Recurrent weights ``(num_gates*H, P)``: each gate's matrix orthogonal (Saxe, McClelland & Ganguli 2014).
+    """Initializes recurrent weights ``(num_gates*H, P)`` orthogonally per gate (Saxe, McClelland & Ganguli 2014).
 
-    Where P differs from H, rows or columns are orthonormal, whichever are fewer.
+    If P differs from H, the rows or the columns are orthonormal, whichever are fewer.
     """
     return per_gate(jax.nn.initializers.orthogonal(), num_gates)
 
 
 def forget_bias(num_gates: int = 4, forget_gate: int | None = 1, value: float = 1.0) -> Initializer:
-    """Bias ``(num_gates*H,)``: zero, but ``value`` for the forget gate (Gers et al. 2000; Jozefowicz et al. 2015).
+    """Initializes a bias ``(num_gates*H,)``: ``value`` for the forget gate, zero for the others.
 
-    ``forget_gate`` counts slabs; None leaves every bias at zero. The key is not used.
+    After Gers et al. 2000 and Jozefowicz et al. 2015. ``forget_gate`` is the index of its slab; None leaves every bias
+    at zero. The key is not used.
     """
 
     def init(key: Array, shape: tuple[int, ...], dtype: DTypeLike = jnp.float32) -> Array:
         del key
         (rows,) = shape
         if rows % num_gates:
-            raise ValueError(f"the bias stacks {num_gates} gates, but {rows} is no multiple of {num_gates}")
+            raise ValueError(f"the bias must be a multiple of the {num_gates} gates, got {rows}")
         bias = jnp.zeros((num_gates, rows // num_gates), dtype)
         return (bias if forget_gate is None else bias.at[forget_gate].set(value)).reshape(rows)
 
@@ -70,10 +71,10 @@ def forget_bias(num_gates: int = 4, forget_gate: int | None = 1, value: float = 
 
 
 def chrono(num_gates: int, forget_gate: int, input_gate: int | None, longest: int) -> Initializer:
-    """Bias ``(num_gates*H,)`` for dependencies of up to ``longest`` steps (Tallec & Ollivier 2018).
+    """Initializes a bias ``(num_gates*H,)`` for dependencies of up to ``longest`` steps (Tallec & Ollivier 2018).
 
-    The forget gate's is log(u) with u uniform in [1, ``longest`` - 1], so that the units' spans are spread over that
-    range; the input gate's, where there is one, is its negative; the others are zero.
+    The bias of the forget gate is log(u) with u uniform in [1, ``longest`` - 1], so that the time scales of the units
+    cover that range. The bias of the input gate, if there is one, is its negative; the others are zero.
     """
 
     def init(key: Array, shape: tuple[int, ...], dtype: DTypeLike = jnp.float32) -> Array:

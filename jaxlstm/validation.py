@@ -1,7 +1,8 @@
-"""Wrong input is one clear error, raised while tracing: what was received, what was expected."""
+"""Checks of arguments. Wrong input raises one clear error while tracing: what was received, what was expected."""
 
 import math
 import operator
+import warnings
 from typing import Any
 
 import jax
@@ -11,26 +12,31 @@ from jax import Array
 from jax.export import is_symbolic_dim
 
 from jaxlstm.cells import Cell
+from jaxlstm.errors import first_line
 from jaxlstm.params import Params, Size, State
 
 
 def positive_int(name: str, value: Any) -> int:
-    """``value`` as an int of at least 1."""
-    if isinstance(value, bool):
-        raise TypeError(f"{name} must be an integer, got {value!r}")
-    try:
-        number = operator.index(value)
-    except TypeError:
-        raise TypeError(f"{name} must be an integer, got {value!r}") from None
+    """Returns ``value`` as an int of at least 1."""
+    number = _index(name, value)
     if number < 1:
         raise ValueError(f"{name} must be at least 1, got {number}")
     return number
 
 
-def sizes(name: str, value: Any) -> tuple[Size, ...]:
-    """Sizes of axes as a tuple of ints of at least 0, or of sizes that are symbols while a program is exported.
+def _index(name: str, value: Any) -> int:
+    try:
+        if not isinstance(value, bool | np.bool_):
+            return operator.index(value)
+    except TypeError:
+        pass
+    raise TypeError(f"{name} must be an integer, got {value!r}")
 
-    A single one may come without its tuple.
+
+def sizes(name: str, value: Any) -> tuple[Size, ...]:
+    """Returns sizes of axes as a tuple of ints of at least 0, or of symbolic dimensions while a program is exported.
+
+    A single size needs no tuple.
     """
     given = value if isinstance(value, tuple | list) else (value,)
     try:
@@ -43,7 +49,7 @@ def sizes(name: str, value: Any) -> tuple[Size, ...]:
 
 
 def spatial_shape(name: str, value: Any) -> tuple[int, ...]:
-    """Sizes of one to three spatial axes, each at least 1; a single one may come without its tuple."""
+    """Returns the sizes of one to three spatial axes, each at least 1; a single size needs no tuple."""
     axes = sizes(name, value)
     if not 1 <= len(axes) <= 3 or min(axes) < 1:
         raise ValueError(f"{name} must be 1 to 3 sizes of at least 1, got {axes}")
@@ -51,44 +57,48 @@ def spatial_shape(name: str, value: Any) -> tuple[int, ...]:
 
 
 def kernel_shape(name: str, value: Any, spatial: tuple[int, ...]) -> tuple[int, ...]:
-    """Odd sizes of a kernel, one for each spatial axis; a single one is taken for all of them."""
+    """Returns odd kernel sizes, one per spatial axis; a single size is used for all axes."""
     kernel = sizes(name, value)
     if not isinstance(value, tuple | list):
         kernel *= len(spatial)
     if len(kernel) != len(spatial):
         raise ValueError(f"{name} must be one size or one for each of {len(spatial)} spatial axes, got {kernel}")
     if not all(size % 2 for size in kernel):
-        raise ValueError(f"{name} must be odd, so that a position is the middle of what it sees, got {kernel}")
+        raise ValueError(f"{name} must be odd, so that each position is the center of its patch, got {kernel}")
     return kernel
 
 
 def flag(name: str, value: Any) -> bool:
-    """``value``, which must be True or False."""
-    if not isinstance(value, bool):
+    """Returns a Python or NumPy bool as a bool."""
+    if not isinstance(value, bool | np.bool_):
         raise TypeError(f"{name} must be True or False, got {value!r}")
-    return value
+    return bool(value)
 
 
 def rate(name: str, value: Any) -> float:
-    """``value`` as a float in [0, 1)."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise TypeError(f"{name} must be a number in [0, 1), got {value!r}")
-    if not 0.0 <= value < 1.0:
-        raise ValueError(f"{name} must lie in [0, 1), got {value}")
-    return float(value)
+    """Returns ``value`` as a float in [0, 1)."""
+    number = _float(name, value, "a number in [0, 1)")
+    if not 0.0 <= number < 1.0:
+        raise ValueError(f"{name} must be in [0, 1), got {value}")
+    return number
 
 
 def number(name: str, value: Any) -> float:
-    """``value`` as a finite float."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise TypeError(f"{name} must be a number, got {value!r}")
-    if not math.isfinite(value):
+    """Returns ``value`` as a finite float."""
+    number = _float(name, value, "a number")
+    if not math.isfinite(number):
         raise ValueError(f"{name} must be finite, got {value}")
+    return number
+
+
+def _float(name: str, value: Any, expected: str) -> float:
+    if isinstance(value, bool | np.bool_) or not isinstance(value, int | float | np.integer | np.floating):
+        raise TypeError(f"{name} must be {expected}, got {value!r}")
     return float(value)
 
 
 def cell(value: Cell) -> None:
-    """A cell of the user's own, whose parts must fit together."""
+    """Checks that the parts of a user's own cell fit together."""
     if not callable(value.gates):
         raise TypeError(f"gates of the cell must be a function, got {describe(value.gates)}")
     positive_int("num_gates of the cell", value.num_gates)
@@ -96,16 +106,33 @@ def cell(value: Cell) -> None:
         slab = getattr(value, name)
         is_int = isinstance(slab, int) and not isinstance(slab, bool)
         if slab is not None and not (is_int and slab in range(value.num_gates)):
-            raise ValueError(f"{name} of the cell counts slabs of z from 0 to {value.num_gates - 1}, got {slab!r}")
+            raise ValueError(f"{name} of the cell must be a slab of z, 0 to {value.num_gates - 1}, got {slab!r}")
     if not isinstance(value.num_peepholes, int) or value.num_peepholes < 0:
         raise ValueError(f"num_peepholes of the cell must be an integer of at least 0, got {value.num_peepholes!r}")
-    if bool(value.num_peepholes) != value.takes("w"):
-        takes = "take" if value.takes("w") else "do not take"
-        raise ValueError(f"the cell's gates {takes} `w`, but num_peepholes is {value.num_peepholes}")
+    if bool(value.num_peepholes) != value.takes("peepholes"):
+        takes = "take" if value.takes("peepholes") else "do not take"
+        raise ValueError(f"the cell's gates {takes} `peepholes`, but num_peepholes is {value.num_peepholes}")
+
+
+def warn_unused_dropout(dropout: float, num_layers: int, variational: bool) -> None:
+    """Warns about dropout options without an effect, in the words of `torch.nn.LSTM`'s warning."""
+    message = None
+    if dropout > 0 and num_layers == 1:
+        message = (
+            "dropout option adds dropout after all but last recurrent layer, so non-zero dropout expects num_layers "
+            f"greater than 1, but got dropout={dropout} and num_layers={num_layers}"
+        )
+    elif variational and dropout == 0:
+        message = (
+            "variational option gives the dropout between layers one mask for all steps, so it expects non-zero "
+            f"dropout and num_layers greater than 1, but got dropout={dropout} and num_layers={num_layers}"
+        )
+    if message is not None:  # at the line that made the network, above two __post_init__ and one __init__
+        warnings.warn(message, UserWarning, stacklevel=5)
 
 
 def float_dtype(name: str, value: Any) -> jnp.dtype:
-    """``value`` as a floating-point dtype."""
+    """Returns ``value`` as a floating-point dtype."""
     try:
         dtype = jnp.dtype("None" if value is None else value)  # NumPy takes None for float64
     except TypeError:
@@ -116,20 +143,20 @@ def float_dtype(name: str, value: Any) -> jnp.dtype:
 
 
 def choice(name: str, value: Any, names: Any) -> str:
-    """``value``, which must be one of ``names``."""
+    """Returns ``value``, which must be one of ``names``."""
     if not isinstance(value, str) or value not in names:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, names))}; got {value!r}")
     return value
 
 
 def available(name: str, dtype: jnp.dtype) -> None:
-    """float64 must be switched on in JAX; otherwise it would turn into float32 unseen."""
-    if jax.dtypes.canonicalize_dtype(dtype) != dtype:
+    """Checks that float64 is switched on in JAX; otherwise JAX would silently use float32."""
+    if dtype.itemsize > 4 and jax.dtypes.canonicalize_dtype(dtype) != dtype:
         raise ValueError(f"{name} is {dtype.name}, which needs jax.config.update('jax_enable_x64', True)")
 
 
 def key(value: Any) -> None:
-    """A single PRNG key, typed or raw."""
+    """Checks that ``value`` is a single PRNG key, typed or raw."""
     is_array = isinstance(value, jax.Array | np.ndarray)
     typed = is_array and jnp.issubdtype(value.dtype, jax.dtypes.prng_key)
     raw = is_array and value.dtype == jnp.uint32 and value.shape == _raw_key_shape()
@@ -138,34 +165,37 @@ def key(value: Any) -> None:
 
 
 def _raw_key_shape() -> tuple[int, ...]:
-    """Of a key that is not typed, which JAX takes for one of its default kind."""
+    """Returns the shape of a raw key, which JAX interprets as a key of its default kind."""
     return jax.eval_shape(lambda: jax.random.PRNGKey(0)).shape
 
 
 def describe(value: Any) -> str:
-    """A value in an error message: dtype and shape of an array, the type of anything else."""
+    """Describes a value in an error message: dtype and shape of an array, the type of anything else."""
     if hasattr(value, "shape") and hasattr(value, "dtype"):
         return f"{value.dtype}{list(value.shape)}"
     return f"{type(value).__name__} {value!r}" if isinstance(value, int | float | str) else type(value).__name__
 
 
 def array(name: str, value: Any, kind: Any, shape: tuple[int, ...] | None = None, why: str = "") -> Array:
-    """``value`` as an array of the given kind of dtype and, where given, shape; ``why`` ends the message."""
+    """Returns ``value`` as an array of this kind of dtype and, if given, this shape; ``why`` ends the message."""
+    if isinstance(value, Array) and jnp.issubdtype(value.dtype, kind) and shape in (None, value.shape):
+        return value
     if not (hasattr(value, "shape") and hasattr(value, "dtype")):
         if not isinstance(value, int | float | list):
             raise TypeError(f"{name} must be an array, got {describe(value)}")
         try:
             value = jnp.asarray(value)
         except (TypeError, ValueError, OverflowError) as error:
-            reason = str(error).split("\n")[0]
-            raise TypeError(f"{name} must be an array, got {describe(value)}, which makes none: {reason}") from None
+            raise TypeError(f"{name} must be an array, got {describe(value)}: {first_line(error)}") from None
     try:
         right = jnp.issubdtype(value.dtype, kind)
-    except TypeError:  # that of another library
+    except TypeError:  # a dtype of another library
         right = None
     if right is None or isinstance(value, jax.ShapeDtypeStruct):
-        of = type(value).__module__.partition(".")[0]
-        raise TypeError(f"{name} must be an array of JAX or NumPy, got {of}'s {type(value).__name__} {describe(value)}")
+        library = type(value).__module__.partition(".")[0]
+        raise TypeError(
+            f"{name} must be an array of JAX or NumPy, got {library}'s {type(value).__name__} {describe(value)}"
+        )
     if not right:
         expected = {jnp.floating: "floating-point", jnp.integer: "integer", jnp.bool_: "boolean"}[kind]
         raise TypeError(f"{name} must be {expected}, got {describe(value)}{why}")
@@ -174,44 +204,57 @@ def array(name: str, value: Any, kind: Any, shape: tuple[int, ...] | None = None
     return jnp.asarray(value)
 
 
-def marks(
-    lengths: Any, mask: Any, resets: Any, num_steps: int, batch: tuple[int, ...]
+def step_masks(
+    lengths_: Any, mask: Any, resets: Any, num_steps: int, batch: tuple[int, ...]
 ) -> tuple[Array | None, Array | None, Array | None]:
-    """``lengths (*batch)``, ``mask`` and ``resets`` ``(T, *batch)`` as arrays; None stays None."""
+    """Returns ``lengths (*batch)``, ``mask`` and ``resets`` ``(T, *batch)`` as arrays; None stays None."""
     over_time = (num_steps, *batch)
     return (
-        None if lengths is None else counts(array("lengths", lengths, jnp.integer, batch)),
+        None if lengths_ is None else lengths("lengths", lengths_, batch),
         None if mask is None else array("mask", mask, jnp.bool_, over_time),
         None if resets is None else array("resets", resets, jnp.bool_, over_time),
     )
 
 
-def counts(lengths: Array) -> Array:
-    """Lengths in a dtype that a count of steps, and less than nothing, fit in."""
-    if lengths.dtype in (jnp.int32, jnp.int64):
-        return lengths
-    if lengths.dtype.itemsize >= 4:
-        lengths = jnp.minimum(lengths, jnp.iinfo(jnp.int32).max)
-    return lengths.astype(jnp.int32)
+def lengths(name: str, value: Any, batch: tuple[int, ...]) -> Array:
+    """Returns lengths of sequences in a signed dtype wide enough for any number of steps."""
+    counts = array(name, value, jnp.integer, batch)
+    if counts.dtype in (jnp.int32, jnp.int64):
+        return counts
+    if counts.dtype.itemsize >= 4:
+        counts = jnp.minimum(counts, jnp.iinfo(jnp.int32).max)
+    return counts.astype(jnp.int32)
 
 
-def inputs(name: str, xs: Any, input_size: int, leading: str, spatial: tuple[int, ...] = ()) -> Array:
-    """Inputs whose last axes are the spatial ones, where there are any, and the input size."""
+def inputs(name: str, xs: Any, feature_shape: tuple[int, ...], leading: str) -> Array:
+    """Returns inputs whose last axes must be ``feature_shape``; ``leading`` names the axes before, as "T, *batch"."""
     xs = array(name, xs, jnp.floating, why="; token ids are embedded or one-hot encoded first")
-    last = (*spatial, input_size)
-    smallest = len(last) + ("T" in leading)
-    if xs.ndim < smallest or xs.shape[-len(last) :] != last:
-        raise ValueError(f"{name} must have shape ({leading}, {', '.join(map(str, last))}), got {list(xs.shape)}")
+    min_axes = len(feature_shape) + ("T" in leading)
+    if xs.ndim < min_axes or xs.shape[-len(feature_shape) :] != feature_shape:
+        features = ", ".join(map(str, feature_shape))
+        raise ValueError(f"{name} must have shape ({leading}, {features}), got {list(xs.shape)}")
     return xs
 
 
 def params(value: Any, expected: Params, widest: jnp.dtype) -> None:
-    """The parameters of this configuration: same tree, same shapes, no dtype wider than the sums'.
+    """Checks parameters: the expected tree and shapes, and no dtype wider than that of sums.
 
     ``expected`` holds a `jax.ShapeDtypeStruct` for each array.
     """
     if not isinstance(value, Params):
         raise TypeError(f"params must be a jaxlstm.Params as made by init, got {describe(value)}")
+    have, have_tree = jax.tree.flatten(value)
+    want, want_tree = jax.tree.flatten(expected)
+    if have_tree == want_tree and all(map(_has_shape_and_dtype, have, want)):
+        return
+    _check_params_by_name(value, expected, widest)
+
+
+def _has_shape_and_dtype(value: Any, expected: Any) -> bool:
+    return isinstance(value, jax.Array) and value.shape == expected.shape and value.dtype == expected.dtype
+
+
+def _check_params_by_name(value: Params, expected: Params, widest: jnp.dtype) -> None:
     want = dict(jax.tree_util.tree_flatten_with_path(expected)[0])
     have = dict(jax.tree_util.tree_flatten_with_path(value)[0])
     for path in [*want, *(p for p in have if p not in want)]:
@@ -226,15 +269,17 @@ def params(value: Any, expected: Params, widest: jnp.dtype) -> None:
 
 
 def state(value: Any, expected: State) -> State:
-    """A state of this configuration and batch, cast to its dtype; ``expected`` holds `jax.ShapeDtypeStruct`."""
-    if not isinstance(value, State):
-        raise TypeError(f"state must be a jaxlstm.State(h, c), got {describe(value)}")
-    if (value.c is None) != (expected.c is None):
+    """Returns a state of this configuration and batch, cast to its dtype; a tuple ``(h, c)`` becomes a `State`."""
+    if not isinstance(value, tuple) or len(value) != 2:
+        raise TypeError(f"state must be a jaxlstm.State(h, c) or a tuple (h, c), got {describe(value)}")
+    h, c = value
+    if (c is None) != (expected.c is None):
         wanted = "None: this cell has no cell state" if expected.c is None else f"an array {list(expected.c.shape)}"
-        raise ValueError(f"state.c must be {wanted}; got {describe(value.c)}")
-    leaves = {
-        name: array(f"state.{name}", getattr(value, name), jnp.floating, want.shape).astype(want.dtype)
-        for name, want in expected._asdict().items()
-        if want is not None
-    }
-    return State(leaves["h"], leaves.get("c"))
+        raise ValueError(f"state.c must be {wanted}; got {describe(c)}")
+    h = _state_array("state.h", h, expected.h)
+    return State(h, None if expected.c is None else _state_array("state.c", c, expected.c))
+
+
+def _state_array(name: str, value: Any, expected: Any) -> Array:
+    a = array(name, value, jnp.floating, expected.shape)
+    return a if a.dtype == expected.dtype else a.astype(expected.dtype)

@@ -1,10 +1,14 @@
 """Strict JAX for every test: float64 available, no silent promotion of dtypes or ranks, shapes checked at run time."""
 
 import os
+from importlib.metadata import version
 
-# Hundreds of small programs are compiled here and run once or twice: LLVM's optimisation would take most of the time.
-# The tests that start the command itself run it as users do, without this.
-os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0"
+# Hundreds of small programs are compiled here and run once or twice: compiling would take most of the time. The tests
+# that start the command itself run it as users do, without these flags.
+flags = "--xla_backend_optimization_level=0"
+if version("jaxlib").startswith("0.10."):
+    flags += " --xla_cpu_use_fusion_emitters=false"  # compiles in half the time; later versions have no such flag
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flags}"
 
 import jax
 import pytest
@@ -22,31 +26,9 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _kernels_are_interpreted():
-    """There is no TPU here: `implementation="pallas"` is carried out operation by operation."""
-    from jaxlstm.experimental.pallas import mosaic_tpu_scan
+def _interpret_kernels():
+    """Without a TPU, `implementation="pallas"` runs in Pallas's interpreter."""
+    from jaxlstm.experimental.pallas.target import INTERPRET, kernel_target
 
-    with mosaic_tpu_scan.making_for(mosaic_tpu_scan.INTERPRET):
+    with kernel_target(INTERPRET):
         yield
-
-
-def pytest_addoption(parser):
-    parser.addoption("--every-case", action="store_true", help="every test with every implementation: an hour or more")
-
-
-def pytest_collection_modifyitems(config, items):
-    """Leave out most of what heavy implementations would do, see `cases.HEAVY`."""
-    import cases
-
-    if config.getoption("--every-case"):
-        return
-
-    def stays(item):
-        values = item.callspec.params if hasattr(item, "callspec") else {}
-        if values.get("implementation") not in cases.HEAVY:
-            return True
-        return values.get("configuration") in cases.OF_HEAVY and values.get("inputs", "everything") == "everything"
-
-    left_out = [item for item in items if not stays(item)]
-    config.hook.pytest_deselected(items=left_out)
-    items[:] = [item for item in items if stays(item)]

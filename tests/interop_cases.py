@@ -1,15 +1,16 @@
-"""What LSTMs of other libraries for JAX compute, outputs and gradients; run this file to record it anew.
+"""Outputs and gradients of LSTMs in other JAX libraries; run this file to record them again.
 
 pip install dm-haiku==0.0.17 equinox==0.13.8 keras==3.15.1 && python tests/interop_cases.py
 
-Recorded are the libraries that the tests do not install. PyTorch has a file of its own, `torch_cases`.
+Only libraries that the tests do not install are recorded. PyTorch has its own file, `torch_cases`.
 """
 
 import os
 import sys
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +21,7 @@ STEPS, BATCH, INPUT, HIDDEN = 5, 2, 3, 4
 
 BOTH: dict[str, Any] = {"bidirectional": True}
 DEEP: dict[str, Any] = {"num_layers": 2}
-# Name: library, options of `jaxlstm.LSTM`, arguments of the library's builder below.
+# Name: library, options of `jaxlstm.LSTM`, other arguments of the library's builder below.
 CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "haiku": ("haiku", {}, {}),
     "haiku deep": ("haiku", {"num_layers": 3}, {}),
@@ -47,188 +48,225 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "cudnn deep": ("cudnn", {"num_layers": 3}, {}),
     "cudnn both deep": ("cudnn", {**BOTH, **DEEP}, {}),
 }
-ZEROS = {"kernel_init": jax.nn.initializers.zeros, "recurrent_kernel_init": jax.nn.initializers.zeros}  # quickly made
-NOT_INSTALLED = ("haiku", "equinox", "keras")  # by the tests
+ZERO = jax.nn.initializers.zeros
+ZEROS = {"kernel_init": ZERO, "recurrent_kernel_init": ZERO}  # fast to compile
+RECORDED_LIBRARIES = ("haiku", "equinox", "keras")
 
 
-def layers(run_layer, num_layers, state, xs):
-    """A stack, by a function of layer, its rows of the state, and inputs; all rows together and the outputs."""
-    rows = [jax.tree.map(lambda a: jnp.split(a, num_layers)[n], state) for n in range(num_layers)]  # noqa: B023
-    after = []
-    for n, mine in enumerate(rows):
-        last, xs = run_layer(n, mine, xs)
-        after.append(last)
-    return jax.tree.map(lambda *a: jnp.concatenate(a), *after), xs
+def run_layers(run_layer, num_layers, state, xs):
+    """Runs a stack of layers.
+
+    Args:
+      run_layer: ``(layer, state, xs) -> (state, ys)``.
+      num_layers: number of layers.
+      state: arrays ``h`` and ``c`` of all layers and directions, in the order of `jaxlstm.State`.
+      xs: inputs ``(T, B, size)``.
+
+    Returns:
+      The final state of all layers, and the outputs of the last.
+    """
+    new_states = []
+    for n in range(num_layers):
+        layer_state = {name: jnp.split(array, num_layers)[n] for name, array in state.items()}
+        new_state, xs = run_layer(n, layer_state, xs)
+        new_states.append(new_state)
+    return jax.tree.map(lambda *a: jnp.concatenate(a), *new_states), xs
 
 
-def directions(run, n, state, xs):
-    """A layer, by a function of direction, state of it and inputs in the order in which it takes them."""
-    width = len(state["h"])
-    after, outputs = [], []
-    for d in range(width):
-        last, ys = run(n * width + d, jax.tree.map(lambda a: a[d], state), xs[::-1] if d else xs)  # noqa: B023
-        after.append(last)
+def run_directions(run_direction, layer, state, xs):
+    """Runs the directions of a layer.
+
+    Args:
+      run_direction: ``(cell index, state, xs) -> (state, ys)``; the inputs of the backward direction are reversed.
+      layer: index of the layer.
+      state: arrays ``h`` and ``c`` of the directions of this layer.
+      xs: inputs ``(T, B, size)``.
+
+    Returns:
+      The final state of all directions, and their concatenated outputs.
+    """
+    num_directions = len(state["h"])
+    new_states, outputs = [], []
+    for d in range(num_directions):
+        direction_state = {name: array[d] for name, array in state.items()}
+        new_state, ys = run_direction(layer * num_directions + d, direction_state, xs[::-1] if d else xs)
+        new_states.append(new_state)
         outputs.append(ys[::-1] if d else ys)
-    return jax.tree.map(lambda *a: jnp.stack(a), *after), jnp.concatenate(outputs, -1)
+    return jax.tree.map(lambda *a: jnp.stack(a), *new_states), jnp.concatenate(outputs, -1)
 
 
 def haiku(num_layers=1, bidirectional=False):
-    """`hk.LSTM`, created layer by layer, forward before backward."""
+    """Builds `hk.LSTM` modules, created layer by layer, forward before backward."""
     import haiku as hk
 
-    def direction(k, state, xs):
-        ys, last = hk.dynamic_unroll(hk.LSTM(HIDDEN), xs, hk.LSTMState(state["h"], state["c"]))
-        return {"h": last.hidden, "c": last.cell}, ys
+    def run_direction(index, state, xs):
+        ys, new_state = hk.dynamic_unroll(hk.LSTM(HIDDEN), xs, hk.LSTMState(state["h"], state["c"]))
+        return {"h": new_state.hidden, "c": new_state.cell}, ys
 
-    net = hk.without_apply_rng(hk.transform(partial(layers, partial(directions, direction), num_layers)))
-    rows = num_layers * (1 + bidirectional)
-    return net.init(jax.random.key(0), zero_state(rows), jnp.zeros((STEPS, BATCH, INPUT))), net.apply
+    run_layer = partial(run_directions, run_direction)
+    net = hk.without_apply_rng(hk.transform(partial(run_layers, run_layer, num_layers)))
+    num_cells = num_layers * (1 + bidirectional)
+    return net.init(jax.random.key(0), zero_state(num_cells), jnp.zeros((STEPS, BATCH, INPUT))), net.apply
 
 
 def equinox(num_layers=1, bidirectional=False, use_bias=True):
-    """`equinox.nn.LSTMCell` under `jax.lax.scan`."""
+    """Builds `equinox.nn.LSTMCell` modules under `jax.lax.scan`."""
     import equinox as eqx
 
-    width = 1 + bidirectional
+    num_directions = 1 + bidirectional
 
-    def cell(n):
-        return eqx.nn.LSTMCell(width * HIDDEN if n else INPUT, HIDDEN, use_bias, key=jax.random.key(0))
+    def create_cell(layer):
+        input_size = num_directions * HIDDEN if layer else INPUT
+        return eqx.nn.LSTMCell(input_size, HIDDEN, use_bias, key=jax.random.key(0))
 
-    pairs = [tuple(cell(n) for _ in range(width)) for n in range(num_layers)]
+    pairs = [tuple(create_cell(n) for _ in range(num_directions)) for n in range(num_layers)]
 
-    def run(cells, state, xs):
+    def apply(cells, state, xs):
         cells = jax.tree.leaves(cells, is_leaf=lambda x: isinstance(x, eqx.nn.LSTMCell))
 
-        def direction(k, state, xs):
-            def body(state, x):
-                state = jax.vmap(cells[k])(x, state)
+        def run_direction(index, state, xs):
+            def scan_step(state, x):
+                state = jax.vmap(cells[index])(x, state)
                 return state, state[0]
 
-            (h, c), ys = jax.lax.scan(body, (state["h"], state["c"]), xs)
+            (h, c), ys = jax.lax.scan(scan_step, (state["h"], state["c"]), xs)
             return {"h": h, "c": c}, ys
 
-        return layers(partial(directions, direction), num_layers, state, xs)
+        return run_layers(partial(run_directions, run_direction), num_layers, state, xs)
 
     entries = pairs if bidirectional else [cell for (cell,) in pairs]
-    return entries if num_layers > 1 else entries[0], run
+    return entries if num_layers > 1 else entries[0], apply
 
 
 def keras(num_layers=1, bidirectional=False, use_bias=True, cell="lstm", activation="tanh"):
-    """`keras.layers.LSTM` or `SimpleRNN`, one layer after the other, alone or in `Bidirectional`."""
+    """Builds a list of `keras.layers.LSTM` or `SimpleRNN`, each in a `Bidirectional` for two directions."""
     os.environ["KERAS_BACKEND"] = "jax"  # read when Keras is first imported
     import keras
 
     keras.config.set_floatx("float64")
-    common = {"use_bias": use_bias, "return_sequences": True, "return_state": True}
+    options = {"use_bias": use_bias, "return_sequences": True, "return_state": True}
     modules = []
     for n in range(num_layers):
         if cell == "lstm":
-            module = keras.layers.LSTM(HIDDEN, **common)
+            module = keras.layers.LSTM(HIDDEN, **options)
         else:
-            module = keras.layers.SimpleRNN(HIDDEN, activation=activation, **common)
+            module = keras.layers.SimpleRNN(HIDDEN, activation=activation, **options)
         if bidirectional:
             module = keras.layers.Bidirectional(module)
-        for one in (module.forward_layer, module.backward_layer) if bidirectional else (module,):
+        for layer in (module.forward_layer, module.backward_layer) if bidirectional else (module,):
             if activation == "tanh":
-                one.cell.activation = jnp.tanh  # Keras's own takes float64 for float32 on JAX
+                layer.cell.activation = jnp.tanh  # Keras's tanh returns float32 for float64 on JAX
         module.build((BATCH, STEPS, (1 + bidirectional) * HIDDEN if n else INPUT))
         modules.append(module)
-    names = ("h", "c") if cell == "lstm" else ("h",)
-    per_layer = len(modules[0].get_weights())
+    state_names = ("h", "c") if cell == "lstm" else ("h",)
+    arrays_per_layer = len(modules[0].get_weights())
 
-    def run(weights, state, xs):
-        def layer(n, state, xs):
-            first = [state[name][d] for d in range(1 + bidirectional) for name in names]
-            mine = weights[n * per_layer : (n + 1) * per_layer]
-            rest = [variable.value for variable in modules[n].non_trainable_variables]
-            (ys, *last), _ = modules[n].stateless_call(mine, rest, jnp.swapaxes(xs, 0, 1), initial_state=first)
-            last = {name: jnp.stack(last[k :: len(names)]) for k, name in enumerate(names)}
-            return last, jnp.swapaxes(ys, 0, 1)
+    def apply(weights, state, xs):
+        def run_layer(n, state, xs):
+            initial_state = [state[name][d] for d in range(1 + bidirectional) for name in state_names]
+            layer_weights = weights[n * arrays_per_layer : (n + 1) * arrays_per_layer]
+            other_variables = [variable.value for variable in modules[n].non_trainable_variables]
+            (ys, *new_state), _ = modules[n].stateless_call(
+                layer_weights, other_variables, jnp.swapaxes(xs, 0, 1), initial_state=initial_state
+            )
+            stacked = {name: jnp.stack(new_state[k :: len(state_names)]) for k, name in enumerate(state_names)}
+            return stacked, jnp.swapaxes(ys, 0, 1)
 
-        return layers(layer, num_layers, state, xs)
+        return run_layers(run_layer, num_layers, state, xs)
 
-    return [array for module in modules for array in module.get_weights()], run
-
-
-def carry(state):
-    """Flax's, c before h, of one direction or of two."""
-    pairs = tuple((c, h) for h, c in zip(state["h"], state["c"]))
-    return pairs if len(pairs) > 1 else pairs[0]
+    return [array for module in modules for array in module.get_weights()], apply
 
 
-def rows(carry):
-    """The way back."""
-    pairs = carry if isinstance(carry[0], tuple) else (carry,)
-    return {"h": jnp.stack([h for _, h in pairs]), "c": jnp.stack([c for c, _ in pairs])}
+def to_flax_carry(state):
+    """Converts a state to the carry of Flax: (c, h), or a pair of these for two directions."""
+    carries = tuple((c, h) for h, c in zip(state["h"], state["c"]))
+    return carries if len(carries) > 1 else carries[0]
+
+
+def from_flax_carry(carry):
+    """Converts a carry of Flax to a state."""
+    carries = carry if isinstance(carry[0], tuple) else (carry,)
+    return {"h": jnp.stack([h for _, h in carries]), "c": jnp.stack([c for c, _ in carries])}
 
 
 def flax_linen(cell, num_layers=1, bidirectional=False):
-    """A cell of `flax.linen` in `RNN`, alone or two of them in `Bidirectional`; of several layers a dictionary."""
+    """Builds `flax.linen` cells in `RNN`, two of them in `Bidirectional` for two directions."""
     import flax.linen as nn
 
-    def rnn():
+    def create_rnn():
         return nn.RNN(getattr(nn, cell)(HIDDEN, param_dtype=jnp.float64, **ZEROS))
 
-    modules = [nn.Bidirectional(rnn(), rnn()) if bidirectional else rnn() for _ in range(num_layers)]
+    modules = [
+        nn.Bidirectional(create_rnn(), create_rnn()) if bidirectional else create_rnn() for _ in range(num_layers)
+    ]
 
     class Stack(nn.Module):
         def setup(self):
             if num_layers > 1:
-                self.layers = modules  # under the names that nn.Sequential gives
+                self.layers = modules  # with the names that nn.Sequential gives
 
         def __call__(self, state, xs):
-            def layer(n, state, xs):
-                last, ys = self.layers[n](xs, initial_carry=carry(state), return_carry=True, time_major=True)
-                return rows(last), ys
+            def run_layer(n, state, xs):
+                carry = to_flax_carry(state)
+                carry, ys = self.layers[n](xs, initial_carry=carry, return_carry=True, time_major=True)
+                return from_flax_carry(carry), ys
 
-            return layers(layer, num_layers, state, xs)
+            return run_layers(run_layer, num_layers, state, xs)
 
-    def alone(weights, state, xs):
-        last, ys = modules[0].apply(weights, xs, initial_carry=carry(state), return_carry=True, time_major=True)
-        return rows(last), ys
+    def apply_single_layer(weights, state, xs):
+        carry = to_flax_carry(state)
+        carry, ys = modules[0].apply(weights, xs, initial_carry=carry, return_carry=True, time_major=True)
+        return from_flax_carry(carry), ys
 
     xs = jnp.zeros((STEPS, BATCH, INPUT))
     if num_layers == 1:
-        return modules[0].init(jax.random.key(0), xs, time_major=True), alone
-    return Stack().init(jax.random.key(0), zero_state(num_layers * (1 + bidirectional)), xs), Stack().apply
+        return abstract_init(modules[0], xs, time_major=True), apply_single_layer
+    return abstract_init(Stack(), zero_state(num_layers * (1 + bidirectional)), xs), Stack().apply
+
+
+def abstract_init(module, *args, **kwargs):
+    """Returns the shapes of a linen module's variables, without running the module."""
+    return jax.eval_shape(partial(module.init, **kwargs), jax.random.key(0), *args)
 
 
 def flax_nnx(cell, num_layers=1, bidirectional=False):
-    """A cell of `flax.nnx` in `RNN`, alone or two of them in `Bidirectional`; of several layers a list."""
+    """Builds `flax.nnx` cells in `RNN`, two of them in `Bidirectional` for two directions; a list of several layers."""
     from flax import nnx
 
-    def rnn(inputs):
-        zeros = getattr(nnx, cell)(inputs, HIDDEN, param_dtype=jnp.float64, rngs=nnx.Rngs(0), **ZEROS)
+    def create_rnn(input_size):
+        zeros = getattr(nnx, cell)(input_size, HIDDEN, param_dtype=jnp.float64, rngs=nnx.Rngs(0), **ZEROS)
         return nnx.RNN(zeros, rngs=False)
 
-    def module(n):
-        inputs = (1 + bidirectional) * HIDDEN if n else INPUT
-        return nnx.Bidirectional(rnn(inputs), rnn(inputs), rngs=nnx.Rngs(0)) if bidirectional else rnn(inputs)
+    def create_module(layer):
+        size = (1 + bidirectional) * HIDDEN if layer else INPUT
+        if not bidirectional:
+            return create_rnn(size)
+        return nnx.Bidirectional(create_rnn(size), create_rnn(size), rngs=nnx.Rngs(0))
 
-    split = [nnx.split(module(n)) for n in range(num_layers)]
+    graphs_and_states = [nnx.split(create_module(n)) for n in range(num_layers)]
 
-    def run(weights, state, xs):
-        states = weights if isinstance(weights, list) else [weights]
+    def apply(weights, state, xs):
+        layer_weights = weights if isinstance(weights, list) else [weights]
 
-        def layer(n, state, xs):
-            module = nnx.merge(*split[n], copy=True)
-            nnx.update(module, states[n])
-            last, ys = module(xs, initial_carry=carry(state), return_carry=True, time_major=True)
-            return rows(last), ys
+        def run_layer(n, state, xs):
+            module = nnx.merge(*graphs_and_states[n], copy=True)
+            nnx.update(module, layer_weights[n])
+            carry, ys = module(xs, initial_carry=to_flax_carry(state), return_carry=True, time_major=True)
+            return from_flax_carry(carry), ys
 
-        return layers(layer, num_layers, state, xs)
+        return run_layers(run_layer, num_layers, state, xs)
 
-    states = [nnx.to_pure_dict(nnx.state(nnx.merge(*parts), nnx.Param)) for parts in split]
-    return states if num_layers > 1 else states[0], run
+    states = [nnx.to_pure_dict(nnx.state(nnx.merge(*parts), nnx.Param)) for parts in graphs_and_states]
+    return states if num_layers > 1 else states[0], apply
 
 
 def cudnn(num_layers=1, bidirectional=False):
-    """The reference of `jax.experimental.rnn`, which unpacks the vector that cuDNN takes."""
+    """Builds the reference of `jax.experimental.rnn`, which takes cuDNN's weight vector."""
     from jax.experimental import rnn
 
     sizes = (INPUT, HIDDEN, num_layers, bidirectional)
 
-    def run(vector, state, xs):
+    def apply(vector, state, xs):
         lengths = jnp.full(BATCH, STEPS, jnp.int32)
         unpacked = rnn.unpack_lstm_weights(vector, *sizes)
         ys, h, c = rnn.lstm_ref(
@@ -236,62 +274,82 @@ def cudnn(num_layers=1, bidirectional=False):
         )
         return {"h": h, "c": c}, jnp.swapaxes(ys, 0, 1)
 
-    return jnp.zeros(rnn.get_num_params_in_lstm(*sizes)), run
+    return jnp.zeros(rnn.get_num_params_in_lstm(*sizes)), apply
 
 
+# Each builder returns weights, of which only the structure and shapes matter, and `apply(weights, state, xs)`.
 BUILDERS = {
     "haiku": haiku, "equinox": equinox, "keras": keras, "flax_linen": flax_linen, "flax_nnx": flax_nnx, "cudnn": cudnn,
 }  # fmt: skip
 
 
-def zero_state(rows):
-    return {name: jnp.zeros((rows, BATCH, HIDDEN)) for name in ("h", "c")}
+def zero_state(num_cells):
+    return {name: jnp.zeros((num_cells, BATCH, HIDDEN)) for name in ("h", "c")}
+
+
+class Computed(NamedTuple):
+    """A case with random weights, as computed by the other library."""
+
+    weights: Any  # as the library has them
+    weight_gradient: Any  # of ``sum(y dy) + sum(h dh) + sum(c dc)``
+    arrays: dict[str, np.ndarray]  # all other arrays, as `framework_parity.assert_parity` takes them
+    rerun: Callable[[Any], tuple[Any, Any]]  # (final state, ys) with other weights, by the same compiled program
 
 
 def compute(name):
-    """Weights, all of them random, inputs, outputs and the gradient of ``sum(y dy) + sum(h dh) + sum(c dc)``.
-
-    Returns:
-      Weights and their gradient as the library has them, a dictionary of all other arrays, and the function itself.
-    """
+    """Runs a case."""
     library, options, arguments = CASES[name]
     rng = np.random.default_rng(len(name))
 
-    def normal(*shape):
+    def normal(shape):
         return jnp.asarray(rng.standard_normal(shape))
 
-    template, run = BUILDERS[library](**arguments, **options)
-    weights = jax.tree.map(lambda a: 0.5 * normal(*a.shape), template)
-    count = options.get("num_layers", 1) * (1 + options.get("bidirectional", False))
-    state = {key: normal(count, BATCH, HIDDEN) for key in ("h", "c") if key == "h" or "cell" not in options}
-    xs = normal(STEPS, BATCH, INPUT)
-    (last, ys), transpose = jax.vjp(jax.jit(run), weights, state, xs)
-    d_last, d_ys = jax.tree.map(lambda a: normal(*a.shape), (last, ys))
-    d_weights, d_state, d_xs = transpose((d_last, d_ys))
-    arrays = {"xs": xs, "ys": ys, "dys": d_ys, "grad.xs": d_xs}
-    for key in state:
-        arrays |= {f"{key}0": state[key], key: last[key], f"d{key}": d_last[key], f"grad.{key}0": d_state[key]}
-    return weights, d_weights, {key: np.asarray(array) for key, array in arrays.items()}, run
+    template, apply = BUILDERS[library](**arguments, **options)
+    weights = jax.tree.map(lambda a: 0.5 * normal(a.shape), template)
+    num_cells = options.get("num_layers", 1) * (1 + options.get("bidirectional", False))
+    state_names = ("h",) if options.get("cell") == "rnn" else ("h", "c")
+    state = {key: normal((num_cells, BATCH, HIDDEN)) for key in state_names}
+    xs = normal((STEPS, BATCH, INPUT))
+    cotangents = jax.tree.map(lambda a: normal(a.shape), jax.eval_shape(apply, weights, state, xs))
+
+    @jax.jit
+    def run(weights):
+        outputs, pull_back = jax.vjp(apply, weights, state, xs)
+        return outputs, pull_back(cotangents)
+
+    (new_state, ys), (weight_gradient, state_gradient, xs_gradient) = run(weights)
+    state_cotangents, ys_cotangent = cotangents
+    arrays = {"xs": xs, "ys": ys, "dys": ys_cotangent, "grad.xs": xs_gradient}
+    for key in state_names:
+        arrays |= {
+            f"{key}0": state[key],
+            key: new_state[key],
+            f"d{key}": state_cotangents[key],
+            f"grad.{key}0": state_gradient[key],
+        }
+    arrays = {key: np.asarray(array) for key, array in arrays.items()}
+    return Computed(weights, weight_gradient, arrays, lambda other_weights: run(other_weights)[0])
 
 
-def flat(tree):
-    """The arrays of a tree of weights by path."""
+def flatten(tree):
+    """Returns the arrays of a tree of weights by path."""
     leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
     return {jax.tree_util.keystr(path, simple=True, separator="|"): np.asarray(leaf) for path, leaf in leaves}
 
 
 def record(path, names):
-    """Write what these cases compute to a file."""
+    """Writes the results of these cases to a file."""
     arrays = {}
     for name in names:
-        weights, d_weights, rest, _ = compute(name)
-        arrays |= {f"{name}:{key}": array for key, array in rest.items()}
-        arrays |= {f"{name}:weights:{key}": array for key, array in flat(weights).items()}
-        arrays |= {f"{name}:gradient:{key}": array for key, array in flat(d_weights).items()}
+        computed = compute(name)
+        arrays |= {f"{name}:{key}": array for key, array in computed.arrays.items()}
+        arrays |= {f"{name}:weights:{key}": array for key, array in flatten(computed.weights).items()}
+        arrays |= {f"{name}:gradient:{key}": array for key, array in flatten(computed.weight_gradient).items()}
     np.savez_compressed(path, allow_pickle=False, **arrays)
     print(f"{path}: {len(arrays)} arrays, {Path(path).stat().st_size:,} bytes")
 
 
 if __name__ == "__main__":
     jax.config.update("jax_enable_x64", True)
-    record(sys.argv[1] if len(sys.argv) > 1 else RECORDED, [name for name in CASES if CASES[name][0] in NOT_INSTALLED])
+    recorded_cases = [name for name in CASES if CASES[name][0] in RECORDED_LIBRARIES]
+    record(sys.argv[1] if len(sys.argv) > 1 else RECORDED, recorded_cases)

@@ -1,4 +1,4 @@
-"""What ONNX Runtime computes from the models of `jaxlstm.interop`; run this file to record it anew.
+"""Outputs of ONNX Runtime for models of `jaxlstm.interop`; run this file to record them again.
 
 pip install -e '.[onnx]' && python tests/onnx_cases.py
 """
@@ -30,53 +30,53 @@ CASES: dict[str, dict[str, Any]] = {
 
 
 def network(name: str) -> tuple[jaxlstm.LSTM, dict[str, bool]]:
-    """The configuration of a case, and which inputs its model has besides ``xs``."""
+    """Returns the configuration of a case, and the options of `to_onnx` for its inputs."""
     options = dict(CASES[name])
-    given = {key: options.pop(key, False) for key in ("with_state", "with_lengths")}
-    return jaxlstm.LSTM(INPUT, HIDDEN, **options), given
+    model_options = {key: options.pop(key, False) for key in ("with_state", "with_lengths")}
+    return jaxlstm.LSTM(INPUT, HIDDEN, **options), model_options
 
 
 def random_params(lstm: jaxlstm.LSTM, rng: np.random.Generator) -> jaxlstm.Params:
-    """Weights of deviation 0.5, biases included, in the dtype of the configuration."""
-    shapes = jax.eval_shape(lstm.init, jax.random.key(0))
-    return jax.tree.map(lambda a: (0.5 * rng.standard_normal(a.shape)).astype(a.dtype), shapes)
+    """Returns weights of standard deviation 0.5, biases included, in the dtype of the configuration."""
+    return jax.tree.map(lambda a: (0.5 * rng.standard_normal(a.shape)).astype(a.dtype), lstm.param_shapes())
 
 
 def random_model(name: str) -> Any:
-    """A model with random weights, both of its biases among them."""
+    """Returns a model with random weights, including both biases."""
     import onnx
 
     from jaxlstm.interop import to_onnx
 
-    lstm, given = network(name)
+    lstm, model_options = network(name)
     rng = np.random.default_rng(len(name))
-    # The second bias is nonzero in the models of others: here it is that of another network.
-    model, other = (to_onnx(lstm, random_params(lstm, rng), **given) for _ in range(2))
-    for tensor, another in zip(model.graph.initializer, other.graph.initializer):
+    # Other exporters write a nonzero second bias; take it from the bias of another network.
+    model, other_model = (to_onnx(lstm, random_params(lstm, rng), **model_options) for _ in range(2))
+    for tensor, other_tensor in zip(model.graph.initializer, other_model.graph.initializer):
         if tensor.name.startswith("B."):
-            first, second = (onnx.numpy_helper.to_array(each).copy() for each in (tensor, another))
-            half = first.shape[1] // 2
-            first[:, half:] = second[:, :half]
-            tensor.CopyFrom(onnx.numpy_helper.from_array(first, tensor.name))
+            biases = onnx.numpy_helper.to_array(tensor).copy()
+            other_biases = onnx.numpy_helper.to_array(other_tensor)
+            half = biases.shape[1] // 2
+            biases[:, half:] = other_biases[:, :half]
+            tensor.CopyFrom(onnx.numpy_helper.from_array(biases, tensor.name))
     return model
 
 
 def inputs(name: str, steps: int = STEPS, batch: int = BATCH) -> dict[str, np.ndarray]:
-    """What the model of a case is given."""
-    lstm, given = network(name)
+    """Returns random inputs of the model of a case."""
+    lstm, model_options = network(name)
     rng = np.random.default_rng(1000 + len(name))
     arrays = {"xs": rng.standard_normal((steps, batch, INPUT)).astype(np.float32)}
-    if given["with_state"]:
+    if model_options["with_state"]:
         state = lstm.initial_state((batch,))
         for key in ("h", "c") if state.c is not None else ("h",):
             arrays[f"initial_{key}"] = rng.standard_normal(state.h.shape).astype(np.float32)
-    if given["with_lengths"]:
+    if model_options["with_lengths"]:
         arrays["lengths"] = np.resize(np.array(LENGTHS, np.int32), batch).clip(max=steps)
     return arrays
 
 
 def compute(model: Any, arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """What ONNX Runtime makes of it: ``ys``, ``h`` and, for a cell that has it, ``c``."""
+    """Returns the outputs of ONNX Runtime: ``ys``, ``h`` and, for a cell that has it, ``c``."""
     import onnxruntime
 
     session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
@@ -90,8 +90,8 @@ if __name__ == "__main__":
     for name in CASES:
         model, arrays = random_model(name), inputs(name)
         weights = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
-        everything = {**weights, **arrays, **compute(model, arrays)}
-        recorded |= {f"{name}/{key}": value for key, value in everything.items()}
+        all_arrays = {**weights, **arrays, **compute(model, arrays)}
+        recorded |= {f"{name}/{key}": value for key, value in all_arrays.items()}
     RECORDED.parent.mkdir(exist_ok=True)
     np.savez_compressed(RECORDED, allow_pickle=False, **recorded)
     print(f"{RECORDED}: {len(recorded)} arrays, {RECORDED.stat().st_size:,} bytes")

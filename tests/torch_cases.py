@@ -1,4 +1,4 @@
-"""What `torch.nn.LSTM` and `torch.nn.RNN` compute, outputs and gradients; run this file to record it anew.
+"""Outputs and gradients of `torch.nn.LSTM` and `torch.nn.RNN`; run this file to record them again.
 
 pip install torch==2.13.0 && python tests/torch_cases.py
 """
@@ -27,39 +27,39 @@ CASES: dict[str, dict[str, Any]] = {
 
 
 def compute(name: str) -> dict[str, np.ndarray]:
-    """Weights, inputs, outputs and the gradient of ``sum(y * dy) + sum(h * dh) + sum(c * dc)``, in float64."""
+    """Returns weights, inputs, outputs and gradients of ``sum(y * dy) + sum(h * dh) + sum(c * dc)``, in float64."""
     import torch
 
     options = dict(CASES[name])
     packed = options.pop("packed", False)
     torch.manual_seed(len(name))
-    kind = torch.nn.RNN if "nonlinearity" in options else torch.nn.LSTM
-    module = kind(INPUT, HIDDEN, dtype=torch.float64, **options)
+    module_class = torch.nn.RNN if "nonlinearity" in options else torch.nn.LSTM
+    module = module_class(INPUT, HIDDEN, dtype=torch.float64, **options)
     for weight in module.parameters():
         torch.nn.init.normal_(weight, std=0.5)
-    rows = options.get("num_layers", 1) * (2 if options.get("bidirectional") else 1)
+    num_cells = options.get("num_layers", 1) * (2 if options.get("bidirectional") else 1)
     arrays = {
         "xs": torch.randn(STEPS, BATCH, INPUT, dtype=torch.float64),
-        "h0": torch.randn(rows, BATCH, options.get("proj_size", HIDDEN), dtype=torch.float64),
+        "h0": torch.randn(num_cells, BATCH, options.get("proj_size", HIDDEN), dtype=torch.float64),
     }
-    if kind is torch.nn.LSTM:
-        arrays["c0"] = torch.randn(rows, BATCH, HIDDEN, dtype=torch.float64)
+    if module_class is torch.nn.LSTM:
+        arrays["c0"] = torch.randn(num_cells, BATCH, HIDDEN, dtype=torch.float64)
     for array in arrays.values():
         array.requires_grad_()
     state = (arrays["h0"], arrays["c0"]) if "c0" in arrays else arrays["h0"]
     if packed:
         inputs = torch.nn.utils.rnn.pack_padded_sequence(arrays["xs"], torch.tensor(LENGTHS))
-        outputs, last = module(inputs, state)
-        ys, _ = torch.nn.utils.rnn.pad_packed_sequence(outputs, total_length=STEPS)
+        packed_ys, new_state = module(inputs, state)
+        ys, _ = torch.nn.utils.rnn.pad_packed_sequence(packed_ys, total_length=STEPS)
     else:
-        ys, last = module(arrays["xs"], state)
-    results = dict(zip(("ys", "h", "c"), (ys, *last) if "c0" in arrays else (ys, last)))
+        ys, new_state = module(arrays["xs"], state)
+    results = dict(zip(("ys", "h", "c"), (ys, *new_state) if "c0" in arrays else (ys, new_state)))
     cotangents = {f"d{key}": torch.randn_like(value) for key, value in results.items()}
     sum((value * cotangents[f"d{key}"]).sum() for key, value in results.items()).backward()
     weights = dict(module.named_parameters())
     gradients = {f"grad.{key}": value.grad for key, value in {**arrays, **weights}.items()}
-    everything = {**weights, **arrays, **results, **cotangents, **gradients}
-    return {key: value.detach().numpy() for key, value in everything.items()}
+    all_arrays = {**weights, **arrays, **results, **cotangents, **gradients}
+    return {key: value.detach().numpy() for key, value in all_arrays.items()}
 
 
 if __name__ == "__main__":

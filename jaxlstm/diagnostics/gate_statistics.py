@@ -1,76 +1,76 @@
-"""What the gates of a run say about memory: time constants, saturation, units that do nothing."""
+"""Statistics of the gates of a traced call: time constants, saturation and inactive units."""
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
 from jax.typing import ArrayLike
 from jaxtyping import Shaped
 
-from jaxlstm.diagnostics.trace import Directions, Steps, Trace
+from jaxlstm.diagnostics.trace import DirectionTrace, PerDirection, Trace
 
-SHUT, OPEN = 0.1, 0.9  # a gate below the one, above the other is saturated (Karpathy, Johnson & Fei-Fei 2015)
-CANDIDATE = "g"  # the named value that is no gate
-STILL = 0.01  # an output never larger than this is no output; a cell state that varies less holds no memory
-
-
-class Units(NamedTuple):
-    """What one layer in one direction remembers, unit by unit, over all steps taken of all sequences."""
-
-    time_constant: np.ndarray | None  # (H,) steps, -1/ln(mean f); None for a cell without forget gate
-    shut: dict[str, np.ndarray]  # by gate: (H,), the share of steps at which it is below 0.1
-    open: dict[str, np.ndarray]  # by gate: (H,), the share of steps at which it is above 0.9
-    dead: np.ndarray  # (H,) bool: the output is never larger than 0.01
-    frozen: np.ndarray | None  # (H,) bool: the cell state's standard deviation is below 0.01; None without c
+SHUT, OPEN = 0.1, 0.9  # a gate below the first or above the second is saturated (Karpathy, Johnson & Fei-Fei 2015)
+CANDIDATE = "g"  # the named value that is not a gate
+INACTIVE = 0.01  # a unit is dead if |output| never exceeds this, frozen if its cell state has a smaller deviation
 
 
-class Memory(NamedTuple):
-    """What a network remembers."""
+class UnitStatistics(NamedTuple):
+    """Statistics of each unit of one direction of a layer, over all valid steps of all sequences."""
 
-    layers: tuple[Directions, ...]  # of `Units`, the lowest layer first
-    report: str  # what it means, and what people do about it
+    time_constant: np.ndarray | None  # (H,) in steps, -1/ln(mean f); None for a cell without a forget gate
+    shut: dict[str, np.ndarray]  # (H,) by gate, fraction of the steps at which the gate is below 0.1
+    open: dict[str, np.ndarray]  # (H,) by gate, fraction of the steps at which the gate is above 0.9
+    dead: np.ndarray  # (H,) bool: the magnitude of the output never exceeds 0.01
+    frozen: np.ndarray | None  # (H,) bool: the standard deviation of the cell state is below 0.01; None without c
 
 
-def memory(trace: Trace) -> Memory:
-    """Time constants, saturation and idle units of a traced run, and a report in words.
+class GateStatistics(NamedTuple):
+    """Statistics of all units of a network."""
 
-    A cell state that is multiplied by f at each step is down to 1/e after -1/ln(f) of them: that is the time constant,
-    of the mean f. It says how long a unit keeps what it holds if nothing is added, not what it has learnt.
+    layers: tuple[PerDirection[UnitStatistics], ...]  # lowest layer first
+    report: str  # summary in words, with remedies
+
+
+def gate_statistics(trace: Trace) -> GateStatistics:
+    """Computes time constants, saturation and inactive units of a traced call, and a report in words.
+
+    The time constant of a unit is -1/ln(mean f), the number of steps after which a cell state that is multiplied by the
+    mean f at each step has decayed to 1/e. It measures how long a unit retains its cell state if nothing is added.
 
     Args:
       trace: from `jaxlstm.diagnostics.trace`.
 
     Raises:
-      ValueError: if no step was taken.
+      ValueError: if lengths and mask skipped every step.
     """
-    taken = np.asarray(trace.taken)
-    if not taken.any():
-        raise ValueError(f"no step of {taken.size} was taken: there is nothing to measure")
-    layers = tuple(Directions(*(_units(steps, taken) for steps in layer.all)) for layer in trace.layers)
-    names = ("forward", "backward")
-    lines = [
-        line
-        for n, layer in enumerate(layers)
-        for name, units in zip(names, layer.all)
-        for line in _words(f"layer {n}" + (f", {name}" if len(layer.all) > 1 else ""), units, taken)
-    ]
-    return Memory(layers, "\n".join(lines))
+    step_mask = np.asarray(trace.step_mask)
+    if not step_mask.any():
+        raise ValueError(f"gate statistics need at least one valid step, but all {step_mask.size} are skipped")
+    layers, lines = [], []
+    for n, layer in enumerate(trace.layers):
+        layers.append(PerDirection(*(_unit_statistics(values, step_mask) for values in layer.directions)))
+        for direction, units in zip(layer._fields, layers[-1].directions):
+            lines.append(f"layer {n}" + (f", {direction}" if len(layer.directions) > 1 else ""))
+            lines[-1] += f": {len(units.dead)} units, {int(step_mask.sum()):,} steps"
+            lines += [f"  {line}" for line in _describe(units, longest=int(step_mask.sum(0).max()))]
+    return GateStatistics(tuple(layers), "\n".join(lines))
 
 
-def following(
+def correlated_units(
     values: Shaped[ArrayLike, "T *batch H"], signal: Shaped[ArrayLike, "T *batch"]
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The units that follow a signal, the closest first: which unit counts quotes, which the length of a line?
+    """Ranks units by their correlation with a signal, for example with the position in a line of text.
 
     Args:
-      values: of a trace, its c say.
-      signal: what a unit may follow, one number per step.
+      values: values of the units, for example ``c`` of a trace.
+      signal: one number per step and sequence.
 
     Returns:
-      ``(units, correlations)``, both ``(H,)``: numbers of units, in the order of the size of Pearson's correlation with
-      the signal; 0 for a unit or a signal that is constant.
+      ``(units, correlations)``, both ``(H,)``: indices of the units and Pearson's correlation with the signal, in
+      descending order of magnitude. The correlation of a constant unit or signal is 0.
 
     Raises:
-      ValueError: if the signal is not one number for each step and row of the values.
+      ValueError: if the signal does not have one number per step and sequence.
     """
     if np.shape(values)[:-1] != np.shape(signal):
         raise ValueError(f"signal must have shape {list(np.shape(values)[:-1])}, got {list(np.shape(signal))}")
@@ -83,52 +83,51 @@ def following(
     return units, correlations[units]
 
 
-def _units(steps: Steps, taken: np.ndarray) -> Units:
-    gates = {name: np.asarray(a, np.float64)[taken] for name, a in steps.gates.items() if name != CANDIDATE}
+def _unit_statistics(values: DirectionTrace, step_mask: np.ndarray) -> UnitStatistics:
+    gates = {name: np.asarray(a, np.float64)[step_mask] for name, a in values.gates.items() if name != CANDIDATE}
     time_constant = None
     if "f" in gates:
-        with np.errstate(divide="ignore"):  # a gate that is 1, or 0, throughout
+        with np.errstate(divide="ignore"):  # a mean of 0 or 1
             time_constant = 1 / np.abs(np.log(gates["f"].mean(0)))
-    return Units(
+    return UnitStatistics(
         time_constant,
-        {name: (a < SHUT).mean(0) for name, a in gates.items()},
-        {name: (a > OPEN).mean(0) for name, a in gates.items()},
-        dead=np.abs(np.asarray(steps.m)[taken]).max(0) <= STILL,
-        frozen=None if steps.c is None else np.asarray(steps.c, np.float64)[taken].std(0) < STILL,
+        shut={name: (a < SHUT).mean(0) for name, a in gates.items()},
+        open={name: (a > OPEN).mean(0) for name, a in gates.items()},
+        dead=np.abs(np.asarray(values.cell_output)[step_mask]).max(0) <= INACTIVE,
+        frozen=None if values.c is None else np.asarray(values.c, np.float64)[step_mask].std(0) < INACTIVE,
     )
 
 
-def _words(where: str, units: Units, taken: np.ndarray) -> list[str]:
-    """A paragraph about one layer in one direction: a figure, what it means, what people do about it."""
-    total, longest = len(units.dead), int(taken.sum(0).max())
-    lines = [f"{where}: {total} units, {int(taken.sum()):,} steps"]
+def _describe(units: UnitStatistics, longest: int) -> Iterator[str]:
+    """Yields lines about one direction of a layer: figures, and the remedy for each unhealthy one.
 
-    def say(text: str) -> None:
-        lines.append(f"  {text}")
-
+    Args:
+      units: its statistics.
+      longest: number of valid steps of the longest sequence.
+    """
+    total = len(units.dead)
     if units.time_constant is not None:
-        middle, long = np.quantile(units.time_constant, (0.5, 0.9), method="nearest")  # some may be infinite
-        say(f"memory: half of the units keep less than {middle:.1f} steps, a tenth more than {long:.1f}")
+        median, long = np.quantile(units.time_constant, (0.5, 0.9), method="nearest")  # some may be infinite
+        yield f"time constants: half of the units are below {median:.1f} steps, a tenth above {long:.1f}"
         if long < longest / 10:
-            say(
-                f"  no unit in ten holds on for a tenth of the {longest} steps seen. Where answers lie further back,"
-                " raise forget_bias, or spread the time constants over the span with chrono."
+            yield (
+                f"  nine units in ten forget within a tenth of the {longest} steps of the longest sequence. For longer"
+                " dependencies raise forget_bias, or spread the time constants with chrono."
             )
     for name, shut in units.shut.items():
         opened = units.open[name]
-        say(f"gate {name}: shut at {shut.mean():.0%} of the steps, open at {opened.mean():.0%}")
-        stuck = int(((shut > 0.99) | (opened > 0.99)).sum())
-        if stuck > total / 4:
-            say(
-                f"  {stuck} of {total} hardly ever leave saturation, where a sigmoid passes no gradient on: they no"
-                " longer learn. A lower learning rate, layer_norm or smaller inputs keep gates in their range."
+        yield f"gate {name}: shut at {shut.mean():.0%} of the steps, open at {opened.mean():.0%}"
+        saturated = int(((shut > 0.99) | (opened > 0.99)).sum())
+        if saturated > total / 4:
+            yield (
+                f"  {saturated} of {total} units are saturated at almost every step, where the sigmoid has almost no"
+                " gradient. A lower learning rate, layer_norm or smaller inputs prevent saturation."
             )
-    idle = [(units.dead, "dead: no output ever exceeds 0.01")]
+    inactive = [(units.dead, "dead: the output never exceeds 0.01")]
     if units.frozen is not None:
-        idle.append((units.frozen, "frozen: the cell state is the same whatever comes in"))
-    for which, meaning in idle:
-        count = int(which.sum())
-        say(f"{count} of {total} units are {meaning}")
+        inactive.append((units.frozen, "frozen: the cell state is nearly constant"))
+    for is_inactive, meaning in inactive:
+        count = int(is_inactive.sum())
+        yield f"{count} of {total} units are {meaning}"
         if count > total / 10:
-            say("  the network is larger than its task, or training drove it there: try fewer units or a lower rate.")
-    return lines
+            yield "  the network is too large for the task, or training diverged: try fewer units or a lower rate."

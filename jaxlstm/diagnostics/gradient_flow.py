@@ -1,8 +1,9 @@
-"""The gradient on its way back through time."""
+"""Norms of the gradients and Jacobians through time."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any, NamedTuple
+from functools import partial
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -11,29 +12,31 @@ from jax.typing import ArrayLike
 from jaxtyping import Bool, Float, Int
 
 from jaxlstm import validation
-from jaxlstm.diagnostics.trace import Directions, Nudges, Trace, checked, record
-from jaxlstm.lstm import LSTM, CallArgs
+from jaxlstm.diagnostics.trace import PerDirection, Perturbations, Trace, check_args, record_trace
+from jaxlstm.lstm import LSTM
+from jaxlstm.network import CallArgs
 from jaxlstm.params import Layer, Params, State
-from jaxlstm.recurrence import masking
+from jaxlstm.primitives.pytrees import tree_index
 
-NORMS = ("frobenius", "spectral")
-
-
-class Norms(NamedTuple):
-    """Euclidean norms over the units of one layer in one direction; zero at steps that are not taken."""
-
-    h: Array  # (T, *batch), of dL/dh_t: on all its ways, as output and as part of the state
-    c: Array | None  # (T, *batch), of dL/dc_t: on all its ways, to the next step and through h_t; None without c
+MatrixNorm = Literal["frobenius", "spectral"]
+NORM_ORDERS = {"frobenius": "fro", "spectral": 2}  # the names of `jnp.linalg.norm`
 
 
-class Flow(NamedTuple):
-    """How gradients and perturbations pass through time."""
+class GradientNorms(NamedTuple):
+    """Euclidean norms over the units of one direction of a layer; zero at skipped steps."""
+
+    h: Array  # (T, *batch), of dL/dh_t, through the outputs and through all later states
+    c: Array | None  # (T, *batch), of dL/dc_t, through h_t and through all later states; None for a cell without c
+
+
+class GradientFlow(NamedTuple):
+    """Gradients and Jacobians of a call through time."""
 
     loss: Array  # ()
-    layers: tuple[Directions, ...]  # of `Norms`, the lowest layer first
-    jacobian: tuple[Directions, ...] | None  # of (T, *batch), the norm of the Jacobian of the layer's state after its
-    # last step with respect to that after step t, its inputs given; None where it was not asked for
-    network_jacobian: Array | None  # (T, *batch), the same of the state of all layers; None for two directions
+    layers: tuple[PerDirection[GradientNorms], ...]  # lowest layer first
+    jacobian: tuple[PerDirection[Array], ...] | None  # (T, *batch), norm of the Jacobian of a layer's final state with
+    # respect to its state after step t, for fixed inputs of the layer; None if no Jacobian was requested
+    network_jacobian: Array | None  # (T, *batch), the same for the states of all layers; None if bidirectional
 
 
 def gradient_flow(
@@ -47,17 +50,18 @@ def gradient_flow(
     mask: Bool[ArrayLike, "T *batch"] | None = None,
     resets: Bool[ArrayLike, "T *batch"] | None = None,
     reverse: bool = False,
-    jacobian: str | None = "frobenius",
-) -> Flow:
-    """Norms of dL/dh_t and dL/dc_t for every step t, and of the Jacobian of the last state with respect to state t.
+    jacobian: MatrixNorm | None = "frobenius",
+) -> GradientFlow:
+    """Computes the norms of dL/dh_t, dL/dc_t and of the Jacobian of the final state with respect to state t, for all t.
 
-    Exact. One backward pass gives the gradients, and one more, of a matrix instead of a vector, the Jacobian; the
-    memory of both grows as T. A Jacobian costs as much as one backward pass per number in the state.
+    The results are exact. One backward pass gives the gradients. Another one, which propagates a matrix instead of a
+    vector, gives the Jacobian; it costs as much as one backward pass per number in the state. The memory of both is
+    linear in T.
 
     Args:
       lstm: the network.
-      params: its parameters.
-      xs: inputs of at least one step.
+      params: from ``lstm.init``.
+      xs: inputs ``(T, *batch, I)`` with T at least 1.
       loss: from the outputs ``ys (T, *batch, D*P)`` to the scalar L.
       state: initial state, as in the call.
       lengths: as in the call.
@@ -71,108 +75,130 @@ def gradient_flow(
       ValueError, TypeError: as the call does, and for a sequence without steps or a loss that is not a scalar.
     """
     if jacobian is not None:
-        validation.choice("jacobian", jacobian, NORMS)
-    arguments = checked(lstm, params, xs, state, lengths, mask, resets)
-    validation.flag("reverse", reverse)
+        validation.choice("jacobian", jacobian, NORM_ORDERS)
+    args = check_args(lstm, params, xs, state, lengths=lengths, mask=mask, resets=resets)
+    reverse = validation.flag("reverse", reverse)
 
-    def total(nudges: Any) -> tuple[Array, Trace]:
-        trace = record(lstm, arguments, reverse, nudges)
+    def perturbed_loss(perturbations: Sequence[PerDirection[Perturbations]]) -> tuple[Array, Trace]:
+        trace = record_trace(lstm, args, reverse, perturbations)
         value = loss(trace.ys)
         if jnp.shape(value) != ():
             raise ValueError(f"loss must return a scalar, got shape {list(jnp.shape(value))}")
         return value, trace
 
-    (value, trace), gradient = jax.value_and_grad(total, has_aux=True)(_nudges(lstm, arguments.xs))
-    norms = [Directions(*(_norms(direction) for direction in layer)) for layer in gradient]
+    perturbations = _zero_perturbations(lstm, args.xs)
+    (value, trace), gradients = jax.value_and_grad(perturbed_loss, has_aux=True)(perturbations)
+    norms = tuple(PerDirection(*map(_gradient_norms, layer.directions)) for layer in gradients)
     if jacobian is None:
-        return Flow(value, tuple(norms), None, None)
-    layers, xs = [], arguments.xs
-    for n, layer in enumerate(arguments.params.layers):
-        alone = []
-        for d in range(len(layer.directions)):
-            one, params = _alone(lstm, arguments.params, n, d)
-            mine = arguments._replace(params=params, xs=xs, state=_row(lstm, arguments.state, n, d))
-            alone.append(_jacobian_norms(one, mine, reverse ^ (d == 1), jacobian))
-        layers.append(Directions(*alone))
-        xs = jnp.concatenate([s.h for s in trace.layers[n].all], -1).astype(trace.ys.dtype)
-    network = None
-    if not lstm.bidirectional:
-        network = layers[0].forward if len(layers) == 1 else _jacobian_norms(lstm, arguments, reverse, jacobian)
-    return Flow(value, tuple(norms), tuple(layers), network)
+        return GradientFlow(value, norms, None, None)
+    layer_jacobians = _layer_jacobian_norms(lstm, args, trace, reverse, jacobian)
+    if lstm.bidirectional:
+        network_jacobian = None
+    elif lstm.num_layers == 1:
+        network_jacobian = layer_jacobians[0].forward
+    else:
+        network_jacobian = _jacobian_norms(lstm, args, reverse, jacobian)
+    return GradientFlow(value, norms, layer_jacobians, network_jacobian)
 
 
-def _nudges(lstm: LSTM, xs: Array) -> tuple[tuple[Nudges, ...], ...]:
-    """Zeros for every layer, direction and step."""
-    shapes = lstm.state_shapes(xs.shape[1:-1])
+def _zero_perturbations(lstm: LSTM, xs: Array) -> tuple[PerDirection[Perturbations], ...]:
+    """Returns zeros for every layer, direction and step."""
+    num_steps, *batch = xs.shape[:-1]
+    shapes = lstm.state_shapes(tuple(batch))
 
     def zeros(shape: Any) -> Array:
-        return jnp.zeros((len(xs), *shape.shape[1:]), shape.dtype)
+        return jnp.zeros((num_steps, *shape.shape[1:]), shape.dtype)
 
-    each = Nudges(zeros(shapes.h), None if shapes.c is None else zeros(shapes.c))
-    return ((each,) * lstm.num_directions,) * lstm.num_layers
+    each = Perturbations(zeros(shapes.h), None if shapes.c is None else zeros(shapes.c))
+    return (PerDirection(*[each] * lstm.num_directions),) * lstm.num_layers
 
 
-def _norms(gradient: Nudges) -> Norms:
+def _gradient_norms(gradient: Perturbations) -> GradientNorms:
     h, c = gradient
-    return Norms(jnp.linalg.norm(h, axis=-1), None if c is None else jnp.linalg.norm(c, axis=-1))
+    return GradientNorms(jnp.linalg.norm(h, axis=-1), None if c is None else jnp.linalg.norm(c, axis=-1))
 
 
-def _row(lstm: LSTM, state: Any, layer: int, direction: int) -> Any:
-    """The part of a state ``(L*D, ...)`` that belongs to one layer and direction."""
+def _layer_jacobian_norms(
+    lstm: LSTM, args: CallArgs, trace: Trace, reverse: bool, norm: MatrixNorm
+) -> tuple[PerDirection[Array], ...]:
+    """Returns the norms of the Jacobians of every layer and direction, each run as a network with the traced inputs."""
+    layers, xs = [], args.xs
+    for n, values in enumerate(trace.layers):
+        norms = []
+        for d in range(lstm.num_directions):
+            single, params, state = _single_direction(lstm, args, n, d)
+            single_args = args._replace(params=params, xs=xs, state=state)
+            norms.append(_jacobian_norms(single, single_args, reverse ^ (d == 1), norm))
+        layers.append(PerDirection(*norms))
+        xs = jnp.concatenate([each.h for each in values.directions], axis=-1).astype(lstm.output_dtype)
+    return tuple(layers)
+
+
+def _single_direction(lstm: LSTM, args: CallArgs, layer: int, direction: int) -> tuple[LSTM, Params, State | None]:
+    """Returns one direction of a layer as a network, with its parameters and initial state."""
+    weights = args.params.layers[layer].directions[direction]
+    single = replace(
+        lstm,
+        input_size=weights.w_x.shape[1],
+        num_layers=1,
+        bidirectional=False,
+        dropout=0.0,  # between layers
+        variational=False,
+    )
     n = layer * lstm.num_directions + direction
-    return jax.tree.map(lambda a: a[n : n + 1], state)
+    learned_state, state = tree_index((args.params.state, args.state), slice(n, n + 1))
+    return single, Params((Layer(weights),), learned_state), state
 
 
-def _alone(lstm: LSTM, params: Params, layer: int, direction: int) -> tuple[LSTM, Params]:
-    """One layer in one direction, as a network."""
-    weights = params.layers[layer].directions[direction]
-    alone = replace(lstm, input_size=weights.w_x.shape[1], num_layers=1, bidirectional=False)
-    return alone, Params((Layer(weights),), _row(lstm, params.state, layer, direction))
+@partial(jax.jit, static_argnums=(0, 2, 3))
+def _jacobian_norms(lstm: LSTM, args: CallArgs, reverse: bool, norm: MatrixNorm) -> Float[Array, "T *batch"]:
+    """Returns the norm of the Jacobian of the final state with respect to the state after each step.
 
-
-def _jacobian_norms(lstm: LSTM, arguments: CallArgs, reverse: bool, kind: str) -> Float[Array, "T *batch"]:
-    """The norm of the Jacobian of the last state with respect to that after each step, for one direction.
-
-    From the last step back, the Jacobian is multiplied by that of one step at a time: only the states are kept.
+    The network has one direction. From the last step back, the Jacobian is multiplied by the Jacobian of one step at a
+    time, so that only the states are saved.
     """
     lstm = replace(lstm, implementation="scan", remat=None)
-    params, xs, state, lengths, mask, resets, _ = arguments
-    mask = masking.steps_taken(len(xs), lengths, mask)
+    init_state, inputs = lstm.prepare_layers(args)
+    steps = (args.xs, inputs.step_mask, inputs.resets)
 
-    def one_step(before: State, now: Any) -> State:
-        x, taken, first = jax.tree.map(lambda a: a[None], now)
-        return lstm(params, x, before, mask=taken, resets=first, reverse=reverse)[1]
+    def apply_step(state: State, inputs_t: Any) -> State:
+        x, mask, resets = jax.tree.map(lambda a: a[None], inputs_t)
+        return lstm(args.params, x, state, mask=mask, resets=resets, reverse=reverse)[1]
 
-    def forward(before: State, now: Any) -> tuple[State, State]:
-        return one_step(before, now), before
+    def forward_step(state: State, inputs_t: Any) -> tuple[State, State]:
+        return apply_step(state, inputs_t), state
 
-    def backward(jacobian: State, step: Any) -> tuple[State, Array]:
-        before, now = step
-        transpose = jax.vjp(lambda before: one_step(before, now), before)[1]
-        return jax.vmap(lambda row: transpose(row)[0])(jacobian), _matrix_norm(jacobian, kind, xs.ndim - 2)
+    def backward_step(jacobian: State, step: Any) -> tuple[State, Array]:
+        state, inputs_t = step
+        vjp = jax.vjp(lambda state: apply_step(state, inputs_t), state)[1]
+        norm_t = _matrix_norm(jacobian, norm, num_batch_axes=args.xs.ndim - 2)
+        return jax.vmap(lambda row: vjp(row)[0])(jacobian), norm_t
 
-    now = (xs, mask, resets)
-    last, befores = lax.scan(forward, state, now, reverse=reverse)
-    return lax.scan(backward, _identity(last), (befores, now), reverse=not reverse)[1]
-
-
-def _identity(state: State) -> State:
-    """The Jacobian of a state with respect to itself, a row for each of its numbers, for each sequence."""
-    sizes = [a.shape[0] * a.shape[-1] for a in jax.tree.leaves(state)]
-    rows, begin, blocks = sum(sizes), 0, []
-    for a, size in zip(jax.tree.leaves(state), sizes):
-        block = jnp.eye(rows, size, -begin, a.dtype).reshape(rows, a.shape[0], *[1] * (a.ndim - 2), a.shape[-1])
-        blocks.append(jnp.broadcast_to(block, (rows, *a.shape)))
-        begin += size
-    return jax.tree.unflatten(jax.tree.structure(state), blocks)
+    final_state, states = lax.scan(forward_step, init_state, steps, reverse=reverse)
+    return lax.scan(backward_step, _identity_jacobian(final_state), (states, steps), reverse=not reverse)[1]
 
 
-def _matrix_norm(jacobian: State, kind: str, batch: int) -> Float[Array, "*batch"]:
-    """The norm for each sequence of ``(rows, L, *batch, units)`` blocks that stand side by side."""
+def _identity_jacobian(state: State) -> State:
+    """Returns the Jacobian of a state with respect to itself, for each sequence.
 
-    def columns_last(a: Array) -> Array:
-        a = jnp.moveaxis(a, (0, 1), (batch, batch + 1))  # (*batch, rows, L, units)
-        return a.reshape(*a.shape[: batch + 1], -1)
+    Its arrays are ``(N, L, *batch, units)``, where N counts the numbers in the state of one sequence.
+    """
+    arrays, structure = jax.tree.flatten(state)
+    sizes = [a.shape[0] * a.shape[-1] for a in arrays]
+    blocks = []
+    for n, (a, size) in enumerate(zip(arrays, sizes)):
+        block = jnp.eye(sum(sizes), size, -sum(sizes[:n]), a.dtype)
+        block = block.reshape(sum(sizes), a.shape[0], *[1] * (a.ndim - 2), a.shape[-1])
+        blocks.append(jnp.broadcast_to(block, (sum(sizes), *a.shape)))
+    return jax.tree.unflatten(structure, blocks)
 
-    matrix = jnp.concatenate([columns_last(a) for a in jax.tree.leaves(jacobian)], -1)
-    return jnp.linalg.norm(matrix, ord="fro" if kind == "frobenius" else 2, axis=(-2, -1))
+
+def _matrix_norm(jacobian: State, norm: MatrixNorm, num_batch_axes: int) -> Float[Array, "*batch"]:
+    """Returns the norm of the matrix of each sequence, whose columns are split into ``(N, L, *batch, units)``."""
+
+    def columns(a: Array) -> Array:
+        a = jnp.moveaxis(a, (0, 1), (num_batch_axes, num_batch_axes + 1))  # (*batch, N, L, units)
+        return a.reshape(*a.shape[: num_batch_axes + 1], -1)
+
+    matrix = jnp.concatenate([columns(a) for a in jax.tree.leaves(jacobian)], axis=-1)
+    return jnp.linalg.norm(matrix, ord=NORM_ORDERS[norm], axis=(-2, -1))

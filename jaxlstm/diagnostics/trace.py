@@ -1,8 +1,9 @@
-"""Every gate, candidate, cell state and output of a run."""
+"""Records every gate, candidate, cell state and output of a call."""
 
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -12,45 +13,55 @@ from jaxtyping import Bool, Float, Int
 
 from jaxlstm import validation
 from jaxlstm.cells import Cell
-from jaxlstm.diagnostics.jaxpr_probe import look
+from jaxlstm.diagnostics.jaxpr_probe import probe_gates
 from jaxlstm.dropout import RegularizerMasks
-from jaxlstm.lstm import LSTM, CallArgs
+from jaxlstm.lstm import LSTM
+from jaxlstm.network import CallArgs
 from jaxlstm.params import Layer, Params, State, Weights
-from jaxlstm.recurrence import masking, scan
-from jaxlstm.recurrence.context import How
-from jaxlstm.recurrence.step import input_part, step
+from jaxlstm.recurrence import masking
+from jaxlstm.recurrence.chunked_scan import ScanFns, scan_directions
+from jaxlstm.recurrence.context import Direction, LayerInputs, Results, ScanContext
+from jaxlstm.recurrence.step import project_inputs, recurrent_step
 
-ORDER = "ifgo"
-
-
-class Steps(NamedTuple):
-    """One layer in one direction, over time; zero at steps that are not taken."""
-
-    gates: dict[str, Array]  # i, f, g and o for the LSTM, where g is the candidate: (T, *batch, H)
-    c: Array | None  # (T, *batch, H), the cell state after the step; None for a cell that has none
-    m: Array  # (T, *batch, H), the output of the units, which a projection and zoneout turn into h
-    h: Array  # (T, *batch, P)
+GATE_ORDER = "ifgo"
+Value = TypeVar("Value")
 
 
-class Directions(NamedTuple):
-    """One layer."""
+class PerDirection(NamedTuple, Generic[Value]):
+    """One value for each direction of a layer."""
 
-    forward: Any
-    backward: Any = None  # None where the layer runs in one direction
+    forward: Value
+    backward: Value | None = None  # None in a unidirectional network
 
     @property
-    def all(self) -> tuple[Any, ...]:
-        """The directions there are, forward first."""
+    def directions(self) -> tuple[Value, ...]:
+        """The value of each direction, forward first."""
         return (self.forward,) if self.backward is None else (self.forward, self.backward)
 
 
-class Trace(NamedTuple):
-    """A run with all that it computed on the way."""
+class DirectionTrace(NamedTuple):
+    """Values of one direction of a layer at every step, in the order of time; zero at skipped steps."""
 
-    layers: tuple[Directions, ...]  # of `Steps`, the lowest layer first
-    taken: Array  # (T, *batch) bool: the steps that lengths and mask leave in
-    ys: Array  # (T, *batch, D*P), as the call returns it
-    state: State  # as the call returns it
+    gates: dict[str, Array]  # (T, *batch, H) by name; for the LSTM i, f, g and o, of which g is the candidate
+    c: Array | None  # (T, *batch, H), the cell state after the step; None for a cell without one
+    cell_output: Array  # (T, *batch, H), the output of the cell: h before the projection and zoneout
+    h: Array  # (T, *batch, P), the hidden state after the step
+
+
+class Trace(NamedTuple):
+    """Results of a call and the intermediate values behind them."""
+
+    layers: tuple[PerDirection[DirectionTrace], ...]  # lowest layer first
+    step_mask: Array  # (T, *batch) bool: False at the steps that lengths and mask skip
+    ys: Array  # (T, *batch, D*P), outputs of the call
+    state: State  # final state of the call
+
+
+class Perturbations(NamedTuple):
+    """Arrays added to the states of one direction at every step; zeros, to differentiate with respect to them."""
+
+    h: Array  # (T, *batch, P), added to h after the step
+    c: Array | None  # (T, *batch, H), added to c within the step, before h is computed from it; None without c
 
 
 def trace(
@@ -64,14 +75,14 @@ def trace(
     resets: Bool[ArrayLike, "T *batch"] | None = None,
     reverse: bool = False,
 ) -> Trace:
-    """Every gate, candidate, cell state and output of ``lstm(params, xs, ...)``, without a key.
+    """Records every gate, candidate, cell state and output of ``lstm(params, xs, ...)`` without a key.
 
-    A cell of your own shows those of its values that it names by `jax.ad_checkpoint.checkpoint_name`.
+    The gates of a user-defined cell are the values that it names by `jax.ad_checkpoint.checkpoint_name`.
 
     Args:
       lstm: the network.
-      params: its parameters.
-      xs: inputs of at least one step.
+      params: from ``lstm.init``.
+      xs: inputs ``(T, *batch, I)`` with T at least 1.
       state: initial state, as in the call.
       lengths: as in the call.
       mask: as in the call.
@@ -81,85 +92,118 @@ def trace(
     Raises:
       ValueError, TypeError: as the call does, and for a sequence without steps.
     """
-    arguments = checked(lstm, params, xs, state, lengths, mask, resets)
-    found = _trace(lstm, arguments, validation.flag("reverse", reverse))
-    return found._replace(layers=tuple(Directions(*map(in_order, layer.all)) for layer in found.layers))
+    args = check_args(lstm, params, xs, state, lengths=lengths, mask=mask, resets=resets)
+    result = record_trace(lstm, args, validation.flag("reverse", reverse))
+    layers = [PerDirection(*(sort_gates(values) for values in layer.directions)) for layer in result.layers]
+    return result._replace(layers=tuple(layers))
 
 
-def in_order(steps: Steps) -> Steps:
-    """The gates in the order of `jaxlstm.cells`, others behind: a compiled function returns them by the alphabet."""
-    return steps._replace(gates=dict(sorted(steps.gates.items(), key=lambda item: (ORDER + item[0]).index(item[0]))))
+def sort_gates(values: DirectionTrace) -> DirectionTrace:
+    """Sorts the gates in the order i, f, g, o, followed by others; JAX sorts the keys of a dict alphabetically."""
+
+    def rank(name: str) -> tuple[int, str]:
+        return (GATE_ORDER.index(name) if name in GATE_ORDER else len(GATE_ORDER), name)
+
+    return values._replace(gates={name: values.gates[name] for name in sorted(values.gates, key=rank)})
 
 
-def checked(lstm: LSTM, *arguments: Any) -> CallArgs:
-    """The arguments of a call without a key, validated; a sequence has at least one step."""
+def check_args(
+    lstm: LSTM, params: Params, xs: Any, state: Any = None, *, lengths: Any = None, mask: Any = None, resets: Any = None
+) -> CallArgs:
+    """Validates the arguments of a call without a key, of an LSTM over at least one step.
+
+    Raises:
+      ValueError, TypeError: as the call does, for another network, and for a sequence without steps.
+    """
     if not isinstance(lstm, LSTM):
         raise TypeError(f"lstm must be a jaxlstm.LSTM, got {type(lstm).__name__}")
-    valid = lstm._checked(*arguments)
-    if len(valid.xs) == 0:
-        raise ValueError("xs must have at least one step to look at, got none")
-    return valid
+    args = lstm.check_call(params, xs, state, lengths=lengths, mask=mask, resets=resets)
+    if len(args.xs) == 0:
+        raise ValueError("xs must have at least one step, got none")
+    return args
 
 
-@partial(jax.jit, static_argnums=(0, 2))
-def _trace(lstm: LSTM, arguments: CallArgs, reverse: bool) -> Trace:
-    return record(lstm, arguments, reverse)
-
-
-class Nudges(NamedTuple):
-    """Zeros that are added inside a run, for the derivative by them."""
-
-    h: Array  # (T, *batch, P), to h after the step
-    c: Array | None  # (T, *batch, H), to c in the step, before h is computed from it
-
-
-def record(
-    lstm: LSTM, arguments: CallArgs, reverse: bool, nudges: tuple[tuple[Nudges, ...], ...] | None = None
+@partial(jax.jit, static_argnames=("lstm", "reverse"))
+def record_trace(
+    lstm: LSTM,
+    args: CallArgs,
+    reverse: bool,
+    perturbations: Sequence[PerDirection[Perturbations]] | None = None,
 ) -> Trace:
-    """The trace of a run by the reference recurrence; ``nudges`` are by layer and direction."""
-    layers: list[Directions] = []
+    """Records a call by the equations of the reference backend, as a compiled function.
 
-    def run(cell: Cell, layer: Layer, xs: Array, state: State, how: How) -> tuple[Array, State]:
-        mine = None if nudges is None else nudges[len(layers)]
-        over_rows = partial(_layer, cell, layer, mine)
-        how = how._replace(remat=None)
-        steps, last = masking.steps_that_exist(over_rows, xs, state, how, batch_axes=xs.ndim - 2)
-        layers.append(Directions(*steps))
-        return jnp.concatenate([s.h for s in steps], axis=-1).astype(how.dtype), last
+    Args:
+      lstm: the network.
+      args: from `check_args`.
+      reverse: whether time runs backward.
+      perturbations: added to the states, by layer; None for none.
+    """
+    layers: list[PerDirection[DirectionTrace]] = []
 
-    ys, last = lstm._over_layers(run, arguments, reverse)
-    marks = masking.steps_taken(len(arguments.xs), arguments.lengths, arguments.mask)
-    taken = jnp.ones(arguments.xs.shape[:-1], bool) if marks is None else marks
-    return Trace(tuple(layers), taken, ys, last)
+    def run_layer(layer: Layer, xs: Array, state: State, inputs: LayerInputs, reverse: bool) -> tuple[Array, State]:
+        added = None if perturbations is None else perturbations[len(layers)]
+        values, new_state = masking.scan_masked(
+            _recording_backend(lstm, added, reverse),
+            layer,
+            xs,
+            state,
+            inputs,
+            reverse=reverse,
+            batch_axes=xs.ndim - 2,
+            merge=tuple,
+        )
+        layers.append(PerDirection(*values))
+        return masking.concat_directions(lstm.output_dtype)([each.h for each in values]), new_state
+
+    ys, state = lstm.scan_layers(args, reverse, run_layer)
+    step_mask = masking.step_mask(len(args.xs), args.lengths, args.mask)
+    if step_mask is None:
+        step_mask = jnp.ones(args.xs.shape[:-1], bool)
+    return Trace(tuple(layers), step_mask, ys, state)
 
 
-def _layer(
-    cell: Cell, layer: Layer, nudges: tuple[Nudges, ...] | None, xs: Array, state: State, how: How
-) -> tuple[list[Steps], State]:
-    """One layer over time, with one batch axis."""
+def _recording_backend(
+    lstm: LSTM, perturbations: PerDirection[Perturbations] | None, reverse: bool
+) -> Callable[[tuple[Direction, ...]], Results]:
+    """Returns a backend whose outputs are `DirectionTrace`."""
+    # Without rematerialization: the recorded values are kept anyway, and perturbations cover the whole sequence.
+    context = lstm.scan_context(lstm.regularizer_rates)._replace(remat=None)
 
-    def equations(w: Weights, nudge: Nudges | None) -> scan.Equations:
-        def inputs(xs: Array) -> Any:
-            rows = jax.tree.map(lambda a: a.reshape(*xs.shape[:2], a.shape[-1]), nudge)
-            return input_part(w, xs, how.dtype, state.h.dtype), rows
+    def run(directions: tuple[Direction, ...]) -> Results:
+        fns = []
+        for d, direction in enumerate(directions):
+            added = None if perturbations is None else perturbations.directions[d]
+            if reverse ^ (d == 1):  # a direction that runs backward in time is flipped, and so are its perturbations
+                added = jax.tree.map(lambda a: jnp.flip(a, 0), added)
+            fns.append(_recording_fns(lstm.resolved_cell, direction.weights, context, added))
+        return scan_directions(fns, directions, context)
 
-        return scan.Equations(inputs, partial(_step, cell, w, how))
-
-    by_direction = [None] * len(layer.directions) if nudges is None else nudges
-    return scan.over_time([equations(w, n) for w, n in zip(layer.directions, by_direction)], xs, state, how)
+    return run
 
 
-def _step(cell: Cell, w: Weights, how: How, now: Any, before: State, noise: RegularizerMasks) -> tuple[State, Steps]:
-    """A step of `jaxlstm.step`, by a cell that shows what it computes."""
-    z_x, nudge = now
-    seen: dict[str, Any] = {}
+def _recording_fns(cell: Cell, weights: Weights, context: ScanContext, perturbations: Perturbations | None) -> ScanFns:
+    """Returns the recurrence of one direction; its inputs at a step are ``(z_x, perturbations)``."""
 
-    def gates(z: Array, c: Array | None, **options: Any) -> tuple[Array | None, Array]:
-        (c, m), seen["gates"] = look(cell.gates, z, c, options, None if nudge is None else nudge.c)
-        seen["m"] = m
-        return c, m
+    def project(xs: Array) -> tuple[Array, Perturbations | None]:
+        folded = jax.tree.map(lambda a: a.reshape(*xs.shape[:2], a.shape[-1]), perturbations)
+        return project_inputs(weights, xs, context.dtype, context.accum_dtype), folded
 
-    after = step(replace(cell, gates=gates), w, z_x, before, how.dtype, how.rates, noise)
-    if nudge is not None:
-        after = after._replace(h=after.h + nudge.h)
-    return after, Steps(seen["gates"], after.c, seen["m"], after.h)
+    def step(
+        inputs_t: tuple[Array, Perturbations | None], state: State, masks: RegularizerMasks
+    ) -> tuple[State, DirectionTrace]:
+        z_x, perturbation = inputs_t
+        recorded: dict[str, Any] = {}
+
+        def recording_gates(z: Array, c: Array | None, **options: Any) -> tuple[Array | None, Array]:
+            c_perturbation = None if perturbation is None else perturbation.c
+            (c, cell_output), gates = probe_gates(cell.gates, z, c, options, c_perturbation)
+            recorded.update(gates=gates, cell_output=cell_output)
+            return c, cell_output
+
+        recording_cell = replace(cell, gates=recording_gates)
+        new_state = recurrent_step(recording_cell, weights, z_x, state, context.dtype, context.rates, masks)
+        if perturbation is not None:
+            new_state = new_state._replace(h=new_state.h + perturbation.h)
+        return new_state, DirectionTrace(c=new_state.c, h=new_state.h, **recorded)
+
+    return ScanFns(project, step)

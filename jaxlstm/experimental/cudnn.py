@@ -1,14 +1,13 @@
-"""cuDNN's LSTM on NVIDIA GPUs, through `jax.experimental.rnn`: one call for both directions, and for all layers.
+"""cuDNN's LSTM on NVIDIA GPUs, through `jax.experimental.rnn`: one call for all layers and directions.
 
-Where there is dropout between layers, which cuDNN would draw by keys of its own, it is one call for each. The products
-are taken in TF32, with 10 bits of mantissa, as cuDNN does by default; under ``jax.default_matmul_precision("highest")``
-in float32.
+Experimental: it has never been run on a GPU. Its packing of weights, lengths and directions was checked on a CPU with
+JAX's reference implementation in place of cuDNN, and it was lowered for CUDA.
 
-It knows nothing of `jax.jvp`, second derivatives and `jax.vmap`: the last is refused here, the others by JAX.
+With dropout between layers there is one call per layer, because cuDNN would draw its own masks. Products are computed
+in TF32 with 10 bits of mantissa, the default of cuDNN; under ``jax.default_matmul_precision("highest")`` in float32.
+Forward mode, second derivatives and `jax.vmap` do not work: the last is refused here, the others by JAX.
 """
 
-import itertools
-from functools import partial
 from typing import Any
 
 import jax
@@ -19,117 +18,144 @@ from jax.experimental import rnn
 from jaxtyping import Float, Int
 
 from jaxlstm.cells import CELLS, Cell
-from jaxlstm.dropout import RegularizerMasks
 from jaxlstm.params import Layer, State, Weights
-from jaxlstm.recurrence.context import How
+from jaxlstm.recurrence.context import LayerInputs, ScanContext
+
+FLOAT32_PRECISIONS = ("highest", "float32")  # values of jax.default_matmul_precision that exclude TF32
 
 
-def run(
-    cell: Cell, layers: Layer | tuple[Layer, ...], xs: Float[Array, "T B I"], state: State, how: How
+def run_stack(
+    cell: Cell,
+    layers: tuple[Layer, ...],
+    xs: Float[Array, "T B I"],
+    state: State,
+    inputs: LayerInputs,
+    context: ScanContext,
+    reverse: bool,
 ) -> tuple[Float[Array, "T B DP"], State]:
-    """One layer over time or several, all directions in one call. The signature is that of `jaxlstm.recurrence`.
+    """Runs a stack of layers over time by one call of cuDNN.
+
+    Args:
+      cell: the cell, which must be `jaxlstm.cells.LSTM`.
+      layers: the weights.
+      xs: inputs of the first layer, with at least one step.
+      state: initial state, h and c ``(L*D, B, H)``.
+      inputs: masks and resets; lengths are the only ones supported.
+      context: options.
+      reverse: whether the first direction runs backward in time, and the second forward.
+
+    Returns:
+      outputs of the last layer, and the final state of all layers.
 
     Raises:
-      ValueError: while tracing, for what cuDNN's LSTM cannot do; the message names it.
+      ValueError: while tracing, for an unsupported option, which the message names, and without an NVIDIA GPU.
     """
-    layers = (layers,) if isinstance(layers, Layer) else layers
-    check(cell, layers[0], xs.dtype, how)
-    steps, rows, inputs = xs.shape
-    directions, units = len(layers[0].directions), state.h.shape[-1]
-    if rows == 0:
-        return jnp.zeros((steps, 0, directions * units), how.dtype), state
-    lengths = (
-        jnp.full(rows, steps, jnp.int32) if how.lengths is None else jnp.clip(how.lengths, 0, steps).astype(jnp.int32)
-    )
-    # cuDNN's first direction runs forward: where ours runs backward, two change places and one has its inputs turned.
-    swapped, turned = how.reverse and directions == 2, how.reverse and directions == 1
-    weights = [layer.directions for layer in layers]
-    if swapped:
-        weights = [tuple(map(partial(_swap_inputs, n), reversed(each))) for n, each in enumerate(weights)]
-        state = _swap(state)
-    x = _turn(xs, lengths) if turned else xs
-    arguments = (jnp.swapaxes(x, 0, 1), state.h, state.c, pack(tuple(itertools.chain(*weights))))
-    _refuse_vmap(*map(lax.stop_gradient, arguments))
-    sizes = (inputs, units, len(layers), 0.0, directions == 2, _precision())
-    outputs: Any = rnn.lstm(*arguments, jnp.maximum(lengths, 1), *sizes)  # it takes no row of length 0
-    y, h, c = outputs
-    ys = jnp.swapaxes(y, 0, 1)
-    if turned:
-        ys = _turn(ys, lengths)
-    held = (lengths == 0)[None, :, None]
-    last = jax.tree.map(lambda new, old: jnp.where(held, old, new), State(h, c), state)
-    return (jnp.roll(ys, units, -1), _swap(last)) if swapped else (ys, last)
+    check_supported(cell, layers[0], xs.dtype, inputs, context)
+    num_steps, batch_size, input_size = xs.shape
+    num_directions, hidden_size = len(layers[0].directions), state.h.shape[-1]
+    if batch_size == 0:
+        return jnp.zeros((num_steps, 0, num_directions * hidden_size), context.dtype), state
+    if inputs.lengths is None:
+        lengths = jnp.full(batch_size, num_steps, jnp.int32)
+    else:
+        lengths = jnp.clip(inputs.lengths, 0, num_steps).astype(jnp.int32)
+
+    # cuDNN's first direction runs forward. If ours runs backward, one direction alone gets its inputs reversed in time,
+    # and two directions are swapped.
+    is_swapped, is_reversed = reverse and num_directions == 2, reverse and num_directions == 1
+    if is_swapped:
+        layers, state = swap_directions(layers), _swap_states(state)
+    if is_reversed:
+        xs = reverse_within_lengths(xs, lengths)
+    operands = (jnp.swapaxes(xs, 0, 1), state.h, state.c, pack_weights(layers))
+    _refuse_vmap(*(lax.stop_gradient(a) for a in operands))
+    sizes = (input_size, hidden_size, len(layers), 0.0, num_directions == 2, _precision())
+    results: Any = rnn.lstm(*operands, jnp.maximum(lengths, 1), *sizes)  # cuDNN takes no sequence of length 0
+    ys, h, c = results
+    ys = jnp.swapaxes(ys, 0, 1)
+    is_empty = (lengths == 0)[None, :, None]
+    new_state = jax.tree.map(lambda new, old: jnp.where(is_empty, old, new), State(h, c), state)
+    if is_reversed:
+        ys = reverse_within_lengths(ys, lengths)
+    if is_swapped:
+        ys, new_state = jnp.roll(ys, hidden_size, -1), _swap_states(new_state)
+    return ys, new_state
 
 
-def _swap(state: State) -> State:
-    """With the two directions of each layer in the other order."""
-    return jax.tree.map(lambda a: jnp.flip(a.reshape(-1, 2, *a.shape[1:]), 1).reshape(a.shape), state)
-
-
-def _swap_inputs(n: int, w: Weights) -> Weights:
-    """The weights of the n-th layer where the directions of the layer below have changed places."""
-    return w if n == 0 else w._replace(w_x=jnp.roll(w.w_x, w.w_x.shape[1] // 2, 1))
-
-
-def check(cell: Cell, layer: Layer, dtype: jnp.dtype, how: How) -> None:
-    """Refuse, by name, what cuDNN's LSTM cannot do."""
-    if not _on_cuda():
+def check_supported(cell: Cell, layer: Layer, dtype: jnp.dtype, inputs: LayerInputs, context: ScanContext) -> None:
+    """Raises a ValueError that names the first option that cuDNN's LSTM does not support."""
+    if not _has_cuda():
         raise ValueError(f"implementation='cudnn' needs an NVIDIA GPU, got the backend {jax.default_backend()!r}")
-    w = layer.forward
-    lacking = {
+    weights, rates = layer.forward, context.rates
+    dtypes = {jnp.dtype(d) for d in (dtype, context.dtype, weights.w_h.dtype)}
+    unsupported = {
         "a cell other than 'lstm'": cell != CELLS["lstm"],
-        "a projection": w.w_p is not None,
-        "layer normalisation": w.norm is not None,
-        "a dtype other than float32": {jnp.dtype(d) for d in (dtype, how.dtype, w.w_h.dtype)} != {jnp.dtype("float32")},
-        "zoneout": how.rates.zoneout_h != 0 or how.rates.zoneout_c != 0,
-        "recurrent dropout": how.noise != RegularizerMasks(),
-        "remat": how.remat is not None,
-        "resets": how.resets is not None,
-        "a mask; lengths it takes": how.mask is not None and how.lengths is None,
+        "a projection": weights.w_p is not None,
+        "layer normalization": weights.norm is not None,
+        "a dtype other than float32": dtypes != {jnp.dtype("float32")},
+        "zoneout": rates.zoneout_h != 0 or rates.zoneout_c != 0,
+        "recurrent dropout": inputs.masks.candidate_mask is not None,
+        "remat": context.remat is not None,
+        "resets": inputs.resets is not None,
+        "a mask; use lengths": inputs.step_mask is not None and inputs.lengths is None,
     }
-    for what, present in lacking.items():
-        if present:
-            raise ValueError(f"implementation='cudnn' does not take {what}")
+    for name, is_used in unsupported.items():
+        if is_used:
+            raise ValueError(f"implementation='cudnn' does not support {name}")
 
 
-def pack(weights: tuple[Weights, ...]) -> Float[Array, " numbers"]:
-    """The weights, by layer and direction, as cuDNN takes them: all matrices, then all biases, of which it has two.
+def pack_weights(layers: tuple[Layer, ...]) -> Float[Array, " numbers"]:
+    """Flattens the weights of all layers and directions into cuDNN's order: all matrices, then all biases.
 
-    Ours is the first.
+    cuDNN has two biases per direction; the second is zero.
     """
-    matrices = [w.ravel() for each in weights for w in (each.w_x, each.w_h)]
+    weights = [w for layer in layers for w in layer.directions]
+    matrices = [matrix.ravel() for w in weights for matrix in (w.w_x, w.w_h)]
     biases = []
-    for each in weights:
-        none = jnp.zeros(each.w_h.shape[:1], each.w_h.dtype)
-        biases += [none if each.b is None else each.b, none]
+    for w in weights:
+        zeros = jnp.zeros(w.w_h.shape[:1], w.w_h.dtype)
+        biases += [zeros if w.b is None else w.b, zeros]
     return jnp.concatenate(matrices + biases)
 
 
-def _turn(xs: Float[Array, "T B N"], lengths: Int[Array, " B"]) -> Float[Array, "T B N"]:
-    """Each row's first steps, as many as its length, in reverse."""
+def swap_directions(layers: tuple[Layer, ...]) -> tuple[Layer, ...]:
+    """Swaps the two directions of every layer, and the halves of the inputs that come from a layer below."""
+
+    def swap_inputs(weights: Weights) -> Weights:
+        return weights._replace(w_x=jnp.roll(weights.w_x, weights.w_x.shape[1] // 2, 1))
+
+    first, *others = [Layer(*reversed(layer.directions)) for layer in layers]
+    return (first, *(Layer(*(swap_inputs(w) for w in layer.directions)) for layer in others))
+
+
+def _swap_states(state: State) -> State:
+    """Swaps the two directions of every layer in ``(L*2, B, H)``."""
+    return jax.tree.map(lambda a: jnp.flip(a.reshape(-1, 2, *a.shape[1:]), 1).reshape(a.shape), state)
+
+
+def reverse_within_lengths(xs: Float[Array, "T B N"], lengths: Int[Array, " B"]) -> Float[Array, "T B N"]:
+    """Reverses the steps of each sequence before its length; the steps after it stay in place."""
     step = jnp.arange(len(xs), dtype=lengths.dtype)[:, None]
-    turned = lengths[None] - 1 - step
-    return jnp.take_along_axis(xs, jnp.where(turned < 0, step, turned)[..., None], axis=0)
+    reversed_step = lengths[None] - 1 - step
+    return jnp.take_along_axis(xs, jnp.where(reversed_step < 0, step, reversed_step)[..., None], axis=0)
 
 
 def _precision() -> lax.Precision:
-    """Said here and not left to be looked up, since the backward pass is traced when the context may be gone."""
-    asked = jax.config.jax_default_matmul_precision  # pyright: ignore[reportAttributeAccessIssue]
-    return lax.Precision.HIGHEST if asked in FULL else lax.Precision.HIGH
+    """Resolves the precision now: the backward pass may be traced outside the precision context."""
+    precision = jax.config.jax_default_matmul_precision  # pyright: ignore[reportAttributeAccessIssue]
+    return lax.Precision.HIGHEST if precision in FLOAT32_PRECISIONS else lax.Precision.HIGH
 
 
-FULL = ("highest", "float32")  # values of jax.default_matmul_precision
-
-
-def _on_cuda() -> bool:
+def _has_cuda() -> bool:
     return jax.default_backend() == "gpu" and "cuda" in jax.devices()[0].client.platform_version.lower()
 
 
 @custom_vmap
 def _refuse_vmap(*arrays: Array) -> tuple[Array, ...]:
+    """Returns its arguments; raises an error under `jax.vmap`."""
     return arrays
 
 
 @_refuse_vmap.def_vmap
-def _mapped(size: int, mapped: Any, *arrays: Array) -> Any:
-    raise ValueError("implementation='cudnn' does not take jax.vmap; batch axes of xs it takes")
+def _raise_under_vmap(axis_size: int, in_batched: Any, *arrays: Array) -> Any:
+    raise ValueError("implementation='cudnn' does not support jax.vmap; use the batch axes of xs")

@@ -1,4 +1,4 @@
-"""What Newton's method on the trajectory took."""
+"""Work of the solver behind ``implementation="newton"``: iterations, residuals and sequential steps of each layer."""
 
 from functools import partial
 from typing import Any
@@ -9,17 +9,15 @@ from jax.typing import ArrayLike
 from jaxtyping import Bool, Float, Int
 
 from jaxlstm import validation
-from jaxlstm.cells import Cell
-from jaxlstm.diagnostics.trace import checked
-from jaxlstm.experimental import newton
-from jaxlstm.experimental.newton import Effort, Newton
-from jaxlstm.lstm import LSTM, CallArgs
+from jaxlstm.experimental.newton import Newton, SolverStats, solve_directions
+from jaxlstm.lstm import LSTM
+from jaxlstm.network import CallArgs
 from jaxlstm.params import Layer, Params, State
-from jaxlstm.recurrence import masking
-from jaxlstm.recurrence.context import How
+from jaxlstm.recurrence.context import Direction, LayerInputs, Results
+from jaxlstm.recurrence.masking import concat_directions, scan_masked
 
 
-def newton_effort(
+def newton_stats(
     lstm: LSTM,
     params: Params,
     xs: Float[ArrayLike, "T *batch I"],
@@ -29,13 +27,13 @@ def newton_effort(
     mask: Bool[ArrayLike, "T *batch"] | None = None,
     resets: Bool[ArrayLike, "T *batch"] | None = None,
     reverse: bool = False,
-) -> tuple[Effort, ...]:
-    """Iterations, residual and steps taken one by one of ``lstm(params, xs, ...)``, without a key, for each layer.
+) -> tuple[SolverStats, ...]:
+    """Runs ``lstm(params, xs, ...)`` without a key and returns the work of the solver for each layer.
 
     Args:
-      lstm: the network, with ``implementation="newton"`` or a `jaxlstm.recurrence.Newton`.
+      lstm: the network, with ``implementation="newton"`` or a `jaxlstm.experimental.newton.Newton`.
       params: its parameters.
-      xs: inputs of at least one step.
+      xs: inputs ``(T, *batch, I)`` of at least one step.
       state: initial state, as in the call.
       lengths: as in the call.
       mask: as in the call.
@@ -45,24 +43,30 @@ def newton_effort(
     Raises:
       ValueError, TypeError: as the call does, for a sequence without steps, and for another implementation.
     """
-    arguments = checked(lstm, params, xs, state, lengths, mask, resets)
+    if not isinstance(lstm, LSTM):
+        raise TypeError(f"lstm must be a jaxlstm.LSTM, got {type(lstm).__name__}")
     if lstm.implementation != "newton" and not isinstance(lstm.implementation, Newton):
-        raise ValueError(f"newton_effort needs implementation='newton', got {lstm.implementation!r}")
-    return _effort(lstm, arguments, validation.flag("reverse", reverse))
+        raise ValueError(f"newton_stats needs implementation='newton', got {lstm.implementation!r}")
+    args = lstm.check_call(params, xs, state, lengths=lengths, mask=mask, resets=resets)
+    if len(args.xs) == 0:
+        raise ValueError("xs must have at least one step, got none")
+    return _layer_stats(lstm, args, validation.flag("reverse", reverse))
 
 
 @partial(jax.jit, static_argnums=(0, 2))
-def _effort(lstm: LSTM, arguments: CallArgs, reverse: bool) -> tuple[Effort, ...]:
+def _layer_stats(lstm: LSTM, args: CallArgs, reverse: bool) -> tuple[SolverStats, ...]:
     options = lstm.implementation if isinstance(lstm.implementation, Newton) else Newton()
-    efforts: list[Effort] = []
+    context = lstm.scan_context(lstm.regularizer_rates)
+    layer_stats: list[SolverStats] = []
 
-    def run(cell: Cell, layer: Layer, xs: Array, state: State, how: How) -> tuple[Array, State]:
-        def over_rows(xs: Array, state: State, how: How) -> tuple[Any, State]:
-            ys, after, effort = newton.solve(cell, layer, xs, state, how, options)
-            efforts.append(effort)
-            return ys, after
+    def run_layer(layer: Layer, xs: Array, state: State, inputs: LayerInputs, reverse: bool) -> tuple[Any, State]:
+        def backend(directions: tuple[Direction, ...]) -> Results:
+            outputs, states, stats = solve_directions(options, lstm.resolved_cell, directions, context)
+            layer_stats.append(stats)
+            return outputs, states
 
-        return masking.steps_that_exist(over_rows, xs, state, how, batch_axes=xs.ndim - 2)
+        merge = concat_directions(lstm.output_dtype)
+        return scan_masked(backend, layer, xs, state, inputs, reverse=reverse, batch_axes=xs.ndim - 2, merge=merge)
 
-    lstm._over_layers(run, arguments, reverse)
-    return tuple(efforts)
+    lstm.scan_layers(args, reverse, run_layer)
+    return tuple(layer_stats)

@@ -1,105 +1,123 @@
-"""What the modules of nnx and of linen have in common: the manner of Flax's `RNN`, and names of parameters."""
+"""Functions shared by the modules for nnx and linen: the call convention of Flax's `RNN`, carries and sharding."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax.core import FrozenDict
 from jax import Array
 
 from jaxlstm import validation
 from jaxlstm.lstm import LSTM, RATES
 from jaxlstm.params import Params, State
 
-Sharding = Mapping[str, tuple[str | None, ...]]  # of an array by its name: the mesh axis of each of its axes
-NOWHERE: Sharding = FrozenDict()
+MeshAxes = tuple[str | None, ...]  # the mesh axis of each axis of an array
+Sharding = Mapping[str, MeshAxes]  # mesh axes by name of the array
 
 
-def over_time(
+def apply_to_sequence(
     lstm: LSTM,
     params: Params,
     inputs: Array,
+    *,
     initial_carry: State | None,
     seq_lengths: Array | None,
     mask: Array | None,
     resets: Array | None,
     key: Array | None,
-    *,
     time_major: bool,
     return_carry: bool,
     reverse: bool,
     keep_order: bool,
 ) -> Any:
-    """The network, called and returning as Flax's `RNN` is: ``outputs``, or ``(carry, outputs)``.
+    """Calls the network with the convention of Flax's `RNN`, and returns ``outputs`` or ``(carry, outputs)``.
 
-    Where the time axis of ``inputs`` is not the first, those of ``mask``, ``resets`` and outputs are not either.
+    Unless ``time_major``, time is the last axis but one of ``inputs`` and of the outputs, and the last axis of ``mask``
+    and ``resets``.
     """
     if not time_major:
-        inputs = jnp.moveaxis(validation.inputs("inputs", inputs, lstm.input_size, "*batch, T"), -2, 0)
+        inputs = jnp.moveaxis(validation.inputs("inputs", inputs, (lstm.input_size,), "*batch, T"), -2, 0)
         mask, resets = (None if a is None else jnp.moveaxis(jnp.asarray(a), -1, 0) for a in (mask, resets))
-    ys, carry = lstm(
+    outputs, carry = lstm(
         params, inputs, initial_carry, lengths=seq_lengths, mask=mask, resets=resets, reverse=reverse, key=key
     )
     if reverse and not keep_order:
-        ys = _in_order_of_reading(ys, seq_lengths)
+        outputs = _flip_valid_steps(outputs, seq_lengths)
     if not time_major:
-        ys = jnp.moveaxis(ys, 0, -2)
-    return (carry, ys) if return_carry else ys
+        outputs = jnp.moveaxis(outputs, 0, -2)
+    return (carry, outputs) if return_carry else outputs
 
 
-def _in_order_of_reading(ys: Array, lengths: Array | None) -> Array:
-    """Outputs of a run backward in time, the one of the step taken first in front; padding stays at the end."""
+def _flip_valid_steps(outputs: Array, lengths: Array | None) -> Array:
+    """Reverses the order of the steps before each length; padding stays at the end."""
     if lengths is None:
-        return jnp.flip(ys, 0)
-    lengths = jnp.minimum(validation.counts(jnp.asarray(lengths)), ys.shape[0])
-    steps = jnp.arange(ys.shape[0], dtype=lengths.dtype).reshape(-1, *[1] * lengths.ndim)
-    return jnp.take_along_axis(ys, ((lengths[None] - 1 - steps) % ys.shape[0])[..., None], 0)
+        return jnp.flip(outputs, 0)
+    num_steps = outputs.shape[0]
+    lengths = jnp.minimum(validation.lengths("seq_lengths", lengths, outputs.shape[1:-1]), num_steps)
+    steps = jnp.arange(num_steps, dtype=lengths.dtype).reshape(-1, *[1] * lengths.ndim)
+    source_steps = (lengths[None] - 1 - steps) % num_steps
+    return jnp.take_along_axis(outputs, source_steps[..., None], 0)
+
+
+def override(default: bool, value: bool | None) -> bool:
+    """Returns the argument of a call, or the default set on the module if the argument is None."""
+    return default if value is None else value
 
 
 def is_stochastic(lstm: LSTM) -> bool:
-    """Whether a key makes a difference."""
+    """Returns whether the network has a regularizer, which draws from a key."""
     return any(getattr(lstm, name) for name in RATES)
 
 
-def check_cell(lstm: LSTM) -> None:
-    """Refuse what a single step of one layer cannot do."""
+def check_cell_options(lstm: LSTM) -> None:
+    """Checks that a configuration can run step by step: a single layer and direction, without regularizers.
+
+    Raises:
+      ValueError: naming the option.
+    """
     if lstm.num_layers > 1 or lstm.bidirectional:
-        asked = f"num_layers={lstm.num_layers}" if lstm.num_layers > 1 else "bidirectional=True"
-        raise ValueError(f"a cell is one layer in one direction, got {asked}; the network as a whole is in LSTM")
+        option = f"num_layers={lstm.num_layers}" if lstm.num_layers > 1 else "bidirectional=True"
+        raise ValueError(f"LSTMCell is one layer in one direction, got {option}; use LSTM for the network")
     for name in RATES:
         if getattr(lstm, name):
-            raise ValueError(f"{name}={getattr(lstm, name)} needs the whole sequence: LSTM has it, a cell has not")
+            raise ValueError(f"{name}={getattr(lstm, name)} needs the whole sequence; use LSTM in place of LSTMCell")
 
 
-def step(lstm: LSTM, params: Params, carry: Any, inputs: Array) -> tuple[Any, Array]:
-    """One step with a carry of Flax's: ``(c, h)``, or h alone for a cell without c."""
+def apply_step(lstm: LSTM, params: Params, carry: Any, inputs: Array) -> tuple[Any, Array]:
+    """Runs one step with a carry of Flax: ``(c, h)``, or h alone for a cell without c."""
     c, h = carry if isinstance(carry, tuple) else (None, carry)
-    after, y = lstm.step(params, jax.tree.map(lambda a: a[None], State(h, c)), inputs)
-    return from_state(after), y
+    new_state, y = lstm.step(params, jax.tree.map(lambda a: a[None], State(h, c)), inputs)
+    return carry_from_state(new_state), y
 
 
-def from_state(state: State) -> Any:
-    """A carry of Flax's from the state of a single layer."""
+def carry_from_state(state: State) -> Any:
+    """Returns the carry of Flax for the state of a single layer."""
     h, c = jax.tree.map(lambda a: a[0], state)
     return h if c is None else (c, h)
 
 
-def place(params: Params, sharding: Sharding, wrap: Callable[[Any, tuple[str | None, ...] | None], Any]) -> Params:
-    """The parameters with ``wrap(array, axes)`` for each array, ``axes`` from ``sharding`` or None.
+def annotate_params(
+    params: Params, sharding: Sharding | None, annotate: Callable[[Any, MeshAxes | None], Any]
+) -> Params:
+    """Applies ``annotate(array, mesh_axes)`` to every parameter, with None for arrays that ``sharding`` does not name.
 
-    An array goes by its name within a layer's weights, the same for every layer and direction, ``"w_x"``, ``"w_h"``,
-    ``"b"``, ``"norm.x"``; a learned state's are ``"state.h"`` and ``"state.c"``.
+    Names are the same for every layer and direction: ``"w_x"``, ``"w_h"``, ``"b"``, ``"norm.x"`` and so on, and
+    ``"state.h"`` and ``"state.c"`` for a learned state.
+
+    Raises:
+      ValueError: if ``sharding`` has a name that no parameter has.
     """
     leaves, structure = jax.tree_util.tree_flatten_with_path(params)
-    names = [_name(path) for path, _ in leaves]
+    names = [_param_name(path) for path, _ in leaves]
+    sharding = sharding or {}
     for name in sharding:
         if name not in names:
             known = ", ".join(map(repr, dict.fromkeys(names)))
-            raise ValueError(f"sharding names {name!r}; the parameters are {known}")
-    return jax.tree.unflatten(structure, [wrap(a, sharding.get(name)) for name, (_, a) in zip(names, leaves)])
+            raise ValueError(f"sharding names {name!r}; expected names of parameters: {known}")
+    return jax.tree.unflatten(structure, [annotate(a, sharding.get(name)) for name, (_, a) in zip(names, leaves)])
 
 
-def _name(path: Any) -> str:
+def _param_name(path: Any) -> str:
+    """Returns the name of a parameter without its layer and direction, as in ``layers.0.forward.w_x``."""
     name = jax.tree_util.keystr(path, simple=True, separator=".")
-    return name.split(".", 3)[-1] if name.startswith("layers.") else name  # layers.0.forward.w_x
+    return name.split(".", 3)[-1] if name.startswith("layers.") else name

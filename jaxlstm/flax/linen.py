@@ -6,41 +6,41 @@ from flax import linen as nn
 from jax import Array
 from jaxtyping import Bool, Float, Int
 
-from jaxlstm import lstm as model
+import jaxlstm.lstm
 from jaxlstm.flax import common
-from jaxlstm.flax.common import NOWHERE, Sharding
+from jaxlstm.flax.common import MeshAxes, Sharding, override
 from jaxlstm.params import Params, State
 
 
 class LSTM(nn.Module):
-    """A network over whole sequences, called as `nn.RNN` is: ``outputs = rnn.apply(variables, inputs)``.
+    """A network over whole sequences, called like `nn.RNN`: ``outputs = rnn.apply(variables, inputs)``.
 
-    It takes the place of ``nn.RNN(cell)``, of stacks of it, and of a direction of `nn.Bidirectional`. The numbers are
-    those of ``lstm(params, xs)``.
+    Replaces ``nn.RNN(cell)``, a stack of them, or one direction of an `nn.Bidirectional`. Computes
+    ``lstm(params, xs)``.
 
     Attributes:
       lstm: the configuration.
       time_major: whether inputs are ``(T, *batch, I)`` instead of ``(*batch, T, I)``.
       return_carry: whether a call returns ``(carry, outputs)``.
       reverse: whether time runs backward.
-      keep_order: whether outputs then stay aligned with their inputs instead of coming in the order of reading.
-      deterministic: whether the regularisers are off; where None, a call has to say it. They draw from the stream
-        ``dropout``.
-      sharding: mesh axes for arrays by name, such as ``{"w_x": ("model", None), "b": ("model",)}``, for every layer
-        and direction; as by `nn.with_partitioning`.
+      keep_order: whether outputs of a reversed call stay aligned with their inputs; otherwise the last step is first.
+      deterministic: whether regularizers are off; None requires the argument in each call of a network with
+        regularizers. They draw from the random stream ``dropout``.
+      sharding: mesh axes of arrays by name, such as ``{"w_x": ("model", None), "b": ("model",)}``, for every layer
+        and direction; equivalent to `nn.with_partitioning`.
     """
 
-    lstm: model.LSTM
+    lstm: jaxlstm.lstm.LSTM
     time_major: bool = False
     return_carry: bool = False
     reverse: bool = False
     keep_order: bool = False
     deterministic: bool | None = None
-    sharding: Sharding = NOWHERE
+    sharding: Sharding | None = None
 
     def setup(self) -> None:
-        """Declare the parameters."""
-        self.weights = self.param("lstm", _init, self.lstm, self.sharding)
+        """Declares the parameters."""
+        self.weights = self.param("lstm", _init_params, self.lstm, self.sharding)
 
     def __call__(
         self,
@@ -57,115 +57,112 @@ class LSTM(nn.Module):
         keep_order: bool | None = None,
         deterministic: bool | None = None,
     ) -> Any:
-        """The network over a sequence; an argument that is None is as the attribute says.
+        """Runs the network over a sequence. The attribute is the default of an argument that is None.
 
         Args:
           inputs: ``(*batch, T, I)``, or ``(T, *batch, I)`` if ``time_major``.
-          initial_carry: a `jaxlstm.State`; where None zeros, or the learned one.
-          init_key: not used: no initial carry is drawn. It is what `nn.Bidirectional` passes.
-          seq_lengths: as ``lengths`` of `jaxlstm.LSTM`: what is behind them is not read, and outputs are zero there.
-          mask: as there, with time where ``inputs`` have it.
-          resets: the same.
-          return_carry: whether the last state is returned too.
+          initial_carry: a `jaxlstm.State`; None for zeros, or for the learned state.
+          init_key: ignored, because the initial carry is not random; `nn.Bidirectional` passes it.
+          seq_lengths: lengths as in `jaxlstm.LSTM`: inputs at and past the length are not read, and outputs are zero.
+          mask: as in `jaxlstm.LSTM`, with the time axis last, or first if ``time_major``.
+          resets: as in `jaxlstm.LSTM`, with the same axes as ``mask``.
+          return_carry: whether to return the final state too.
           time_major: whether time is the leading axis.
           reverse: whether time runs backward.
-          keep_order: whether outputs then stay aligned with their inputs.
-          deterministic: whether the regularisers are off; said here or by the attribute, not by both.
+          keep_order: whether outputs of a reversed call stay aligned with their inputs.
+          deterministic: whether regularizers are off; set it here or on the module, not both.
 
         Returns:
-          outputs, ``(*batch, T, D*P)`` or ``(T, *batch, D*P)``; with ``return_carry`` the `jaxlstm.State` before them.
+          Outputs ``(*batch, T, D*P)``, or ``(T, *batch, D*P)`` if ``time_major``; with ``return_carry`` the pair of
+          the final `jaxlstm.State` and the outputs.
 
         Raises:
           ValueError, TypeError: for a wrong shape, size, dtype or type.
         """
         del init_key
-
-        def chosen(value: bool | None, default: bool) -> bool:
-            return default if value is None else value
-
         key = None
         if common.is_stochastic(self.lstm) and not nn.merge_param("deterministic", self.deterministic, deterministic):
             key = self.make_rng("dropout")
-        return common.over_time(
+        return common.apply_to_sequence(
             self.lstm,
             self.weights,
             inputs,
-            initial_carry,
-            seq_lengths,
-            mask,
-            resets,
-            key,
-            time_major=chosen(time_major, self.time_major),
-            return_carry=chosen(return_carry, self.return_carry),
-            reverse=chosen(reverse, self.reverse),
-            keep_order=chosen(keep_order, self.keep_order),
+            initial_carry=initial_carry,
+            seq_lengths=seq_lengths,
+            mask=mask,
+            resets=resets,
+            key=key,
+            time_major=override(self.time_major, time_major),
+            return_carry=override(self.return_carry, return_carry),
+            reverse=override(self.reverse, reverse),
+            keep_order=override(self.keep_order, keep_order),
         )
 
     def step(self, state: State, x: Float[Array, "*batch I"]) -> tuple[State, Float[Array, "*batch P"]]:
-        """``lstm.step``: ``rnn.apply(variables, state, x, method="step")``."""
+        """Runs ``lstm.step``: ``rnn.apply(variables, state, x, method="step")``."""
         return self.lstm.step(self.weights, state, x)
 
 
 class LSTMCell(nn.RNNCellBase):
-    """One step of one layer, for `nn.RNN` and scans of the user's own: ``carry, y = cell.apply(variables, carry, x)``.
+    """One step of one layer, for `nn.RNN` and other scans: ``carry, y = cell.apply(variables, carry, x)``.
 
-    The carry is Flax's: ``(c, h)``, each ``(*batch, .)``, or h alone for a cell without c.
+    The carry is Flax's: ``(c, h)``, each ``(*batch, size)``, or h alone for a cell without c.
 
     Attributes:
-      lstm: the configuration, of one layer in one direction, without regularisers and without a learned state.
-      sharding: as of `LSTM`.
+      lstm: the configuration: one layer, one direction, no regularizers and no learned state.
+      sharding: as in `LSTM`.
     """
 
-    lstm: model.LSTM
-    sharding: Sharding = NOWHERE
+    lstm: jaxlstm.lstm.LSTM
+    sharding: Sharding | None = None
 
     def setup(self) -> None:
-        """Declare the parameters.
+        """Declares the parameters.
 
         Raises:
-          ValueError: for a configuration that a cell cannot have.
+          ValueError: for a configuration that needs the whole sequence.
         """
-        common.check_cell(self.lstm)
-        self.weights = self.param("lstm", _init, self.lstm, self.sharding)
+        common.check_cell_options(self.lstm)
+        self.weights = self.param("lstm", _init_params, self.lstm, self.sharding)
 
     def __call__(self, carry: Any, inputs: Float[Array, "*batch I"]) -> tuple[Any, Float[Array, "*batch P"]]:
-        """One step.
+        """Runs one step.
 
         Args:
-          carry: ``(c, h)``, or h alone, from `initialize_carry` or the step before.
-          inputs: of this step.
+          carry: ``(c, h)``, or h alone, from `initialize_carry` or the previous step.
+          inputs: input of this step.
 
         Returns:
-          the new carry, and h in the configuration's ``dtype``.
+          The new carry, and h in the ``dtype`` of the configuration.
         """
-        return common.step(self.lstm, self.weights, carry, inputs)
+        return common.apply_step(self.lstm, self.weights, carry, inputs)
 
     @nn.nowrap
     def initialize_carry(self, rng: Array, input_shape: tuple[int, ...]) -> Any:
-        """Zeros.
+        """Returns a carry of zeros.
 
         Args:
-          rng: not used.
-          input_shape: of the inputs of one step, ``(*batch, I)``.
+          rng: ignored.
+          input_shape: shape of the input of one step, ``(*batch, I)``.
 
         Raises:
-          ValueError: if the state is learned: linen asks for the carry where there are no parameters.
+          ValueError: if the state is learned: linen calls this method without parameters.
         """
         del rng
         if self.lstm.learned_state:
-            raise ValueError("learned_state=True needs the whole sequence: LSTM has it, a cell of linen has not")
-        return common.from_state(self.lstm.initial_state(input_shape[:-1]))
+            raise ValueError("learned_state=True is not available in linen's LSTMCell; use LSTM")
+        return common.carry_from_state(self.lstm.initial_state(input_shape[:-1]))
 
     @property
     def num_feature_axes(self) -> int:
-        """The axes of an input that are no batch axes: 1."""
+        """Number of axes of an input that are not batch axes: 1."""
         return 1
 
 
-def _init(key: Array, lstm: model.LSTM, sharding: Sharding) -> Params:
-    """Parameters, in Flax's boxes where they have a sharding."""
+def _init_params(key: Array, lstm: jaxlstm.lstm.LSTM, sharding: Sharding | None) -> Params:
+    """Returns initial parameters, with arrays that have a sharding in a box of Flax."""
 
-    def wrap(array: Array, axes: tuple[str | None, ...] | None) -> Any:
-        return array if axes is None else nn.Partitioned(array, axes)
+    def annotate(array: Array, mesh_axes: MeshAxes | None) -> Any:
+        return array if mesh_axes is None else nn.Partitioned(array, mesh_axes)
 
-    return common.place(lstm.init(key), sharding, wrap)
+    return common.annotate_params(lstm.init(key), sharding, annotate)

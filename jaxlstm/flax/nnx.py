@@ -1,4 +1,4 @@
-"""The modules of `jaxlstm.flax` for Flax nnx; their parameters are `nnx.Param` leaves of a `jaxlstm.Params`."""
+"""The modules of `jaxlstm.flax` for Flax nnx; their parameters are a `jaxlstm.Params` with `nnx.Param` leaves."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -9,37 +9,38 @@ from flax import nnx
 from jax import Array
 from jaxtyping import Bool, Float, Int
 
-from jaxlstm import lstm as model
+import jaxlstm.lstm
 from jaxlstm.flax import common
-from jaxlstm.flax.common import NOWHERE, Sharding
+from jaxlstm.flax.common import MeshAxes, Sharding, override
 from jaxlstm.params import Params, State
 
 
 class LSTM(nnx.Module):
-    """A network over whole sequences, called as `nnx.RNN` is: ``outputs = rnn(inputs)``.
+    """A network over whole sequences, called like `nnx.RNN`: ``outputs = rnn(inputs)``.
 
-    It takes the place of ``nnx.RNN(cell)``, of stacks of it, and of a direction of `nnx.Bidirectional`. The numbers are
-    those of ``lstm(params, xs)``. Regularisers are active until ``deterministic`` is set, as by ``module.eval()``.
+    Replaces ``nnx.RNN(cell)``, a stack of them, or one direction of an `nnx.Bidirectional`. Computes
+    ``lstm(params, xs)``. Regularizers are active until ``deterministic`` is set, for example by ``module.eval()``.
 
     Args:
       lstm: the configuration.
-      params: parameters to start from, such as those of `jaxlstm.interop`; drawn by ``lstm.init`` where None.
-      rngs: streams ``params``, where they are drawn, and ``dropout``, where the configuration has a regulariser.
+      params: initial parameters, such as those from `jaxlstm.interop`; None draws them by ``lstm.init``.
+      rngs: random streams ``params``, needed without ``params``, and ``dropout``, needed for regularizers.
       time_major: whether inputs are ``(T, *batch, I)`` instead of ``(*batch, T, I)``.
       return_carry: whether a call returns ``(carry, outputs)``.
       reverse: whether time runs backward.
-      keep_order: whether outputs then stay aligned with their inputs instead of coming in the order of reading.
-      deterministic: whether the regularisers are off.
-      sharding: mesh axes for arrays by name, such as ``{"w_x": ("model", None), "b": ("model",)}``, for every layer
-        and direction; they become the ``out_sharding`` of the `nnx.Param`.
+      keep_order: whether outputs of a reversed call stay aligned with their inputs; otherwise the last step is first.
+      deterministic: whether regularizers are off.
+      sharding: mesh axes of arrays by name, such as ``{"w_x": ("model", None), "b": ("model",)}``, for every layer
+        and direction; sets ``out_sharding`` of the `nnx.Param`.
 
     Raises:
-      ValueError, TypeError: for a name in ``sharding`` that no parameter has, or neither ``params`` nor ``rngs``.
+      ValueError, TypeError: for a name in ``sharding`` that no parameter has, or if both ``params`` and ``rngs`` are
+        missing.
     """
 
     def __init__(
         self,
-        lstm: model.LSTM,
+        lstm: jaxlstm.lstm.LSTM,
         *,
         params: Params | None = None,
         rngs: nnx.Rngs | None = None,
@@ -48,10 +49,10 @@ class LSTM(nnx.Module):
         reverse: bool = False,
         keep_order: bool = False,
         deterministic: bool = False,
-        sharding: Sharding = NOWHERE,
+        sharding: Sharding | None = None,
     ):
         self.lstm = lstm
-        self.params = _params(lstm, params, rngs, sharding)
+        self.params = _create_params(lstm, params, rngs, sharding)
         self.rngs = nnx.data(rngs.dropout.fork() if rngs is not None and common.is_stochastic(lstm) else None)
         self.time_major = time_major
         self.return_carry = return_carry
@@ -74,112 +75,110 @@ class LSTM(nnx.Module):
         deterministic: bool | None = None,
         rngs: nnx.Rngs | nnx.RngStream | Array | None = None,
     ) -> Any:
-        """The network over a sequence; an argument that is None is as it was set in the constructor.
+        """Runs the network over a sequence. The attribute is the default of an argument that is None.
 
         Args:
           inputs: ``(*batch, T, I)``, or ``(T, *batch, I)`` if ``time_major``.
-          initial_carry: a `jaxlstm.State`; where None zeros, or the learned one.
-          seq_lengths: as ``lengths`` of `jaxlstm.LSTM`: what is behind them is not read, and outputs are zero there.
-          mask: as there, with time where ``inputs`` have it.
-          resets: the same.
-          return_carry: whether the last state is returned too.
+          initial_carry: a `jaxlstm.State`; None for zeros, or for the learned state.
+          seq_lengths: lengths as in `jaxlstm.LSTM`: inputs at and past the length are not read, and outputs are zero.
+          mask: as in `jaxlstm.LSTM`, with the time axis last, or first if ``time_major``.
+          resets: as in `jaxlstm.LSTM`, with the same axes as ``mask``.
+          return_carry: whether to return the final state too.
           time_major: whether time is the leading axis.
           reverse: whether time runs backward.
-          keep_order: whether outputs then stay aligned with their inputs.
-          deterministic: whether the regularisers are off.
-          rngs: what to draw them from instead of the module's own stream. A stream of the name ``carry``, which
-            `nnx.Bidirectional` hands to what it holds, is for initial carries and not used.
+          keep_order: whether outputs of a reversed call stay aligned with their inputs.
+          deterministic: whether regularizers are off.
+          rngs: source of the regularizers' keys in place of the module's own stream. A stream named ``carry``, which
+            `nnx.Bidirectional` passes for initial carries, is ignored.
 
         Returns:
-          outputs, ``(*batch, T, D*P)`` or ``(T, *batch, D*P)``; with ``return_carry`` the `jaxlstm.State` before them.
+          Outputs ``(*batch, T, D*P)``, or ``(T, *batch, D*P)`` if ``time_major``; with ``return_carry`` the pair of
+          the final `jaxlstm.State` and the outputs.
 
         Raises:
-          ValueError, TypeError: for a wrong shape, size, dtype or type, or a regulariser that has nothing to draw from.
+          ValueError, TypeError: for a wrong shape, size, dtype or type, or a regularizer without random streams.
         """
-
-        def chosen(value: bool | None, default: bool) -> bool:
-            return default if value is None else value
-
-        return common.over_time(
+        deterministic = override(self.deterministic, deterministic)
+        return common.apply_to_sequence(
             self.lstm,
-            _arrays(self.params),
+            _param_arrays(self.params),
             inputs,
-            initial_carry,
-            seq_lengths,
-            mask,
-            resets,
-            None if chosen(deterministic, self.deterministic) else self._key(rngs),
-            time_major=chosen(time_major, self.time_major),
-            return_carry=chosen(return_carry, self.return_carry),
-            reverse=chosen(reverse, self.reverse),
-            keep_order=chosen(keep_order, self.keep_order),
+            initial_carry=initial_carry,
+            seq_lengths=seq_lengths,
+            mask=mask,
+            resets=resets,
+            key=None if deterministic else self._regularizer_key(rngs),
+            time_major=override(self.time_major, time_major),
+            return_carry=override(self.return_carry, return_carry),
+            reverse=override(self.reverse, reverse),
+            keep_order=override(self.keep_order, keep_order),
         )
 
     def step(self, state: State, x: Float[Array, "*batch I"]) -> tuple[State, Float[Array, "*batch P"]]:
-        """``lstm.step`` with the parameters of this module."""
-        return self.lstm.step(_arrays(self.params), state, x)
+        """Runs ``lstm.step`` with the parameters of this module."""
+        return self.lstm.step(_param_arrays(self.params), state, x)
 
     def set_view(self, deterministic: bool | None = None) -> None:
-        """What `nnx.view` calls.
+        """Sets attributes for `nnx.view`.
 
         Args:
-          deterministic: whether the regularisers are off.
+          deterministic: whether regularizers are off; None leaves the attribute unchanged.
         """
         if deterministic is not None:
             self.deterministic = deterministic
 
-    def _key(self, rngs: nnx.Rngs | nnx.RngStream | Array | None) -> Array | None:
-        """A key for the regularisers, None where there are none."""
+    def _regularizer_key(self, rngs: nnx.Rngs | nnx.RngStream | Array | None) -> Array | None:
+        """Returns a key for the regularizers, or None for a network without regularizers."""
         if not common.is_stochastic(self.lstm):
             return None
         if rngs is None or (isinstance(rngs, nnx.RngStream) and rngs.tag == "carry"):
             rngs = self.rngs
         if rngs is None:
-            raise ValueError("the regularisers need rngs, in the constructor or in the call, or deterministic=True")
+            raise ValueError("regularizers need rngs, in the constructor or in the call, or deterministic=True")
         if isinstance(rngs, nnx.Rngs):
             return rngs.dropout()
         return rngs() if isinstance(rngs, nnx.RngStream) else rngs
 
 
 class LSTMCell(nnx.RNNCellBase):
-    """One step of one layer, for `nnx.RNN` and scans of the user's own: ``carry, y = cell(carry, x)``.
+    """One step of one layer, for `nnx.RNN` and other scans: ``carry, y = cell(carry, x)``.
 
-    The carry is Flax's: ``(c, h)``, each ``(*batch, .)``, or h alone for a cell without c.
+    The carry is Flax's: ``(c, h)``, each ``(*batch, size)``, or h alone for a cell without c.
 
     Args:
-      lstm: the configuration, of one layer in one direction and without regularisers.
-      params: parameters to start from; drawn by ``lstm.init`` where None.
-      rngs: stream ``params``, where they are drawn.
-      sharding: as of `LSTM`.
+      lstm: the configuration: one layer, one direction and no regularizers.
+      params: initial parameters; None draws them by ``lstm.init``.
+      rngs: random stream ``params``, needed without ``params``.
+      sharding: as in `LSTM`.
 
     Raises:
-      ValueError, TypeError: for a configuration that a cell cannot have, a name in ``sharding`` that no parameter has,
-        or neither ``params`` nor ``rngs``.
+      ValueError, TypeError: for a configuration that needs the whole sequence, a name in ``sharding`` that no parameter
+        has, or if both ``params`` and ``rngs`` are missing.
     """
 
     def __init__(
         self,
-        lstm: model.LSTM,
+        lstm: jaxlstm.lstm.LSTM,
         *,
         params: Params | None = None,
         rngs: nnx.Rngs | None = None,
-        sharding: Sharding = NOWHERE,
+        sharding: Sharding | None = None,
     ):
-        common.check_cell(lstm)
+        common.check_cell_options(lstm)
         self.lstm = lstm
-        self.params = _params(lstm, params, rngs, sharding)
+        self.params = _create_params(lstm, params, rngs, sharding)
 
     def __call__(self, carry: Any, inputs: Float[Array, "*batch I"]) -> tuple[Any, Float[Array, "*batch P"]]:
-        """One step.
+        """Runs one step.
 
         Args:
-          carry: ``(c, h)``, or h alone, from `initialize_carry` or the step before.
-          inputs: of this step.
+          carry: ``(c, h)``, or h alone, from `initialize_carry` or the previous step.
+          inputs: input of this step.
 
         Returns:
-          the new carry, and h in the configuration's ``dtype``.
+          The new carry, and h in the ``dtype`` of the configuration.
         """
-        return common.step(self.lstm, _arrays(self.params), carry, inputs)
+        return common.apply_step(self.lstm, _param_arrays(self.params), carry, inputs)
 
     def initialize_carry(
         self,
@@ -187,14 +186,14 @@ class LSTMCell(nnx.RNNCellBase):
         rngs: nnx.Rngs | nnx.RngStream | None = None,
         carry_init: nnx.Initializer | None = None,
     ) -> Any:
-        """The carry before the first step: zeros, the learned one, or what ``carry_init`` draws.
+        """Returns the carry before the first step: zeros, the learned state, or a draw of ``carry_init``.
 
         Args:
-          input_shape: of the inputs of one step, ``(*batch, I)``.
-          rngs: what ``carry_init`` draws from, by its stream ``carry``.
-          carry_init: an initialiser for c and h.
+          input_shape: shape of the input of one step, ``(*batch, I)``.
+          rngs: random stream ``carry`` for ``carry_init``.
+          carry_init: initializer of c and h.
         """
-        carry = common.from_state(self.lstm.initial_state(input_shape[:-1], _arrays(self.params)))
+        carry = common.carry_from_state(self.lstm.initial_state(input_shape[:-1], _param_arrays(self.params)))
         if carry_init is None:
             return carry
         if rngs is None:
@@ -204,25 +203,27 @@ class LSTMCell(nnx.RNNCellBase):
 
     @property
     def num_feature_axes(self) -> int:
-        """The axes of an input that are no batch axes: 1."""
+        """Number of axes of an input that are not batch axes: 1."""
         return 1
 
 
-def _params(lstm: model.LSTM, params: Params | None, rngs: nnx.Rngs | None, sharding: Sharding) -> Any:
-    """Parameters as a module holds them."""
+def _create_params(
+    lstm: jaxlstm.lstm.LSTM, params: Params | None, rngs: nnx.Rngs | None, sharding: Sharding | None
+) -> Any:
+    """Returns the parameters with `nnx.Param` leaves, drawn from ``rngs`` if ``params`` is None."""
     if params is None:
         if rngs is None:
-            raise TypeError("neither params nor rngs: one or the other says where training starts")
+            raise TypeError("expected params or rngs, got neither: pass parameters, or a stream to draw them from")
         params = lstm.init(rngs.params())
 
-    def wrap(array: Any, axes: tuple[str | None, ...] | None) -> nnx.Param:
-        metadata: Mapping[str, Any] = {} if axes is None else {"out_sharding": axes}
-        # A copy lies on the mesh in use, if there is one; Flax lays out nothing that lies elsewhere.
+    def annotate(array: Any, mesh_axes: MeshAxes | None) -> nnx.Param:
+        metadata: Mapping[str, Any] = {} if mesh_axes is None else {"out_sharding": mesh_axes}
+        # Copy onto the mesh in use, if there is one; Flax does not move arrays from other devices.
         return nnx.Param(jnp.array(array), **metadata)
 
-    return nnx.data(common.place(params, sharding, wrap))
+    return nnx.data(common.annotate_params(params, sharding, annotate))
 
 
-def _arrays(params: Any) -> Params:
-    """The parameters that a module holds, as arrays."""
+def _param_arrays(params: Any) -> Params:
+    """Returns the arrays of the `nnx.Param` leaves."""
     return jax.tree.map(lambda p: p[...], params, is_leaf=lambda p: isinstance(p, nnx.Variable))

@@ -1,29 +1,29 @@
-"""Weights of other frameworks: ``from_X(lstm, weights)`` makes parameters of them, ``to_X(lstm, params)`` the way back.
+"""Weights of other frameworks: ``from_X(lstm, weights)`` returns parameters, ``to_X(lstm, params)`` converts them back.
 
-| X           | what goes in and comes out                                                                    |
-| ----------- | --------------------------------------------------------------------------------------------- |
-| torch       | the ``state_dict`` of an `nn.LSTM`, or of an `nn.RNN` for ``cell="rnn"``                        |
-| keras       | the list of ``get_weights()`` of `LSTM` or `Bidirectional`, or `SimpleRNN` for ``cell="rnn"``    |
-| flax_nnx    | a module or its state                                                                         |
-| flax_linen  | what ``init`` returns                                                                         |
-| haiku       | what ``init`` returns                                                                         |
-| equinox     | a cell; a list of them for several layers; pairs, forward and backward, for two directions    |
-| cudnn       | the flat vector of `jax.experimental.rnn`                                                     |
-| onnx        | an `onnx.ModelProto`, of which `to_onnx` makes the whole network                              |
+| X           | weights                                                                                        |
+| ----------- | ---------------------------------------------------------------------------------------------- |
+| torch       | the ``state_dict`` of an `nn.LSTM`, or of an `nn.RNN` for ``cell="rnn"``                       |
+| keras       | the list ``get_weights()`` of `LSTM` or `Bidirectional`, or `SimpleRNN` for ``cell="rnn"``     |
+| flax_nnx    | a module or its state                                                                          |
+| flax_linen  | the variables that ``init`` returns                                                            |
+| haiku       | the parameters that ``init`` returns                                                           |
+| equinox     | a cell; a list of cells for several layers; pairs (forward, backward) for two directions       |
+| cudnn       | the flat vector of `jax.experimental.rnn`                                                      |
+| onnx        | an `onnx.ModelProto`; `to_onnx` writes the whole network                                       |
 
-`load_safetensors` and `save_safetensors` read and write files of PyTorch's names.
+`load_safetensors` and `save_safetensors` read and write files with PyTorch's names.
 
-Arrays come in as NumPy's, JAX's or the framework's own. They go out as NumPy's, copied; as JAX's where they are part of
-an object (flax_nnx, equinox). No framework is imported but where an object of its kind is made.
+`from_X` accepts arrays of NumPy, JAX or the framework. `to_X` returns copies as NumPy arrays, or as JAX arrays inside
+objects (flax_nnx, equinox). A framework is imported only to create its objects.
 
-- Parameters come in ``param_dtype``. A dtype that it does not hold exactly, such as float64 for float32, is refused:
-  cast the weights beforehand, or set ``param_dtype``.
-- A framework's second bias is added on the way in and zero on the way out. What goes out and comes back in is the same,
-  bit by bit; `to_haiku` says where a dtype does not allow it.
-- An option that changes what parameters there are and that the framework does not have, such as ``layer_norm=True``, is
-  refused by name. Regularisers have no parameters: their rates stay where they are, and so does zoneout, which in this
-  library acts without a key too.
-- A missing, superfluous or wrong array is one error that names it, what was received and what was expected.
+- Parameters have ``param_dtype``. A dtype that it cannot represent exactly, such as float64 in float32, raises an
+  error: cast the weights first, or set ``param_dtype``.
+- `from_X` adds a framework's second bias to the first; `to_X` sets the second to zero. Converting parameters to a
+  framework and back returns them bit by bit; `to_haiku` documents its exception.
+- An option that changes which parameters exist and that the framework does not have, such as ``layer_norm=True``,
+  raises an error that names it. Regularizers have no parameters, so their rates are ignored. Note that in this library
+  zoneout also acts without a key, by expectation.
+- A missing, unexpected or wrong array raises one error with its name, the received and the expected value.
 """
 
 from jaxlstm.interop.cudnn import from_cudnn as from_cudnn

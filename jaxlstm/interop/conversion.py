@@ -1,4 +1,8 @@
-"""Where another framework keeps what `Weights` holds; the one way in and the one way out."""
+"""Conversion between `Params` and the named weight arrays of another framework.
+
+A `WeightFormat` says how a framework stores one layer in one direction. `params_from_arrays` and `arrays_from_params`
+are the only code that checks and converts whole networks.
+"""
 
 from collections.abc import Callable, Collection, Mapping
 from typing import Any, NamedTuple
@@ -6,16 +10,19 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import Array
 
 from jaxlstm import validation
 from jaxlstm.lstm import LSTM
-from jaxlstm.params import Layer, Params, Weights, state_dtype
+from jaxlstm.params import Layer, Params, Weights
 
-Place = Callable[[int, int, str], str]  # layer, direction, name within it -> name within the whole
-Direction = tuple[int, int, dict[str, tuple[int, ...]]]  # layer, direction, name within it -> shape
+GATES = "ifgo"  # the order in which `Weights` stacks the gates of an LSTM
 
-# What every framework's LSTM is; a layout adds the values of these options that its framework has beyond.
-PLAIN: dict[str, Collection[Any]] = {
+NameFn = Callable[[int, int, str], str]  # (layer, direction, name within the layer) -> name within the network
+OptionValues = Mapping[str, Collection[Any]]  # option of `LSTM` -> supported values
+
+# Values of the options that determine which parameters exist, as every format supports them.
+BASE_OPTIONS: OptionValues = {
     "cell": ("lstm",),
     "proj_size": (None,),
     "use_bias": (True,),
@@ -24,128 +31,161 @@ PLAIN: dict[str, Collection[Any]] = {
 }
 
 
-class Layout(NamedTuple):
-    """The arrays of one layer in one direction, by the names of their framework.
+class WeightFormat(NamedTuple):
+    """The weight arrays of one layer in one direction, under the names that a framework gives them.
 
     Args:
-      owner: the framework, as messages name it.
-      write: `Weights` to named arrays, in the framework's order; None for an array that there is not.
-      read: the way back, to the fields of `Weights`.
-      also: values of options, beyond those in `PLAIN`, that the arrays have a place for.
+      framework: name of the framework in error messages.
+      to_arrays: converts `Weights` to named arrays, in the framework's order. The value None marks an absent array.
+      from_arrays: converts named arrays to keyword arguments of `Weights`.
+      supported_options: values of options that this format supports, in place of those in `BASE_OPTIONS`.
     """
 
-    owner: str
-    write: Callable[[Weights], dict[str, Any]]
-    read: Callable[[Mapping[str, Any]], dict[str, Any]]
-    also: Callable[[LSTM], Mapping[str, Collection[Any]]] = lambda lstm: {}
+    framework: str
+    to_arrays: Callable[[Weights], dict[str, Any]]
+    from_arrays: Callable[[Mapping[str, Any]], dict[str, Any]]
+    supported_options: Callable[[LSTM], OptionValues] = lambda lstm: {}
 
 
-def shapes(lstm: LSTM, layout: Layout, place: Place) -> dict[str, tuple[int, ...]]:
-    """The shape of every array of this configuration, in the framework's order.
+class _ArraySpec(NamedTuple):
+    """An expected array: the layer and direction, its name there, its name in the network, and its shape."""
+
+    layer: int
+    direction: int
+    local_name: str
+    name: str
+    shape: tuple[int, ...]
+
+
+def check_supported(lstm: LSTM, weight_format: WeightFormat) -> None:
+    """Checks that the format can represent the parameters of a configuration.
 
     Raises:
-      ValueError: naming the option, if the framework has no place for one.
+      ValueError: naming the option that the format does not support.
+      TypeError: if ``lstm`` is not an `LSTM`.
     """
-    return _named(_directions(lstm, layout), place)
+    if not isinstance(lstm, LSTM):
+        raise TypeError(f"lstm must be a jaxlstm.LSTM, got {validation.describe(lstm)}")
+    for option, supported in {**BASE_OPTIONS, **weight_format.supported_options(lstm)}.items():
+        value = getattr(lstm, option)
+        if value not in supported:
+            raise ValueError(f"{weight_format.framework} weights do not support {option}={value!r}")
 
 
-def read(lstm: LSTM, layout: Layout, arrays: Mapping[str, Any], place: Place) -> Params:
-    """Parameters in ``param_dtype`` from a framework's arrays.
+def array_shapes(lstm: LSTM, weight_format: WeightFormat, name_fn: NameFn) -> dict[str, tuple[int, ...]]:
+    """Returns the shape of every array of a configuration by name, in the framework's order.
 
     Raises:
-      ValueError: naming the option or the array, if the framework has no place for an option, an array is missing or
-        of the wrong shape, or there is one too many; or if ``param_dtype`` needs to be switched on.
-      TypeError: naming the array, if it is none, or of a dtype that ``param_dtype`` does not hold exactly.
+      ValueError: naming the option, if the format does not support it.
     """
-    directions = _directions(lstm, layout)
-    validation.available("param_dtype", jnp.dtype(lstm.param_dtype))
-    expected = _named(directions, place)
-    for name, shape in expected.items():
-        if name not in arrays:
-            raise ValueError(f"{layout.owner} weight {name!r} of shape {list(shape)} is missing")
+    return {spec.name: spec.shape for spec in _array_specs(lstm, weight_format, name_fn)}
+
+
+def params_from_arrays(lstm: LSTM, weight_format: WeightFormat, arrays: Mapping[str, Any], name_fn: NameFn) -> Params:
+    """Returns parameters in ``param_dtype``, converted from the arrays of a framework.
+
+    Args:
+      lstm: the configuration.
+      weight_format: the framework's format of one layer in one direction.
+      arrays: all arrays of the network by name.
+      name_fn: names of the arrays within the network.
+
+    Raises:
+      ValueError: naming the option, if the format does not support it; naming the array, if it is missing, unexpected
+        or of the wrong shape; or if ``param_dtype`` needs ``jax_enable_x64``.
+      TypeError: naming the array, if it is not an array or ``param_dtype`` cannot represent its dtype exactly.
+    """
+    specs = _array_specs(lstm, weight_format, name_fn)
+    param_dtype = jnp.dtype(lstm.param_dtype)
+    validation.available("param_dtype", param_dtype)
+    for spec in specs:
+        if spec.name not in arrays:
+            raise ValueError(f"{weight_format.framework} weight {spec.name!r} of shape {list(spec.shape)} is missing")
+    expected_names = {spec.name for spec in specs}
     for name, value in arrays.items():
-        if name not in expected:
+        if name not in expected_names:
             received = validation.describe(value)
-            raise ValueError(f"{layout.owner} weight {name!r} is not one of this configuration, got {received}")
-    found = {
-        name: _checked(f"{layout.owner} weight {name!r}", arrays[name], shape, jnp.dtype(lstm.param_dtype))
-        for name, shape in expected.items()
-    }
-    weights = [Weights(**layout.read({name: found[place(n, d, name)] for name in own})) for n, d, own in directions]
-    width = lstm.num_directions
-    layers = tuple(Layer(*weights[k : k + width]) for k in range(0, len(weights), width))
+            raise ValueError(f"{weight_format.framework} weight {name!r} is not part of this network, got {received}")
+    arrays_by_direction: dict[tuple[int, int], dict[str, np.ndarray]] = {}
+    for spec in specs:
+        label = f"{weight_format.framework} weight {spec.name!r}"
+        array = _exact_cast(label, arrays[spec.name], spec.shape, param_dtype)
+        arrays_by_direction.setdefault((spec.layer, spec.direction), {})[spec.local_name] = array
+    weights = [Weights(**weight_format.from_arrays(local)) for local in arrays_by_direction.values()]
+    step = lstm.num_directions
+    layers = tuple(Layer(*weights[k : k + step]) for k in range(0, len(weights), step))
     return jax.tree.map(jnp.asarray, Params(layers))
 
 
-def write(lstm: LSTM, layout: Layout, params: Params, place: Place) -> dict[str, np.ndarray]:
-    """A framework's arrays, contiguous and writable, in the dtypes of the parameters.
+def arrays_from_params(
+    lstm: LSTM, weight_format: WeightFormat, params: Params, name_fn: NameFn
+) -> dict[str, np.ndarray]:
+    """Returns the arrays of a framework by name: copies, contiguous and writable, in the dtypes of the parameters.
 
     Raises:
-      ValueError, TypeError: if the framework has no place for an option, or ``params`` are not of this configuration.
+      ValueError, TypeError: if the format does not support an option, or ``params`` are of another configuration.
     """
-    refuse(lstm, layout)
-    validation.params(params, lstm.param_shapes(), state_dtype(lstm.dtype, lstm.param_dtype))
+    check_supported(lstm, weight_format)
+    validation.params(params, lstm.param_shapes(), lstm.state_dtype)
     return {
-        place(n, d, name): np.array(array, order="C")
+        name_fn(n, d, local_name): np.array(array, order="C")
         for n, layer in enumerate(jax.tree.map(np.asarray, params).layers)
         for d, weights in enumerate(layer.directions)
-        for name, array in layout.write(weights).items()
+        for local_name, array in weight_format.to_arrays(weights).items()
         if array is not None
     }
 
 
-def reorder(array: Any, have: str, want: str) -> np.ndarray:
-    """The slabs of the leading axis, one per gate in the order ``have``, in the order ``want``."""
-    slabs = dict(zip(have, np.split(array, len(have))))
-    return np.concatenate([slabs[gate] for gate in want])
+def split_gates(array: np.ndarray | Array, gates: str) -> dict[str, np.ndarray]:
+    """Splits the leading axis into one slab per gate."""
+    return dict(zip(gates, np.split(array, len(gates))))
 
 
-def one_bias(first: np.ndarray | None, second: np.ndarray | None) -> np.ndarray | None:
-    """The sum of a framework's two biases; one that is zero leaves the other as it is, a negative zero too."""
-    return first if first is None or second is None else np.where(second == 0, first, first + second)
+def stack_gates(slabs: Mapping[str, np.ndarray], gates: str) -> np.ndarray:
+    """Concatenates slabs along the leading axis in the given order of gates."""
+    return np.concatenate([slabs[gate] for gate in gates])
 
 
-def refuse(lstm: LSTM, layout: Layout) -> None:
-    """Refuse options that the framework has no place for.
-
-    Raises:
-      ValueError: naming the option.
-      TypeError: if it is no `LSTM`.
-    """
-    if not isinstance(lstm, LSTM):
-        raise TypeError(f"lstm must be a jaxlstm.LSTM, got {validation.describe(lstm)}")
-    for option, values in {**PLAIN, **layout.also(lstm)}.items():
-        value = getattr(lstm, option)
-        if value not in values:
-            raise ValueError(f"{layout.owner} has no place for {option}={value!r}")
+def reorder_gates(array: np.ndarray | Array, from_gates: str, to_gates: str) -> np.ndarray:
+    """Reorders the slabs of the leading axis from one order of gates to another."""
+    return stack_gates(split_gates(array, from_gates), to_gates)
 
 
-def _directions(lstm: LSTM, layout: Layout) -> list[Direction]:
-    """Layer, direction, and the shapes of the arrays there by name."""
-    refuse(lstm, layout)
-    # A single zero, spread over the shape: what is written of it has the framework's shapes and takes no memory.
+def add_biases(first: np.ndarray, second: np.ndarray) -> np.ndarray:
+    """Adds the two biases of a framework; elements whose second bias is zero keep the first bit by bit (-0.0 too)."""
+    return np.where(second == 0, first, first + second)
+
+
+def position_name(layer: int, direction: int, name: str) -> str:
+    """Names an array by its position, for frameworks that give arrays no names within the network."""
+    return f"{name} of layer {layer}, {'backward' if direction else 'forward'}"
+
+
+def _array_specs(lstm: LSTM, weight_format: WeightFormat, name_fn: NameFn) -> list[_ArraySpec]:
+    """Returns the expected arrays of a configuration in the framework's order."""
+    check_supported(lstm, weight_format)
+    # Broadcast a single zero to each shape, so that converting the arrays gives the framework's shapes without memory.
     zeros = jax.tree.map(lambda a: np.broadcast_to(np.zeros((), a.dtype), a.shape), lstm.param_shapes())
     return [
-        (n, d, {name: array.shape for name, array in layout.write(weights).items() if array is not None})
+        _ArraySpec(n, d, local_name, name_fn(n, d, local_name), array.shape)
         for n, layer in enumerate(zeros.layers)
         for d, weights in enumerate(layer.directions)
+        for local_name, array in weight_format.to_arrays(weights).items()
+        if array is not None
     ]
 
 
-def _named(directions: list[Direction], place: Place) -> dict[str, tuple[int, ...]]:
-    """The shapes by the names within the whole."""
-    return {place(n, d, name): shape for n, d, own in directions for name, shape in own.items()}
-
-
-def _checked(name: str, value: Any, shape: tuple[int, ...], dtype: jnp.dtype) -> np.ndarray:
-    """``value`` as a NumPy array of this shape, cast to this dtype, which must hold it exactly."""
+def _exact_cast(label: str, value: Any, shape: tuple[int, ...], dtype: jnp.dtype) -> np.ndarray:
+    """Returns a copy of ``value`` as a NumPy array in a dtype that represents all its numbers exactly."""
     if not (hasattr(value, "shape") and hasattr(value, "dtype")):
-        raise TypeError(f"{name} must be an array, got {validation.describe(value)}")
+        raise TypeError(f"{label} must be an array, got {validation.describe(value)}")
     array = np.asarray(value)
     if array.shape != shape:
-        raise ValueError(f"{name} must have shape {list(shape)}, got {list(array.shape)}")
+        raise ValueError(f"{label} must have shape {list(shape)}, got {list(array.shape)}")
     if not jnp.issubdtype(array.dtype, jnp.floating):
-        raise TypeError(f"{name} must be floating-point, got {validation.describe(array)}")
+        raise TypeError(f"{label} must be floating-point, got {validation.describe(array)}")
     if not np.can_cast(array.dtype, dtype):
-        raise TypeError(f"{name} is {array.dtype}, which param_dtype={dtype} does not hold exactly; cast it beforehand")
-    return array.astype(dtype)  # a copy: what becomes of the framework's memory is its own affair
+        raise TypeError(
+            f"{label} is {array.dtype}, which param_dtype={dtype} cannot represent exactly; cast it beforehand"
+        )
+    return array.astype(dtype)

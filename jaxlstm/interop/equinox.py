@@ -1,73 +1,79 @@
-"""Equinox: `equinox.nn.LSTMCell`, one for each layer and direction."""
+"""Equinox: one `equinox.nn.LSTMCell` for each layer and direction."""
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from jaxlstm.errors import optional_package
 from jaxlstm.interop import cell_discovery, conversion
-from jaxlstm.interop.conversion import Layout
+from jaxlstm.interop.conversion import OptionValues, WeightFormat
 from jaxlstm.lstm import LSTM
 from jaxlstm.params import Params, Weights
 
+CELL_PATTERN = r"(?P<cell>(.*/)?)weight_ih"
+
 
 def from_equinox(lstm: LSTM, cells: Any) -> Params:
-    """Parameters from the cells of Equinox.
+    """Returns parameters from cells of Equinox.
 
     Args:
       lstm: the configuration.
-      cells: a cell; a list of them, lowest layer first; for two directions a pair, forward and backward, or a list of
-        pairs. They may lie in a module, in one attribute.
+      cells: a cell, or a list of cells with the lowest layer first. For two directions a pair (forward, backward), or
+        a list of pairs. A module that has them in one attribute is accepted too.
 
     Returns:
       Parameters in ``param_dtype``.
 
     Raises:
-      ValueError: naming what is wrong, if the LSTM has an option that the cell has not (a projection, peepholes,
-        coupled gates, layer normalisation, a learned state), if there are not as many cells as layers and directions,
-        or if an array is missing, unexpected or of the wrong shape.
-      TypeError: naming the array, if ``param_dtype`` does not hold its dtype exactly.
+      ValueError: naming the cause, if the LSTM has an option that the cell does not have (a projection, peepholes,
+        coupled gates, layer normalization, a learned state), if the number of cells is not the number of layers times
+        directions, or if an array is missing, unexpected or of the wrong shape.
+      TypeError: naming the array, if ``param_dtype`` cannot represent its dtype exactly.
     """
-    found = cell_discovery.find(lstm, LAYOUT, cell_discovery.flatten(cells), r"(?P<cell>(.*/)?)weight_ih")
-    return conversion.read(lstm, LAYOUT, *found)
+    return cell_discovery.params_from_cells(lstm, EQUINOX, cell_discovery.arrays_by_path(cells), CELL_PATTERN)
 
 
 def to_equinox(lstm: LSTM, params: Params) -> Any:
-    """The cells of Equinox: one, or a list with one for each layer; for two directions, pairs instead of cells.
+    """Returns a cell of Equinox, or a list of one cell per layer; for two directions, pairs in place of cells.
 
     Raises:
-      ImportError: if Equinox is not installed.
-      ValueError, TypeError: if the LSTM has an option that the cell has not, or ``params`` are not of this LSTM.
+      ImportError: if Equinox is not installed: ``pip install 'jaxlstm[interop]'``.
+      ValueError, TypeError: if the LSTM has an option that the cell does not have, or ``params`` are of another
+        configuration.
     """
-    arrays = conversion.write(lstm, LAYOUT, params, lambda n, d, name: f"{n}/{d}/{name}")
-    try:
+    arrays = conversion.arrays_from_params(lstm, EQUINOX, params, lambda n, d, name: f"{n}/{d}/{name}")
+    with optional_package("equinox", extra="interop", purpose="to_equinox"):
         import equinox
-    except ImportError:
-        raise ImportError("to_equinox needs Equinox: pip install 'jaxlstm[interop]'") from None
 
-    def cell(arrays: dict[str, Any]) -> Any:
-        width = arrays["weight_ih"].shape[1]
-        drawn = equinox.nn.LSTMCell(width, lstm.hidden_size, use_bias=lstm.use_bias, key=jax.random.key(0))
+    def create_cell(cell_arrays: dict[str, Any]) -> Any:
+        input_size = cell_arrays["weight_ih"].shape[1]
+        cell = equinox.nn.LSTMCell(input_size, lstm.hidden_size, use_bias=lstm.use_bias, key=jax.random.key(0))
         return equinox.tree_at(
-            lambda cell: [getattr(cell, name) for name in arrays], drawn, [jnp.asarray(a) for a in arrays.values()]
+            lambda cell: [getattr(cell, name) for name in cell_arrays],
+            cell,
+            [jnp.asarray(array) for array in cell_arrays.values()],
         )
 
-    layers = [tuple(cell(own) for own in layer.values()) for layer in cell_discovery.nested(arrays).values()]
+    layers = [
+        tuple(create_cell(cell_arrays) for cell_arrays in directions.values())
+        for directions in cell_discovery.nest_by_path(arrays).values()
+    ]
     entries = layers if lstm.bidirectional else [layer[0] for layer in layers]
     return entries if lstm.num_layers > 1 else entries[0]
 
 
-def _write(weights: Weights) -> dict[str, Any]:
+def _to_arrays(weights: Weights) -> dict[str, Any]:
     return {"weight_ih": weights.w_x, "weight_hh": weights.w_h, "bias": weights.b}
 
 
-def _read(arrays: Mapping[str, Any]) -> dict[str, Any]:
+def _from_arrays(arrays: Mapping[str, Any]) -> dict[str, Any]:
     return {"w_x": arrays["weight_ih"], "w_h": arrays["weight_hh"], "b": arrays.get("bias")}
 
 
-def _also(lstm: LSTM) -> dict[str, Collection[Any]]:
+def _supported_options(lstm: LSTM) -> OptionValues:
     return {"use_bias": (True, False)}
 
 
-LAYOUT = Layout("equinox", _write, _read, _also)
+EQUINOX = WeightFormat("equinox", _to_arrays, _from_arrays, _supported_options)

@@ -1,51 +1,55 @@
-"""The LSTM cells of Flax, which `nnx` and `linen` have in common."""
+"""Weight formats of the LSTM cells of Flax, shared by `nnx` and `linen`."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
-
-from jaxlstm.interop.conversion import Layout
+from jaxlstm.interop.conversion import GATES, WeightFormat, split_gates, stack_gates
 from jaxlstm.lstm import LSTM
 from jaxlstm.params import Weights
 
-# An array's path by which a cell is known.
-CELL = r"(?P<cell>(.*/)?)(ii|if_?|ig|io|hi|hf|hg|ho|dense_i|dense_h)/(kernel|bias)"
+# Matches the path of an array by which a cell is recognized.
+CELL_PATTERN = r"(?P<cell>(.*/)?)(ii|if_?|ig|io|hi|hf|hg|ho|dense_i|dense_h)/(kernel|bias)"
 
 
-def apart(owner: str, inputs: Sequence[str]) -> Layout:
-    """A layer for each gate, of the input and of h; ``inputs`` names the former. Biases are those of h."""
-    hidden = ("hi", "hf", "hg", "ho")
+def per_gate_format(framework: str, input_layers: Sequence[str]) -> WeightFormat:
+    """Returns the format with one dense layer per gate for the input and one for h, which has the bias.
 
-    def write(weights: Weights) -> dict[str, Any]:
+    Args:
+      framework: name of the framework in error messages.
+      input_layers: names of the dense layers of the input, in the order of `GATES`.
+    """
+    layer_names = [(gate, input_layer, f"h{gate}") for gate, input_layer in zip(GATES, input_layers)]
+
+    def to_arrays(weights: Weights) -> dict[str, Any]:
         assert weights.b is not None
+        w_x, w_h, b = (split_gates(array, GATES) for array in (weights.w_x, weights.w_h, weights.b))
         arrays = {}
-        for x, h, w_x, w_h, b in zip(inputs, hidden, *(np.split(a, 4) for a in (weights.w_x, weights.w_h, weights.b))):
-            arrays |= {f"{x}/kernel": w_x.T, f"{h}/kernel": w_h.T, f"{h}/bias": b}
+        for gate, x, h in layer_names:
+            arrays |= {f"{x}/kernel": w_x[gate].T, f"{h}/kernel": w_h[gate].T, f"{h}/bias": b[gate]}
         return arrays
 
-    def read(arrays: Mapping[str, Any]) -> dict[str, Any]:
+    def from_arrays(arrays: Mapping[str, Any]) -> dict[str, Any]:
         return {
-            "w_x": np.concatenate([arrays[f"{name}/kernel"].T for name in inputs]),
-            "w_h": np.concatenate([arrays[f"{name}/kernel"].T for name in hidden]),
-            "b": np.concatenate([arrays[f"{name}/bias"] for name in hidden]),
+            "w_x": stack_gates({gate: arrays[f"{x}/kernel"].T for gate, x, _ in layer_names}, GATES),
+            "w_h": stack_gates({gate: arrays[f"{h}/kernel"].T for gate, _, h in layer_names}, GATES),
+            "b": stack_gates({gate: arrays[f"{h}/bias"] for gate, _, h in layer_names}, GATES),
         }
 
-    return Layout(owner, write, read)
+    return WeightFormat(framework, to_arrays, from_arrays)
 
 
-def together(owner: str) -> Layout:
-    """One layer for all gates."""
+def stacked_format(framework: str) -> WeightFormat:
+    """Returns the format with one dense layer for all gates of the input, and one for h, which has the bias."""
 
-    def write(weights: Weights) -> dict[str, Any]:
+    def to_arrays(weights: Weights) -> dict[str, Any]:
         return {"dense_i/kernel": weights.w_x.T, "dense_h/kernel": weights.w_h.T, "dense_h/bias": weights.b}
 
-    def read(arrays: Mapping[str, Any]) -> dict[str, Any]:
+    def from_arrays(arrays: Mapping[str, Any]) -> dict[str, Any]:
         return {"w_x": arrays["dense_i/kernel"].T, "w_h": arrays["dense_h/kernel"].T, "b": arrays["dense_h/bias"]}
 
-    return Layout(owner, write, read)
+    return WeightFormat(framework, to_arrays, from_arrays)
 
 
-def within_layer(lstm: LSTM, direction: int) -> str:
-    """The path of a cell within its `RNN`, or within its `Bidirectional` of two `RNN`."""
+def cell_path(lstm: LSTM, direction: int) -> str:
+    """Returns the path of a cell within its `RNN`, or within a `Bidirectional` of two `RNN`."""
     return f"{('forward', 'backward')[direction]}_rnn/cell/" if lstm.bidirectional else "cell/"

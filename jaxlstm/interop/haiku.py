@@ -5,86 +5,88 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
+from jax import Array
 
 from jaxlstm.interop import cell_discovery, conversion
-from jaxlstm.interop.conversion import Layout, reorder
+from jaxlstm.interop.conversion import GATES, WeightFormat, reorder_gates, split_gates, stack_gates
 from jaxlstm.lstm import LSTM
 from jaxlstm.params import Params, Weights
 
-GATES = "igfo"
-FORGET_BIAS = np.array([[0], [0], [1], [0]])  # what hk.LSTM adds to z in each step; here it lies in the parameters
+HAIKU_GATES = "igfo"
+HAIKU_FORGET_BIAS = 1.0  # hk.LSTM adds it to z of the forget gate in each step; here it is part of the bias
 
 
 def from_haiku(lstm: LSTM, params: Mapping[str, Mapping[str, Any]], name: str = "lstm") -> Params:
-    """Parameters from those of one or several `hk.LSTM`.
+    """Returns parameters from the parameters of one or several `hk.LSTM`.
 
-    Of several, haiku numbers the names in the order of creation; that order must be lowest layer first, and for two
-    directions forward before backward. Anything else in ``params`` is not looked at.
+    Haiku numbers the names of several modules in the order of their creation. They must have been created with the
+    lowest layer first, and for two directions forward before backward. All other arrays are ignored.
 
     Args:
       lstm: the configuration.
-      params: what ``init`` of the transformed function returns.
-      name: of the first `hk.LSTM`, with as much of the names around it as it takes to tell it from others, such as
+      params: the parameters that ``init`` of the transformed function returns.
+      name: name of the first `hk.LSTM`, with as many of the enclosing names as needed to identify it, such as
         ``"encoder/lstm"``.
 
     Returns:
-      Parameters in ``param_dtype``. The 1 that `hk.LSTM` adds to the forget gate is added to its bias, rounded to the
-      dtype.
+      Parameters in ``param_dtype``. The forget gate's bias includes the 1 that `hk.LSTM` adds, rounded to the dtype.
 
     Raises:
-      ValueError: naming what is wrong, if the LSTM has an option that `hk.LSTM` has not (no bias, a projection,
-        peepholes, coupled gates, layer normalisation, a learned state), if there are not as many `hk.LSTM` as layers
-        and directions, or if an array is missing, unexpected or of the wrong shape.
-      TypeError: naming the array, if ``param_dtype`` does not hold its dtype exactly.
+      ValueError: naming the cause, if the LSTM has an option that `hk.LSTM` does not have (no bias, a projection,
+        peepholes, coupled gates, layer normalization, a learned state), if the number of `hk.LSTM` is not the number
+        of layers times directions, or if an array is missing, unexpected or of the wrong shape.
+      TypeError: naming the array, if ``param_dtype`` cannot represent its dtype exactly.
     """
-    cell = rf"(?P<cell>(.*/)?{re.escape(name)}(_\d+)?/linear/)[wb]"
-    return conversion.read(lstm, LAYOUT, *cell_discovery.find(lstm, LAYOUT, cell_discovery.flatten(params), cell))
+    cell_pattern = rf"(?P<cell>(.*/)?{re.escape(name)}(_\d+)?/linear/)[wb]"
+    return cell_discovery.params_from_cells(lstm, HAIKU, cell_discovery.arrays_by_path(params), cell_pattern)
 
 
 def to_haiku(lstm: LSTM, params: Params, name: str = "lstm") -> dict[str, dict[str, np.ndarray]]:
-    """The parameters of `hk.LSTM`, or of as many as there are layers and directions: ``lstm``, ``lstm_1`` and so on.
+    """Returns the parameters of one `hk.LSTM` per layer and direction: ``lstm``, ``lstm_1`` and so on.
 
-    The 1 that `hk.LSTM` adds to the forget gate is taken off the bias. That is exact for a bias of 0.5 and more, and
-    otherwise rounds it by up to half a unit in the last place of its result: no other number of the same dtype comes
-    nearer.
+    The 1 that `hk.LSTM` adds to the forget gate is subtracted from its bias. The subtraction is exact for a bias of at
+    least 0.5. Below, it rounds the bias by up to half a unit in the last place of the result, the smallest error
+    possible in this dtype.
 
     Args:
       lstm: the configuration.
       params: its parameters.
-      name: of the first `hk.LSTM`, with all names around it.
+      name: name of the first `hk.LSTM`, with all enclosing names.
 
     Raises:
-      ValueError, TypeError: if the LSTM has an option that `hk.LSTM` has not, or ``params`` are not of this LSTM.
+      ValueError, TypeError: if the LSTM has an option that `hk.LSTM` does not have, or ``params`` are of another
+        configuration.
     """
 
-    def place(layer: int, direction: int, array: str) -> str:
-        count = layer * lstm.num_directions + direction
-        return f"{name}{f'_{count}' if count else ''}/linear/{array}"
+    def full_path(layer: int, direction: int, array_name: str) -> str:
+        index = layer * lstm.num_directions + direction
+        return f"{name}{f'_{index}' if index else ''}/linear/{array_name}"
 
     modules: dict[str, dict[str, np.ndarray]] = {}
-    for path, array in conversion.write(lstm, LAYOUT, params, place).items():
-        module, own = path.rsplit("/", 1)
-        modules.setdefault(module, {})[own] = array
+    for path, array in conversion.arrays_from_params(lstm, HAIKU, params, full_path).items():
+        module, array_name = path.rsplit("/", 1)
+        modules.setdefault(module, {})[array_name] = array
     return modules
 
 
-def _shift(b: np.ndarray, by: np.ndarray) -> np.ndarray:
-    """The bias, in haiku's order, with a number added to each gate."""
-    slabs = b.reshape(4, -1)
-    return np.where(by == 0, slabs, slabs + by.astype(b.dtype)).reshape(-1)
+def _add_to_forget_gate(b: np.ndarray | Array, value: float) -> np.ndarray:
+    slabs = split_gates(b, GATES)
+    return stack_gates({**slabs, "f": slabs["f"] + np.asarray(value, b.dtype)}, GATES)
 
 
-def _write(weights: Weights) -> dict[str, Any]:
+def _to_arrays(weights: Weights) -> dict[str, Any]:
     assert weights.b is not None
     w = np.concatenate([weights.w_x, weights.w_h], axis=1)
-    return {"w": reorder(w, "ifgo", GATES).T, "b": _shift(reorder(weights.b, "ifgo", GATES), -FORGET_BIAS)}
+    b = _add_to_forget_gate(weights.b, -HAIKU_FORGET_BIAS)
+    return {"w": reorder_gates(w, GATES, HAIKU_GATES).T, "b": reorder_gates(b, GATES, HAIKU_GATES)}
 
 
-def _read(arrays: Mapping[str, Any]) -> dict[str, Any]:
-    w = reorder(arrays["w"].T, GATES, "ifgo")
-    b = reorder(_shift(arrays["b"], FORGET_BIAS), GATES, "ifgo")
-    inputs = w.shape[1] - w.shape[0] // 4
-    return {"w_x": w[:, :inputs], "w_h": w[:, inputs:], "b": b}
+def _from_arrays(arrays: Mapping[str, Any]) -> dict[str, Any]:
+    w = reorder_gates(arrays["w"].T, HAIKU_GATES, GATES)
+    b = reorder_gates(arrays["b"], HAIKU_GATES, GATES)
+    hidden_size = w.shape[0] // len(GATES)
+    input_size = w.shape[1] - hidden_size
+    return {"w_x": w[:, :input_size], "w_h": w[:, input_size:], "b": _add_to_forget_gate(b, HAIKU_FORGET_BIAS)}
 
 
-LAYOUT = Layout("haiku", _write, _read)
+HAIKU = WeightFormat("haiku", _to_arrays, _from_arrays)

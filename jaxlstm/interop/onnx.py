@@ -1,305 +1,332 @@
-"""A network as an ONNX model and back, by ONNX's own operators LSTM and RNN.
+"""ONNX: a network as a model of ONNX's LSTM or RNN operators, and its parameters from such a model.
 
-The operators stack gates in the order i, o, f, c and peepholes in the order i, o, f, and add two biases. The coupled
-gates of ``cell="cifg"`` go as an input gate whose weights are minus the forget gate's, since ``1 - sigmoid(z) =
-sigmoid(-z)``. The operator's own ``input_forget`` is not used: its text leaves open which of the two gates gives way.
+The operators stack gates in the order i, o, f, c and peepholes in the order i, o, f. They add two biases.
+``cell="cifg"`` is written with an input gate whose weights are minus the forget gate's, because ``1 - sigmoid(z) =
+sigmoid(-z)``. The attribute `input_forget` of the operator is not used: the specification does not say which of the two
+gates it replaces.
 
 Source: https://onnx.ai/onnx/operators/onnx__LSTM.html and onnx__RNN.html, version 14 of both.
 """
 
 import importlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import Array
 
 from jaxlstm import validation
+from jaxlstm.errors import optional_package
+from jaxlstm.interop import conversion
+from jaxlstm.interop.conversion import GATES, OptionValues, WeightFormat, add_biases, position_name, reorder_gates
 from jaxlstm.lstm import LSTM
-from jaxlstm.params import Layer, Params, Weights, output_dtype
+from jaxlstm.params import Params, Weights
 
-OPSET, IR_VERSION = 17, 8  # of 2022: old enough for every runtime in use, and with the operators as they are today
-INPUTS = ("X", "W", "R", "B", "sequence_lens", "initial_h", "initial_c", "P")  # of both operators; RNN ends earlier
+OPSET, IR_VERSION = 17, 8  # of 2022: supported by every runtime in use, and with today's versions of the operators
+OPERATOR_INPUTS = ("X", "W", "R", "B", "sequence_lens", "initial_h", "initial_c", "P")  # by position; RNN has six
+WEIGHT_INPUTS = ("W", "R", "B", "P")
+
+OperatorArrays = dict[str, np.ndarray]  # weights of one operator by input name, each (D, ...)
 
 
 class Operator(NamedTuple):
-    """How one operator holds a cell: which of our slabs stand in its order."""
+    """The ONNX operator of a cell, and the orders in which it and `Weights` stack gates and peepholes."""
 
-    name: str
-    activations: tuple[str, ...]
-    slabs: tuple[int, ...]  # ours, in its order
-    peepholes: tuple[int, ...] = ()
+    op_type: str
+    gates: str
+    operator_gates: str
+    peepholes: str = ""
+    operator_peepholes: str = ""
+    has_coupled_gates: bool = False  # `Weights` has no input gate; the operator's is 1 - f
 
 
 OPERATORS = {
-    "lstm": Operator("LSTM", ("Sigmoid", "Tanh", "Tanh"), (0, 3, 1, 2)),
-    "peephole": Operator("LSTM", ("Sigmoid", "Tanh", "Tanh"), (0, 3, 1, 2), (0, 2, 1)),
-    "cifg": Operator("LSTM", ("Sigmoid", "Tanh", "Tanh"), (0, 3, 1, 2)),  # once its input gate is written out
-    "rnn": Operator("RNN", (), (0,)),
+    "lstm": Operator("LSTM", GATES, "iofg"),
+    "peephole": Operator("LSTM", GATES, "iofg", "ifo", "iof"),
+    "cifg": Operator("LSTM", GATES, "iofg", has_coupled_gates=True),
+    "rnn": Operator("RNN", "h", "h"),
 }
+DEFAULT_ACTIVATIONS = {"LSTM": ["Sigmoid", "Tanh", "Tanh"], "RNN": ["Tanh"]}  # of the operators, for one direction
 
 
 def to_onnx(lstm: LSTM, params: Params, *, with_state: bool = False, with_lengths: bool = False) -> Any:
-    """The network as an ONNX model: what ``lstm(params, xs)`` computes without a key.
+    """Returns an ONNX model that computes ``lstm(params, xs)`` without a key.
 
     =========  ==============  ===============  =====================================================
-    name       is              shape            notes
+    name       kind            shape            notes
     =========  ==============  ===============  =====================================================
     xs         input           (T, B, I)        T and B are free
-    lengths    input, int32    (B,)             with ``with_lengths``, each from 1 to T
-    initial_h  input           (L*D, B, H)      with ``with_state``, else zeros
-    initial_c  input           (L*D, B, H)      the same, for a cell that has c
+    lengths    input, int32    (B,)             if ``with_lengths``; each from 1 to T
+    initial_h  input           (L*D, B, H)      if ``with_state``, else zeros
+    initial_c  input           (L*D, B, H)      if ``with_state``, for a cell that has c
     ys         output          (T, B, D*H)
-    h, c       outputs         (L*D, B, H)      the final state; c for a cell that has it
+    h, c       outputs         (L*D, B, H)      final state; c for a cell that has it
     =========  ==============  ===============  =====================================================
 
-    Everything has the dtype of the parameters. ONNX Runtime computes in float32 only, and returns zeros after a length
-    of 0, where ours returns the initial state.
+    All arrays except ``lengths`` have the dtype of the parameters. ONNX Runtime supports float32 only, and returns
+    zeros for a length of 0, where this library returns the initial state.
 
     Args:
-      lstm: a network whose options the operator has a place for, in float32 or float64. Regularisers that only a key
-        turns on are left out.
+      lstm: a network in float32 or float64 with options that the operator supports. Regularizers that need a key are
+        left out.
       params: its parameters.
       with_state: whether the initial state is an input.
       with_lengths: whether the lengths are an input.
 
     Returns:
-      an ``onnx.ModelProto``, for ``onnx.save`` or ``SerializeToString``. Needs onnx: ``pip install 'jaxlstm[onnx]'``.
+      An ``onnx.ModelProto``, for ``onnx.save`` or ``SerializeToString``.
 
     Raises:
-      ValueError, TypeError: for an option that the operator cannot hold, or parameters of another configuration.
-      ImportError: where onnx is not installed.
+      ValueError, TypeError: for an option that the operator does not support, or parameters of another configuration.
+      ImportError: if onnx is not installed: ``pip install 'jaxlstm[onnx]'``.
     """
-    onnx = _package()
-    operator = _operator(lstm)
+    onnx = _import_onnx("to_onnx")
+    conversion.check_supported(lstm, FORMATS["lstm"])
     _check_arithmetic(lstm)
-    validation.params(params, _expected(lstm), jnp.dtype(lstm.param_dtype))
-    make, kind = onnx.helper, onnx.helper.np_dtype_to_tensor_dtype(np.dtype(lstm.param_dtype))
-    rows, width = lstm.num_layers * lstm.num_directions, lstm.num_directions * lstm.hidden_size
-    states = ("h", "c") if operator.name == "LSTM" else ("h",)
-    outputs = {"ys": ["T", "B", width]} | {state: [rows, "B", lstm.hidden_size] for state in states}
-    inputs = {"xs": ["T", "B", lstm.input_size]}
-    if with_state:
-        inputs |= {f"initial_{state}": outputs[state] for state in states}
-    initial = {state: [f"initial_{state}.{n}" for n in range(lstm.num_layers)] for state in states}
-    arrays = {"width": np.array([0, 0, width])}  # 0 for a size that stays
-    nodes = []
-    if with_state:
-        arrays["directions"] = np.full(lstm.num_layers, lstm.num_directions)
-        nodes = [make.make_node("Split", [f"initial_{s}", "directions"], initial[s], axis=0) for s in states]
-    ys = "xs"
-    for n, layer in enumerate(params.layers):
-        weights = _to_operator(lstm, layer)
-        arrays |= {f"{name}.{n}": array for name, array in weights.items()}
-        given = {"X": ys, "sequence_lens": "lengths" if with_lengths else ""} | {a: f"{a}.{n}" for a in weights}
-        if with_state:
-            given |= {f"initial_{s}": initial[s][n] for s in states}
-        last = [f"Y.{n}", *(f"{s}.{n}" for s in states)]
-        ys = "ys" if n == lstm.num_layers - 1 else f"ys.{n}"
-        nodes += [
-            make.make_node(operator.name, _in_order(given), last, name=f"layer.{n}", **_attributes(lstm)),
-            make.make_node("Transpose", [f"Y.{n}"], [f"Y.{n}.swapped"], perm=[0, 2, 1, 3]),  # (T, B, D, H)
-            make.make_node("Reshape", [f"Y.{n}.swapped", "width"], [ys]),
-        ]
-    nodes += [make.make_node("Concat", [f"{s}.{n}" for n in range(lstm.num_layers)], [s], axis=0) for s in states]
-    graph = make.make_graph(
+    helper = onnx.helper
+    elem_type = helper.np_dtype_to_tensor_dtype(np.dtype(lstm.param_dtype))
+    state_names = _state_names(lstm)
+    state_shape = [lstm.num_layers * lstm.num_directions, "B", lstm.hidden_size]
+    inputs = {"xs": ["T", "B", lstm.input_size]} | {f"initial_{s}": state_shape for s in state_names if with_state}
+    outputs = {"ys": ["T", "B", lstm.num_directions * lstm.hidden_size]} | dict.fromkeys(state_names, state_shape)
+    nodes, constants = _nodes_and_constants(onnx, lstm, params, with_state=with_state, with_lengths=with_lengths)
+    graph = helper.make_graph(
         nodes,
         "jaxlstm",
-        [make.make_tensor_value_info(name, kind, shape) for name, shape in inputs.items()]
-        + [make.make_tensor_value_info("lengths", onnx.TensorProto.INT32, ["B"])] * with_lengths,
-        [make.make_tensor_value_info(name, kind, shape) for name, shape in outputs.items()],
-        [onnx.numpy_helper.from_array(array, name) for name, array in arrays.items()],
+        [helper.make_tensor_value_info(name, elem_type, shape) for name, shape in inputs.items()]
+        + [helper.make_tensor_value_info("lengths", onnx.TensorProto.INT32, ["B"])] * with_lengths,
+        [helper.make_tensor_value_info(name, elem_type, shape) for name, shape in outputs.items()],
+        [onnx.numpy_helper.from_array(array, name) for name, array in constants.items()],
     )
-    opset = make.make_opsetid("", OPSET)
-    return make.make_model(graph, opset_imports=[opset], ir_version=IR_VERSION, producer_name="jaxlstm")
+    opset = helper.make_opsetid("", OPSET)
+    return helper.make_model(graph, opset_imports=[opset], ir_version=IR_VERSION, producer_name="jaxlstm")
 
 
 def from_onnx(lstm: LSTM, model: Any) -> Params:
-    """The parameters of the LSTM or RNN operators in an ONNX model, whatever else is in it.
+    """Returns the parameters of the LSTM or RNN operators in an ONNX model; all other operators are ignored.
 
     Args:
-      lstm: the configuration that the model is of; a model in another one is refused.
-      model: an ``onnx.ModelProto``, from `to_onnx`, ``onnx.load`` or another framework's exporter. Its operators are
-        the layers, in the order in which they stand in the graph; their weights are constants in it.
+      lstm: the configuration of the model.
+      model: an ``onnx.ModelProto`` from `to_onnx`, ``onnx.load`` or the exporter of another framework. Its operators
+        are the layers, in the order of the graph; their weights must be constants of the graph.
 
     Returns:
-      parameters in ``param_dtype``; the operators' two biases are added.
+      Parameters in ``param_dtype``. The two biases of the operators are added.
 
     Raises:
-      ValueError, TypeError: for an option that has no place in the operator, for an operator or an array that is
-        missing, one too many or not as the configuration has it, or for a dtype that ``param_dtype`` does not hold.
-      ImportError: where onnx is not installed.
+      ValueError, TypeError: for an option that the operator does not support; for an operator or an array that is
+        missing, unexpected or of another configuration; or if ``param_dtype`` cannot represent a dtype exactly.
+      ImportError: if onnx is not installed: ``pip install 'jaxlstm[onnx]'``.
     """
-    onnx = _package()
-    operator = _operator(lstm)
+    onnx = _import_onnx("from_onnx")
+    conversion.check_supported(lstm, FORMATS["lstm"])
+    op_type = OPERATORS[str(lstm.cell)].op_type
     if not isinstance(model, onnx.ModelProto):
         raise TypeError(f"model must be an onnx.ModelProto, got {validation.describe(model)}")
-    nodes = [node for node in model.graph.node if node.op_type == operator.name]
+    nodes = [node for node in model.graph.node if node.op_type == op_type]
     if len(nodes) != lstm.num_layers:
-        raise ValueError(f"num_layers={lstm.num_layers}, but the model has {len(nodes)} {operator.name} operators")
-    tensors = {tensor.name: tensor for tensor in model.graph.initializer}
+        raise ValueError(f"num_layers={lstm.num_layers}, but the model has {len(nodes)} {op_type} operators")
+    constants = {tensor.name: tensor for tensor in model.graph.initializer}
     for node in model.graph.node:
         if node.op_type == "Constant":
-            (tensors[node.output[0]],) = (a.t for a in node.attribute)
-    layers = []
-    for n, (node, expected) in enumerate(zip(nodes, _expected(lstm).layers)):
-        label = f"{operator.name} operator {n}"
+            (constants[node.output[0]],) = (attribute.t for attribute in node.attribute)
+    operators = []
+    for n, node in enumerate(nodes):
+        label = f"{op_type} operator {n}"
         _check_attributes(lstm, label, {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute})
         arrays = {}
-        for name, given in zip(INPUTS, node.input):
-            if name in ("W", "R", "B", "P") and given:
-                if given not in tensors:
-                    raise ValueError(f"{label}: {name} is {given!r}, which is no constant of the model")
-                arrays[name] = onnx.numpy_helper.to_array(tensors[given])
-        layers.append(_from_operator(lstm, label, arrays, expected))
-    return Params(tuple(layers))
+        for name, source in zip(OPERATOR_INPUTS, node.input):
+            if name in WEIGHT_INPUTS and source:
+                if source not in constants:
+                    raise ValueError(f"{label}: {name} is {source!r}, which is not a constant of the model")
+                arrays[name] = onnx.numpy_helper.to_array(constants[source])
+        operators.append(arrays)
+    return params_from_operators(lstm, operators)
 
 
-def _package() -> Any:
-    try:
+def operators_from_params(lstm: LSTM, params: Params) -> list[OperatorArrays]:
+    """Returns the weights W, R, B and P of the operator of each layer, in ``param_dtype``.
+
+    Raises:
+      ValueError, TypeError: for an option that the operator does not support, or parameters of another configuration.
+    """
+    arrays = conversion.arrays_from_params(lstm, _weight_format(lstm), params, position_name)
+    operators = []
+    for n in range(lstm.num_layers):
+        names = [name for name in WEIGHT_INPUTS if position_name(n, 0, name) in arrays]
+        by_direction = {name: [arrays[position_name(n, d, name)] for d in range(lstm.num_directions)] for name in names}
+        operators.append({name: np.stack(each).astype(lstm.param_dtype) for name, each in by_direction.items()})
+    return operators
+
+
+def params_from_operators(lstm: LSTM, operators: Sequence[Mapping[str, np.ndarray]]) -> Params:
+    """Returns parameters from the weights W, R, B and P of the operator of each layer.
+
+    Raises:
+      ValueError, TypeError: as `from_onnx`.
+    """
+    arrays = {}
+    for n, operator_arrays in enumerate(operators):
+        for name, array in operator_arrays.items():
+            if array.shape[:1] != (lstm.num_directions,):
+                received = validation.describe(array)
+                raise ValueError(
+                    f"ONNX weight '{name} of layer {n}' must have shape [{lstm.num_directions}, ...], got {received}"
+                )
+            arrays |= {position_name(n, d, name): array[d] for d in range(lstm.num_directions)}
+    return conversion.params_from_arrays(lstm, _weight_format(lstm), arrays, position_name)
+
+
+def _import_onnx(purpose: str) -> Any:
+    with optional_package("onnx", extra="onnx", purpose=purpose):
         return importlib.import_module("onnx")
-    except ImportError:
-        raise ImportError("ONNX models need the package onnx: pip install 'jaxlstm[onnx]'") from None
 
 
-def _operator(lstm: LSTM) -> Operator:
-    """The operator that holds the cell; parameters that it has no place for are refused."""
-    if not isinstance(lstm.cell, str):
-        raise ValueError("ONNX has no operator for a cell of your own")
-    for name in ("proj_size", "layer_norm", "learned_state"):
-        if getattr(lstm, name):
-            raise ValueError(f"ONNX has no place for {name}={getattr(lstm, name)!r}")
-    return OPERATORS[lstm.cell]
+def _weight_format(lstm: LSTM) -> WeightFormat:
+    """Returns the format of one direction of an operator, or raises for options that it does not support."""
+    conversion.check_supported(lstm, FORMATS["lstm"])
+    return FORMATS[str(lstm.cell)]
+
+
+def _operator_format(operator: Operator) -> WeightFormat:
+    """Returns the format of one direction of an operator."""
+
+    def to_operator_gates(array: np.ndarray | Array) -> np.ndarray:
+        if operator.has_coupled_gates:
+            forget_gate = np.split(array, 3)[0]
+            array = np.concatenate([-forget_gate, array])
+        return reorder_gates(array, operator.gates, operator.operator_gates)
+
+    def from_operator_gates(array: np.ndarray) -> np.ndarray:
+        array = reorder_gates(array, operator.operator_gates, operator.gates)
+        if not operator.has_coupled_gates:
+            return array
+        input_gate, forget_gate, *_ = np.split(array, 4)
+        if not np.array_equal(input_gate, -forget_gate):
+            raise ValueError("cell='cifg' needs ONNX input gate weights equal to minus the forget gate weights")
+        return array[len(input_gate) :]
+
+    def to_arrays(weights: Weights) -> dict[str, Any]:
+        arrays: dict[str, Any] = {"W": to_operator_gates(weights.w_x), "R": to_operator_gates(weights.w_h)}
+        if weights.b is not None:
+            b = to_operator_gates(weights.b)
+            arrays["B"] = np.concatenate([b, np.zeros_like(b)])
+        if weights.w_c is not None:
+            arrays["P"] = reorder_gates(weights.w_c, operator.peepholes, operator.operator_peepholes).reshape(-1)
+        return arrays
+
+    def from_arrays(arrays: Mapping[str, Any]) -> dict[str, Any]:
+        weights = {"w_x": from_operator_gates(arrays["W"]), "w_h": from_operator_gates(arrays["R"])}
+        if "B" in arrays:
+            weights["b"] = from_operator_gates(add_biases(*np.split(arrays["B"], 2)))
+        if "P" in arrays:
+            peepholes = arrays["P"].reshape(len(operator.peepholes), -1)
+            weights["w_c"] = reorder_gates(peepholes, operator.operator_peepholes, operator.peepholes)
+        return weights
+
+    return WeightFormat("ONNX", to_arrays, from_arrays, _supported_options)
+
+
+def _supported_options(lstm: LSTM) -> OptionValues:
+    return {"cell": tuple(OPERATORS), "use_bias": (True, False)}
+
+
+FORMATS = {cell: _operator_format(operator) for cell, operator in OPERATORS.items()}
 
 
 def _check_arithmetic(lstm: LSTM) -> None:
-    """Refuse options that have no parameters, but by which something else than the operator's result is computed."""
+    """Checks the options that add no parameters but change the computation."""
     for name in ("zoneout_h", "zoneout_c"):
         if getattr(lstm, name):
-            raise ValueError(f"ONNX has no place for {name}={getattr(lstm, name)!r}, which acts without a key too")
-    if lstm.param_dtype not in (jnp.float32, jnp.float64):
-        name = jnp.dtype(lstm.param_dtype).name
-        raise ValueError(f"param_dtype={name}: ONNX's operators sum in it, which takes float32 or float64")
-    if output_dtype(lstm.dtype, lstm.param_dtype) != lstm.param_dtype:
-        dtypes = f"dtype={jnp.dtype(lstm.dtype).name}, param_dtype={jnp.dtype(lstm.param_dtype).name}"
-        raise ValueError(f"{dtypes}: ONNX's operators have one dtype")
-
-
-def _expected(lstm: LSTM) -> Params:
-    """Shape and dtype of each parameter."""
-    return jax.eval_shape(lstm.init, jax.random.key(0))
-
-
-def _activations(lstm: LSTM) -> list[str]:
-    """The operator's names of activations, for each direction."""
-    activations = OPERATORS[str(lstm.cell)].activations or ((lstm.activation or "tanh").capitalize(),)
-    return list(activations) * lstm.num_directions
+            raise ValueError(f"ONNX does not support {name}={getattr(lstm, name)!r}, which acts without a key too")
+    param_dtype = jnp.dtype(lstm.param_dtype)
+    if param_dtype not in (jnp.float32, jnp.float64):
+        raise ValueError(f"ONNX operators accumulate in param_dtype; expected float32 or float64, got {param_dtype}")
+    if lstm.output_dtype != param_dtype:
+        raise ValueError(
+            f"ONNX operators have a single dtype, got dtype={lstm.output_dtype} and param_dtype={param_dtype}"
+        )
 
 
 def _attributes(lstm: LSTM) -> dict[str, Any]:
-    """The operator's attributes."""
-    direction = "bidirectional" if lstm.bidirectional else "forward"
-    return {"hidden_size": lstm.hidden_size, "direction": direction, "activations": _activations(lstm)}
+    """Returns the attributes of the operator of one layer."""
+    activations = DEFAULT_ACTIVATIONS["LSTM"]
+    if lstm.cell == "rnn":
+        activations = [(lstm.activation or "tanh").capitalize()]
+    return {
+        "hidden_size": lstm.hidden_size,
+        "direction": "bidirectional" if lstm.bidirectional else "forward",
+        "activations": activations * lstm.num_directions,
+    }
 
 
-def _in_order(given: dict[str, str]) -> list[str]:
-    """The inputs of an operator by position; an empty name stands for one that is left out."""
-    names = [given.get(name, "") for name in INPUTS]
-    while not names[-1]:
-        names.pop()
-    return names
-
-
-def _reorder(slabs: Sequence[int], a: np.ndarray) -> np.ndarray:
-    """Slabs of the leading axis in another order."""
-    return a.reshape(len(slabs), -1, *a.shape[1:])[list(slabs)].reshape(a.shape)
-
-
-def _inverse(slabs: Sequence[int]) -> list[int]:
-    return [slabs.index(n) for n in range(len(slabs))]
-
-
-def _to_operator(lstm: LSTM, layer: Layer) -> dict[str, np.ndarray]:
-    """The operator's arrays, ``(D, ...)``, of one layer."""
-    operator = OPERATORS[str(lstm.cell)]
-
-    def rows(a: Any) -> np.ndarray:
-        a = np.asarray(a, lstm.param_dtype)
-        if lstm.cell == "cifg":
-            a = np.concatenate([-a[: lstm.hidden_size], a])
-        return _reorder(operator.slabs, a)
-
-    def arrays(w: Weights) -> dict[str, np.ndarray]:
-        held = {"W": rows(w.w_x), "R": rows(w.w_h)}
-        if w.b is not None:
-            held["B"] = np.concatenate([rows(w.b), np.zeros_like(rows(w.b))])
-        if w.w_c is not None:
-            held["P"] = np.asarray(w.w_c, lstm.param_dtype)[list(operator.peepholes)].reshape(-1)
-        return held
-
-    directions = [arrays(w) for w in layer.directions]
-    return {name: np.stack([held[name] for held in directions]) for name in directions[0]}
-
-
-def _from_operator(lstm: LSTM, label: str, arrays: dict[str, np.ndarray], expected: Layer) -> Layer:
-    """One layer of the operator's arrays."""
-    operator, size = OPERATORS[str(lstm.cell)], lstm.hidden_size
-    _check_arrays(lstm, label, arrays, expected.forward)
-
-    def rows(a: np.ndarray) -> np.ndarray:
-        a = _reorder(_inverse(operator.slabs), a)
-        if lstm.cell != "cifg":
-            return a
-        if not np.array_equal(a[:size], -a[size : 2 * size]):
-            raise ValueError(f"{label}: cell='cifg' needs an input gate whose weights are minus the forget gate's")
-        return a[size:]
-
-    def weights(d: int) -> Weights:
-        held: dict[str, Any] = {"w_x": rows(arrays["W"][d]), "w_h": rows(arrays["R"][d])}
-        if "B" in arrays:
-            first, second = np.split(arrays["B"][d], 2)
-            held["b"] = rows(np.where(second == 0, first, first + second))  # a negative zero stays one
-        if "P" in arrays:
-            held["w_c"] = _reorder(_inverse(operator.peepholes), arrays["P"][d].reshape(-1, size))
-        return Weights(**jax.tree.map(lambda a: jnp.array(a, lstm.param_dtype), held))
-
-    return Layer(*(weights(d) for d in range(lstm.num_directions)))
-
-
-def _check_arrays(lstm: LSTM, label: str, arrays: dict[str, np.ndarray], expected: Weights) -> None:
-    """Refuse arrays that are missing, too many, of another shape or of a wider dtype."""
-    rows = len(OPERATORS[str(lstm.cell)].slabs) * lstm.hidden_size
-    shapes = {"W": [rows, expected.w_x.shape[1]], "R": [rows, expected.w_h.shape[1]]}
-    if expected.b is not None:
-        shapes["B"] = [2 * rows]
-    if expected.w_c is not None:
-        shapes["P"] = [expected.w_c.size]
-    for name in shapes | arrays:
-        wanted = [lstm.num_directions, *shapes.get(name, [])]
-        if name not in arrays:
-            raise ValueError(f"{label}: {name} is missing; expected shape {wanted}")
-        given = arrays[name]
-        if name not in shapes:
-            raise ValueError(f"{label}: {name} has no place in this configuration, got {validation.describe(given)}")
-        if list(given.shape) != wanted:
-            raise ValueError(f"{label}: {name} must have shape {wanted}, got {list(given.shape)}")
-        if not np.can_cast(given.dtype, lstm.param_dtype):
-            dtypes = f"{given.dtype}, which param_dtype={jnp.dtype(lstm.param_dtype)} does not hold exactly"
-            raise TypeError(f"{label}: {name} is {dtypes}; cast it beforehand")
-
-
-def _check_attributes(lstm: LSTM, label: str, attributes: dict[str, Any]) -> None:
-    """Refuse an operator that computes something else."""
-    default = ["Tanh"] if lstm.cell == "rnn" else list(OPERATORS["lstm"].activations)
-    activations = [name.decode() for name in attributes.get("activations", [])] or default * lstm.num_directions
-    given = {
+def _check_attributes(lstm: LSTM, label: str, attributes: Mapping[str, Any]) -> None:
+    """Checks that the attributes of an operator match the configuration."""
+    op_type = OPERATORS[str(lstm.cell)].op_type
+    activations = [name.decode().capitalize() for name in attributes.get("activations", [])]  # ONNX ignores case
+    received = {
         "direction": attributes.get("direction", b"forward").decode(),
-        "activations": [name.capitalize() for name in activations],  # their case does not count
+        "activations": activations or DEFAULT_ACTIVATIONS[op_type] * lstm.num_directions,
         "clip": attributes.get("clip"),
         "input_forget": attributes.get("input_forget", 0),
     }
-    for name, value in given.items():
-        wanted = (_attributes(lstm) | {"clip": None, "input_forget": 0})[name]
-        if value != wanted:
-            raise ValueError(f"{label}: {name} must be {wanted!r} for this configuration, got {value!r}")
+    expected = _attributes(lstm) | {"clip": None, "input_forget": 0}
+    for name, value in received.items():
+        if value != expected[name]:
+            raise ValueError(f"{label}: {name} must be {expected[name]!r} for this configuration, got {value!r}")
+
+
+def _state_names(lstm: LSTM) -> tuple[str, ...]:
+    return ("h", "c") if OPERATORS[str(lstm.cell)].op_type == "LSTM" else ("h",)
+
+
+def _nodes_and_constants(
+    onnx: Any, lstm: LSTM, params: Params, *, with_state: bool, with_lengths: bool
+) -> tuple[list[Any], dict[str, np.ndarray]]:
+    """Returns the nodes of the graph, and its constants by name."""
+    make_node, num_layers, state_names = onnx.helper.make_node, lstm.num_layers, _state_names(lstm)
+    constants = {"output_shape": np.array([0, 0, lstm.num_directions * lstm.hidden_size])}  # 0 keeps an axis
+    nodes = []
+    if with_state:
+        constants["directions_per_layer"] = np.full(num_layers, lstm.num_directions)
+        for s in state_names:
+            per_layer = [f"initial_{s}.{n}" for n in range(num_layers)]
+            nodes.append(make_node("Split", [f"initial_{s}", "directions_per_layer"], per_layer, axis=0))
+    layer_input = "xs"
+    for n, arrays in enumerate(operators_from_params(lstm, params)):
+        constants |= {f"{name}.{n}": array for name, array in arrays.items()}
+        operator_inputs = {"X": layer_input} | {name: f"{name}.{n}" for name in arrays}
+        if with_lengths:
+            operator_inputs["sequence_lens"] = "lengths"
+        if with_state:
+            operator_inputs |= {f"initial_{s}": f"initial_{s}.{n}" for s in state_names}
+        layer_output = "ys" if n == num_layers - 1 else f"ys.{n}"
+        nodes += _layer_nodes(onnx, lstm, n, operator_inputs, layer_output)
+        layer_input = layer_output
+    nodes += [make_node("Concat", [f"{s}.{n}" for n in range(num_layers)], [s], axis=0) for s in state_names]
+    return nodes, constants
+
+
+def _layer_nodes(onnx: Any, lstm: LSTM, layer: int, inputs: Mapping[str, str], output: str) -> list[Any]:
+    """Returns the nodes of one layer: the operator, and the concatenation of its directions.
+
+    Args:
+      onnx: the package.
+      lstm: the configuration.
+      layer: index of the layer.
+      inputs: names of the operator's inputs.
+      output: name of the layer's output.
+    """
+    input_names = [inputs.get(name, "") for name in OPERATOR_INPUTS]  # an empty name marks an absent input
+    while not input_names[-1]:
+        input_names.pop()
+    y, y_batch_major = f"Y.{layer}", f"Y.{layer}.swapped"
+    final_state = [f"{s}.{layer}" for s in _state_names(lstm)]
+    op_type = OPERATORS[str(lstm.cell)].op_type
+    make_node = onnx.helper.make_node
+    return [
+        make_node(op_type, input_names, [y, *final_state], name=f"layer.{layer}", **_attributes(lstm)),
+        make_node("Transpose", [y], [y_batch_major], perm=[0, 2, 1, 3]),  # (T, D, B, H) to (T, B, D, H)
+        make_node("Reshape", [y_batch_major, "output_shape"], [output]),
+    ]

@@ -1,7 +1,7 @@
 """PyTorch: the ``state_dict`` of an `nn.LSTM`, or of an `nn.RNN` for ``cell="rnn"``."""
 
 import re
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import jax.numpy as jnp
@@ -9,90 +9,92 @@ import numpy as np
 
 from jaxlstm import validation
 from jaxlstm.interop import conversion
-from jaxlstm.interop.conversion import Layout, one_bias
+from jaxlstm.interop.conversion import OptionValues, WeightFormat, add_biases
 from jaxlstm.lstm import LSTM
 from jaxlstm.params import Params, Weights
 
-FIRST = "weight_ih_l0"  # every nn.LSTM has it
-OWN = re.compile(r"(weight|bias)_(ih|hh|hr)_\w+")  # also what is none of its arrays and only looks like one
+FIRST_NAME = "weight_ih_l0"  # every nn.LSTM has it
+ARRAY_PATTERN = re.compile(r"(weight|bias)_(ih|hh|hr)_\w+")  # includes unexpected names, so that they raise an error
 
 
 def from_torch(lstm: LSTM, state_dict: Mapping[str, Any], prefix: str | None = None) -> Params:
-    """Parameters from the ``state_dict`` of an `nn.LSTM`, or of a module that has one.
+    """Returns parameters from the ``state_dict`` of an `nn.LSTM`, or of a module that contains one.
 
-    The two biases of PyTorch are added. What is not of the LSTM is not looked at.
+    The two biases of PyTorch are added. Entries outside the LSTM are ignored.
 
     Args:
-      lstm: the configuration; for ``cell="rnn"`` the activation is the module's.
+      lstm: the configuration; for ``cell="rnn"`` with the activation of the module.
       state_dict: arrays or tensors by name.
-      prefix: of the names, such as ``"encoder.lstm"``; where None, that of the one LSTM that there is.
+      prefix: prefix of the names, such as ``"encoder.lstm"``; None if the module contains a single LSTM.
 
     Returns:
       Parameters in ``param_dtype``.
 
     Raises:
-      ValueError: naming what is wrong, if the LSTM has an option that `nn.LSTM` has not (peepholes, coupled gates,
-        layer normalisation, a learned state), if there is no LSTM or there are several, or if an array is missing,
+      ValueError: naming the cause, if the LSTM has an option that `nn.LSTM` does not have (peepholes, coupled gates,
+        layer normalization, a learned state), if there is no LSTM or more than one, or if an array is missing,
         unexpected or of the wrong shape.
-      TypeError: naming the array, if ``param_dtype`` does not hold its dtype exactly.
+      TypeError: naming the array, if ``param_dtype`` cannot represent its dtype exactly.
     """
     if not isinstance(state_dict, Mapping):
         raise TypeError(f"state_dict must be a mapping of names to arrays, got {validation.describe(state_dict)}")
-    conversion.refuse(lstm, LAYOUT)
-    prefix = _prefix(state_dict, prefix)
-    arrays = {name: _array(state_dict[name]) for name in own_names(state_dict, prefix)}
-    return conversion.read(lstm, LAYOUT, arrays, lambda n, d, name: prefix + _place(n, d, name))
+    conversion.check_supported(lstm, TORCH)
+    prefix = _resolve_prefix(state_dict, prefix)
+    arrays = {name: _tensor_to_array(state_dict[name]) for name in lstm_array_names(state_dict, prefix)}
+    return conversion.params_from_arrays(lstm, TORCH, arrays, lambda n, d, name: prefix + _torch_name(n, d, name))
 
 
 def to_torch(lstm: LSTM, params: Params) -> dict[str, np.ndarray]:
-    """The ``state_dict`` of an `nn.LSTM`, or for ``cell="rnn"`` of an `nn.RNN`, as NumPy arrays.
+    """Returns the ``state_dict`` of an `nn.LSTM`, or of an `nn.RNN` for ``cell="rnn"``, as NumPy arrays.
 
     The second of PyTorch's biases is zero.
 
         module.load_state_dict({name: torch.from_numpy(array) for name, array in to_torch(lstm, params).items()})
 
-    With ``param_dtype=bfloat16``, which `torch.from_numpy` does not know, an array comes in as
+    `torch.from_numpy` does not accept bfloat16; with ``param_dtype=bfloat16`` write
     ``torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)``.
 
     Raises:
-      ValueError, TypeError: if the LSTM has an option that `nn.LSTM` has not, or ``params`` are not of this LSTM.
+      ValueError, TypeError: if the LSTM has an option that `nn.LSTM` does not have, or ``params`` are of another
+        configuration.
     """
-    return conversion.write(lstm, LAYOUT, params, _place)
+    return conversion.arrays_from_params(lstm, TORCH, params, _torch_name)
 
 
-def own_names(names: Iterable[str], prefix: str | None) -> list[str]:
-    """Those of the names that are the LSTM's, of its arrays or looking like them."""
-    prefix = _prefix(names, prefix)
-    return [name for name in names if name.startswith(prefix) and OWN.fullmatch(name.removeprefix(prefix))]
+def lstm_array_names(names: Collection[str], prefix: str | None) -> list[str]:
+    """Returns the names that belong to the LSTM with this prefix, or look as if they did."""
+    prefix = _resolve_prefix(names, prefix)
+    return [name for name in names if name.startswith(prefix) and ARRAY_PATTERN.fullmatch(name.removeprefix(prefix))]
 
 
-def _prefix(names: Iterable[str], prefix: str | None) -> str:
-    """The prefix with its dot; where None is given, that of the one LSTM among the names."""
+def _resolve_prefix(names: Collection[str], prefix: str | None) -> str:
+    """Returns the prefix with its dot; for None, the prefix of the only LSTM among the names."""
     if prefix is not None:
         return prefix if prefix == "" or prefix.endswith(".") else f"{prefix}."
-    found = [name.removesuffix(FIRST) for name in names if re.fullmatch(rf"(.*\.)?{FIRST}", name)]
-    if not found:
-        raise ValueError(f"state_dict must have an LSTM: no name in it is {FIRST!r} or ends in '.{FIRST}'")
-    if len(found) > 1:
-        raise ValueError(f"state_dict has {len(found)} LSTMs, choose one of them: prefix={', '.join(map(repr, found))}")
-    return found[0]
+    prefixes = [name.removesuffix(FIRST_NAME) for name in names if re.fullmatch(rf"(.*\.)?{FIRST_NAME}", name)]
+    if not prefixes:
+        raise ValueError(f"state_dict has no LSTM: no name is {FIRST_NAME!r} or ends in '.{FIRST_NAME}'")
+    if len(prefixes) > 1:
+        choices = ", ".join(map(repr, prefixes))
+        raise ValueError(f"state_dict has {len(prefixes)} LSTMs; choose one with prefix=: {choices}")
+    return prefixes[0]
 
 
-def _array(value: Any) -> Any:
-    """A tensor as an array; anything else as it is."""
+def _tensor_to_array(value: Any) -> Any:
+    """Converts a tensor to an array; returns anything else unchanged."""
     if not hasattr(value, "detach"):
         return value
     value = value.detach().cpu()
-    if str(value.dtype) == "torch.bfloat16":  # PyTorch makes no NumPy array of it, but JAX takes it
+    if str(value.dtype) == "torch.bfloat16":  # PyTorch cannot convert it to NumPy; JAX can read it
         return jnp.from_dlpack(value)
     return value.numpy()
 
 
-def _place(layer: int, direction: int, name: str) -> str:
+def _torch_name(layer: int, direction: int, name: str) -> str:
     return f"{name}_l{layer}{'_reverse' if direction else ''}"
 
 
-def _write(weights: Weights) -> dict[str, Any]:
+def _to_arrays(weights: Weights) -> dict[str, Any]:
     return {
         "weight_ih": weights.w_x,
         "weight_hh": weights.w_h,
@@ -102,20 +104,20 @@ def _write(weights: Weights) -> dict[str, Any]:
     }
 
 
-def _read(arrays: Mapping[str, Any]) -> dict[str, Any]:
+def _from_arrays(arrays: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "w_x": arrays["weight_ih"],
         "w_h": arrays["weight_hh"],
-        "b": one_bias(arrays.get("bias_ih"), arrays.get("bias_hh")),
+        "b": add_biases(arrays["bias_ih"], arrays["bias_hh"]) if "bias_ih" in arrays else None,
         "w_p": arrays.get("weight_hr"),
     }
 
 
-def _also(lstm: LSTM) -> dict[str, Collection[Any]]:
-    """`nn.RNN` has two activations; the projections of `nn.LSTM` are smaller than h."""
+def _supported_options(lstm: LSTM) -> OptionValues:
+    """Supports the two activations of `nn.RNN`, and the projections of `nn.LSTM`, which must be smaller than H."""
     if lstm.cell == "rnn":
         return {"cell": ("rnn",), "use_bias": (True, False), "activation": (None, "tanh", "relu")}
     return {"use_bias": (True, False), "proj_size": (None, *range(1, lstm.hidden_size))}
 
 
-LAYOUT = Layout("torch", _write, _read, _also)
+TORCH = WeightFormat("torch", _to_arrays, _from_arrays, _supported_options)

@@ -1,15 +1,15 @@
-"""Work over a batch that `jax.vmap` makes a larger batch of, instead of an axis in front of everything.
+"""Functions of a batch that absorb an axis of `jax.vmap` into the batch.
 
-`jax.vmap` of a loop over one sequence is, left to itself, a loop whose arrays have an axis in front of those that their
-layout was chosen for. `call` marks work that can take the mapped axis into its batch and then lays itself out for the
-batch that comes of it. To the rest of JAX it is the work itself: compiled in place, differentiated in place, and
-transposed into work of its own kind, which can be mapped in turn.
+`jax.vmap` of a loop over one sequence adds a leading axis to every array of the loop, in front of the axes that its
+memory layout was chosen for. `foldable_call` calls a function whose vmap rule merges the mapped axis into the batch
+axis instead; the function then chooses its layout for the larger batch. Under all other transformations the call acts
+as the function itself: it is compiled and differentiated in place, and its transpose is a foldable call again.
 
-Where something that the whole batch shares is mapped too, or where a sum over the batch is asked for (the gradient of
-shared weights, for each sequence by itself), what is in it is mapped as it is.
+If an array without a batch axis is mapped as well, or if a result sums over the batch (per-sequence gradients of shared
+weights), the function is mapped as usual.
 
-Work may be given in two forms. What is compiled, and transposed in what it is linear in, is the quick one; where it is
-differentiated, the smooth one takes its place, so that the quick one may do what has no derivative.
+A call takes two forms of the function, so that the one for execution may use operations without a derivative. It is
+compiled, and transposed in the arguments that it is linear in. The differentiable form replaces it under `jax.jvp`.
 """
 
 from collections.abc import Callable, Sequence
@@ -21,194 +21,228 @@ from jax import Array
 from jax.extend.core import ClosedJaxpr, Primitive, jaxpr_as_fun
 from jax.interpreters import ad, batching, mlir
 
-from jaxlstm.params import Size
 from jaxlstm.primitives.mixed_precision_dot import has_explicit_sharding
 
-SHARED = -1  # in place of an axis: the whole batch has one array
+SHARED = -1  # in place of a batch axis: the array has none
+BatchSize = Any  # an int, or a symbolic dimension under `jax.export`
 
 
-class Work(NamedTuple):
-    """A function of arrays, and where in each of them the batch is."""
+class FoldableFn(NamedTuple):
+    """A function of arrays with the batch axes of its arguments and results, each an axis or `SHARED`."""
 
-    function: Callable[..., Sequence[Array]]
-    ins: Sequence[int]
-    outs: Sequence[int]
-
-
-# The work for a number of rows, from one to another of which only the batch's axes may move; and whether it is to be
-# smooth: whether all that it computes must have a derivative.
-Make = Callable[[Size, bool], Work]
+    fn: Callable[..., Sequence[Array]]
+    in_axes: Sequence[int]
+    out_axes: Sequence[int]
 
 
-class OfTrees(NamedTuple):
-    """Work on trees as work on their leaves."""
-
-    run: Callable[..., Any]
-    smooth: Callable[..., Any]
-    ins: Callable[[Size], Any]
-    outs: Callable[[Size], Any]
-    given: Any  # structure of the operands
-    found: Any  # structure of what is returned
-
-    def __call__(self, rows: Size, smooth: bool) -> Work:
-        """The work for a number of rows."""
-        run = self.smooth if smooth else self.run
-
-        def function(*leaves: Array) -> Sequence[Array]:
-            return jax.tree.leaves(run(rows, *self.given.unflatten(leaves)))
-
-        def axes(prefix: Any, structure: Any) -> Sequence[int]:
-            return jax.tree.leaves(jax.tree.broadcast(prefix, structure.unflatten([0] * structure.num_leaves)))
-
-        return Work(function, axes(self.ins(rows), self.given), axes(self.outs(rows), self.found))
+# (batch_size, differentiable) -> the function for this batch size. For different batch sizes the arguments and results
+# differ in nothing but the size and the position of the batch axis.
+FnForBatchSize = Callable[[BatchSize, bool], FoldableFn]
 
 
-def call(
-    run: Callable[..., Any],
-    rows: Size,
-    trees: tuple[Any, ...],
-    ins: Callable[[Size], Any],
-    outs: Callable[[Size], Any],
-    smooth: Callable[..., Any],
+class TreeFn(NamedTuple):
+    """Makes a function of trees a function of their leaves."""
+
+    fn: Callable[..., Any]
+    differentiable_fn: Callable[..., Any]
+    in_axes: Callable[[BatchSize], Any]
+    out_axes: Callable[[BatchSize], Any]
+    in_tree: Any
+    out_tree: Any
+
+    def __call__(self, batch_size: BatchSize, differentiable: bool) -> FoldableFn:
+        """Returns the function for this batch size."""
+        tree_fn = self.differentiable_fn if differentiable else self.fn
+
+        def fn(*leaves: Array) -> Sequence[Array]:
+            return jax.tree.leaves(tree_fn(batch_size, *self.in_tree.unflatten(leaves)))
+
+        def flatten(prefix: Any, tree: Any) -> Sequence[int]:
+            return jax.tree.leaves(jax.tree.broadcast(prefix, tree.unflatten([0] * tree.num_leaves)))
+
+        in_axes, out_axes = self.in_axes(batch_size), self.out_axes(batch_size)
+        return FoldableFn(fn, flatten(in_axes, self.in_tree), flatten(out_axes, self.out_tree))
+
+
+def foldable_call(
+    fn: Callable[..., Any],
+    batch_size: BatchSize,
+    args: tuple[Any, ...],
+    in_axes: Callable[[BatchSize], Any],
+    out_axes: Callable[[BatchSize], Any],
+    differentiable_fn: Callable[..., Any],
 ) -> Any:
-    """What ``run(rows, *trees)`` returns.
+    """Returns ``fn(batch_size, *args)``, computed so that `jax.vmap` merges the mapped axis into the batch.
 
     Args:
-      run: the work, for any number of rows, on trees of arrays; it mixes no rows and closes over no arrays.
-      rows: in the batch.
-      trees: the operands.
-      ins: the axis of the batch in each array of ``trees`` for a number of rows, or `SHARED`, as prefixes of trees.
-      outs: the same for what is returned.
-      smooth: what returns the same and is differentiated in place of ``run``, which need not have a derivative.
+      fn: a function of a batch size and trees of arrays. It treats every row of the batch alone and closes over no
+        arrays.
+      batch_size: the size of the batch.
+      args: the trees of arrays.
+      in_axes: returns for a batch size the batch axis of each array in ``args``, or `SHARED`, as a tree prefix.
+      out_axes: the same for the results.
+      differentiable_fn: computes the same values as ``fn`` and replaces it under differentiation.
     """
-    leaves, given = jax.tree.flatten(trees)
+    leaves, in_tree = jax.tree.flatten(args)
     if has_explicit_sharding(*leaves):
-        return smooth(rows, *trees)
-    program, found = jax.make_jaxpr(lambda *a: run(rows, *given.unflatten(a)), return_shape=True)(*leaves)
-    found = jax.tree.structure(found)
-    return found.unflatten(_call(program, OfTrees(run, smooth, ins, outs, given, found), rows, leaves))
+        return differentiable_fn(batch_size, *args)
+    jaxpr, shapes = jax.make_jaxpr(lambda *a: fn(batch_size, *in_tree.unflatten(a)), return_shape=True)(*leaves)
+    out_tree = jax.tree.structure(shapes)
+    tree_fn = TreeFn(fn, differentiable_fn, in_axes, out_axes, in_tree, out_tree)
+    return out_tree.unflatten(_bind(jaxpr, tree_fn, batch_size, leaves))
 
 
-def _call(program: ClosedJaxpr, make: Make, rows: Size, arrays: Sequence[Array]) -> list[Array]:
-    """The work as one operation, which knows how to be another."""
-    return _work.bind(*arrays, program=program, make=make, rows=rows)
+def _bind(
+    jaxpr: ClosedJaxpr, fn_for_batch_size: FnForBatchSize, batch_size: BatchSize, arrays: Sequence[Array]
+) -> list[Array]:
+    return foldable_call_p.bind(*arrays, jaxpr=jaxpr, fn_for_batch_size=fn_for_batch_size, batch_size=batch_size)
 
 
-def _again(make: Make, rows: Size, arrays: Sequence[Array]) -> list[Array]:
-    """`_call` of what ``make`` makes."""
-    return _call(jax.make_jaxpr(make(rows, False).function)(*arrays), make, rows, arrays)
+def _trace_and_bind(fn_for_batch_size: FnForBatchSize, batch_size: BatchSize, arrays: Sequence[Array]) -> list[Array]:
+    jaxpr = jax.make_jaxpr(fn_for_batch_size(batch_size, False).fn)(*arrays)
+    return _bind(jaxpr, fn_for_batch_size, batch_size, arrays)
 
 
-def _run(*arrays: Array, program: ClosedJaxpr, **_: Any) -> list[Array]:
-    return jaxpr_as_fun(program)(*arrays)
+def _eager_impl(*arrays: Array, jaxpr: ClosedJaxpr, **_: Any) -> list[Array]:
+    return jaxpr_as_fun(jaxpr)(*arrays)
 
 
-class Mapped(NamedTuple):
-    """Work mapped as it is. It has no batch any more, and is work all the same, which knows what its derivative is."""
+class VmappedFn(NamedTuple):
+    """A function mapped as usual. No array has a batch axis any more, but the differentiable form is still known."""
 
-    make: Make
-    mapped: tuple[int | None, ...]
-    size: Size
+    fn_for_batch_size: FnForBatchSize
+    mapped_axes: tuple[int | None, ...]
+    axis_size: BatchSize
 
-    def __call__(self, rows: Size, smooth: bool) -> Work:
-        """The work for a number of rows."""
-        work = self.make(rows, smooth)
-        function = jax.vmap(work.function, self.mapped, axis_size=self.size)
-        return Work(function, [SHARED] * len(work.ins), [SHARED] * len(work.outs))
+    def __call__(self, batch_size: BatchSize, differentiable: bool) -> FoldableFn:
+        """Returns the function for this batch size."""
+        foldable = self.fn_for_batch_size(batch_size, differentiable)
+        fn = jax.vmap(foldable.fn, self.mapped_axes, axis_size=self.axis_size)
+        return FoldableFn(fn, [SHARED] * len(foldable.in_axes), [SHARED] * len(foldable.out_axes))
 
 
-def _mapped(
-    arrays: Sequence[Array], mapped: Sequence[int | None], *, make: Make, rows: Size, **_: Any
+def _batching_rule(
+    arrays: Sequence[Array],
+    mapped_axes: Sequence[int | None],
+    *,
+    fn_for_batch_size: FnForBatchSize,
+    batch_size: BatchSize,
+    **_: Any,
 ) -> tuple[list[Array], list[int]]:
-    """The rule of `jax.vmap`."""
-    size = next(a.shape[m] for a, m in zip(arrays, mapped) if m is not None)
-    here, there = make(rows, False), make(rows * size, False)
-    shared = any(m is not None and axis == SHARED for m, axis in zip(mapped, here.ins))
-    if shared or SHARED in here.outs:
-        outs = _again(Mapped(make, tuple(mapped), size), rows, arrays)
+    """Merges the mapped axis into the batch; see the module docstring for the exceptions."""
+    axis_size = next(a.shape[m] for a, m in zip(arrays, mapped_axes) if m is not None)
+    small, large = fn_for_batch_size(batch_size, False), fn_for_batch_size(batch_size * axis_size, False)
+    shared_is_mapped = any(m is not None and axis == SHARED for m, axis in zip(mapped_axes, small.in_axes))
+    if shared_is_mapped or SHARED in small.out_axes:
+        vmapped = VmappedFn(fn_for_batch_size, tuple(mapped_axes), axis_size)
+        outs = _trace_and_bind(vmapped, batch_size, arrays)
         return outs, [0] * len(outs)
 
-    def fold(a: Array, m: int | None, axis: int, to: int) -> Array:
+    def fold(a: Array, mapped_axis: int | None, axis: int, new_axis: int) -> Array:
         if axis == SHARED:
             return a
-        a = jnp.broadcast_to(a, (size, *a.shape)) if m is None else jnp.moveaxis(a, m, 0)
-        a = jnp.moveaxis(a, (0, 1 + axis), (to, to + 1))
-        return a.reshape(*a.shape[:to], rows * size, *a.shape[to + 2 :])
+        a = jnp.broadcast_to(a, (axis_size, *a.shape)) if mapped_axis is None else jnp.moveaxis(a, mapped_axis, 0)
+        a = jnp.moveaxis(a, (0, 1 + axis), (new_axis, new_axis + 1))
+        return a.reshape(*a.shape[:new_axis], batch_size * axis_size, *a.shape[new_axis + 2 :])
 
-    def unfold(a: Array, axis: int, to: int) -> Array:
-        a = a.reshape(*a.shape[:axis], size, rows, *a.shape[axis + 1 :])
-        return jnp.moveaxis(a, (axis, axis + 1), (to, to + 1))
+    def unfold(a: Array, axis: int, new_axis: int) -> Array:
+        a = a.reshape(*a.shape[:axis], axis_size, batch_size, *a.shape[axis + 1 :])
+        return jnp.moveaxis(a, (axis, axis + 1), (new_axis, new_axis + 1))
 
-    outs = _again(make, rows * size, list(map(fold, arrays, mapped, here.ins, there.ins)))
-    return list(map(unfold, outs, there.outs, here.outs)), list(here.outs)
-
-
-def _tangent(primals: Sequence[Array], tangents: Sequence[Any], *, make: Make, rows: Size, **_: Any) -> Any:
-    """The rule of `jax.jvp`: that of what is in it, for the tangents that are not zero."""
-    moving = [not isinstance(d, ad.Zero) for d in tangents]
-    function = make(rows, True).function
-
-    def run(*moved: Array) -> Sequence[Array]:
-        rest = iter(moved)
-        return function(*(next(rest) if moves else a for a, moves in zip(primals, moving)))
-
-    here, there = zip(*((a, d) for a, d, moves in zip(primals, tangents, moving) if moves))
-    return jax.jvp(run, here, there)
+    folded = [fold(*each) for each in zip(arrays, mapped_axes, small.in_axes, large.in_axes)]
+    outs = _trace_and_bind(fn_for_batch_size, batch_size * axis_size, folded)
+    return [unfold(*each) for each in zip(outs, large.out_axes, small.out_axes)], list(small.out_axes)
 
 
-class Transposed(NamedTuple):
-    """The transpose of work in the operands that it is linear in: work on the cotangents and the other operands."""
+def _jvp_rule(
+    primals: Sequence[Array],
+    tangents: Sequence[Any],
+    *,
+    fn_for_batch_size: FnForBatchSize,
+    batch_size: BatchSize,
+    **_: Any,
+) -> Any:
+    """Differentiates the differentiable form in the arguments whose tangents are not zero."""
+    is_active = [not isinstance(d, ad.Zero) for d in tangents]
+    fn = fn_for_batch_size(batch_size, True).fn
 
-    make: Make
-    rows: Size
-    operands: tuple[jax.ShapeDtypeStruct | None, ...]  # for ``rows``; None for one that it is not linear in
+    def active_fn(*active: Array) -> Sequence[Array]:
+        remaining = iter(active)
+        return fn(*(next(remaining) if moves else a for a, moves in zip(primals, is_active)))
 
-    def __call__(self, rows: Size, smooth: bool) -> Work:
-        """The transpose for a number of rows."""
-        before, work = self.make(self.rows, smooth), self.make(rows, smooth)
-        linear = [a and self._for(rows, a, axis, to) for a, axis, to in zip(self.operands, before.ins, work.ins)]
-
-        def function(*arrays: Array) -> Sequence[Array]:
-            cotangents, known = arrays[: len(work.outs)], arrays[len(work.outs) :]
-
-            def run(*unknown: Array) -> tuple[Array, ...]:
-                some, others = iter(unknown), iter(known)
-                return tuple(work.function(*(next(others) if a is None else next(some) for a in linear)))
-
-            return jax.linear_transpose(run, *(a for a in linear if a is not None))(tuple(cotangents))
-
-        of_known = tuple(axis for a, axis in zip(linear, work.ins) if a is None)
-        return Work(
-            function, (*work.outs, *of_known), tuple(axis for a, axis in zip(linear, work.ins) if a is not None)
-        )
-
-    def _for(self, rows: Size, a: jax.ShapeDtypeStruct, axis: int, to: int) -> jax.ShapeDtypeStruct:
-        if axis == SHARED:
-            return a
-        others = [*a.shape[:axis], *a.shape[axis + 1 :]]
-        return jax.ShapeDtypeStruct((*others[:to], rows, *others[to:]), a.dtype)
+    active = [a for a, moves in zip(primals, is_active) if moves]
+    active_tangents = [d for d, moves in zip(tangents, is_active) if moves]
+    return jax.jvp(active_fn, active, active_tangents)
 
 
-def _transpose(
-    cotangents: Sequence[Any], *operands: Any, program: ClosedJaxpr, make: Make, rows: Size
+class TransposedFn(NamedTuple):
+    """The transpose of a function in the arguments that it is linear in.
+
+    A function of the cotangents of the results and of the nonlinear arguments, which returns the cotangents of the
+    linear arguments.
+    """
+
+    fn_for_batch_size: FnForBatchSize
+    batch_size: BatchSize
+    linear_args: tuple[jax.ShapeDtypeStruct | None, ...]  # for this batch size; None for a nonlinear argument
+
+    def __call__(self, batch_size: BatchSize, differentiable: bool) -> FoldableFn:
+        """Returns the transpose for this batch size."""
+        old_axes = self.fn_for_batch_size(self.batch_size, differentiable).in_axes
+        foldable = self.fn_for_batch_size(batch_size, differentiable)
+        linear_args = [
+            None if a is None else _resize(a, axis, new_axis, batch_size)
+            for a, axis, new_axis in zip(self.linear_args, old_axes, foldable.in_axes)
+        ]
+
+        def transposed(*arrays: Array) -> Sequence[Array]:
+            cotangents, nonlinear = arrays[: len(foldable.out_axes)], arrays[len(foldable.out_axes) :]
+
+            def linear_fn(*linear: Array) -> tuple[Array, ...]:
+                linear_iter, nonlinear_iter = iter(linear), iter(nonlinear)
+                return tuple(foldable.fn(*(next(nonlinear_iter if a is None else linear_iter) for a in linear_args)))
+
+            return jax.linear_transpose(linear_fn, *(a for a in linear_args if a is not None))(tuple(cotangents))
+
+        nonlinear_axes = [axis for a, axis in zip(linear_args, foldable.in_axes) if a is None]
+        linear_axes = [axis for a, axis in zip(linear_args, foldable.in_axes) if a is not None]
+        return FoldableFn(transposed, (*foldable.out_axes, *nonlinear_axes), linear_axes)
+
+
+def _resize(a: jax.ShapeDtypeStruct, axis: int, new_axis: int, batch_size: BatchSize) -> jax.ShapeDtypeStruct:
+    """Returns the shape with the batch axis moved from ``axis`` to ``new_axis`` and its size replaced."""
+    if axis == SHARED:
+        return a
+    shape = [*a.shape[:axis], *a.shape[axis + 1 :]]
+    return jax.ShapeDtypeStruct((*shape[:new_axis], batch_size, *shape[new_axis:]), a.dtype)
+
+
+def _transpose_rule(
+    cotangents: Sequence[Any],
+    *args: Any,
+    jaxpr: ClosedJaxpr,
+    fn_for_batch_size: FnForBatchSize,
+    batch_size: BatchSize,
 ) -> list[Array | None]:
-    """The rule of backpropagation."""
+    """Calls the transpose, again as a foldable call."""
+    del jaxpr
     if all(isinstance(a, ad.Zero) for a in cotangents):
-        return [None] * len(operands)
-    unknown = tuple(
-        jax.ShapeDtypeStruct(a.aval.shape, a.aval.dtype) if ad.is_undefined_primal(a) else None for a in operands
+        return [None] * len(args)
+    linear_args = tuple(
+        jax.ShapeDtypeStruct(a.aval.shape, a.aval.dtype) if ad.is_undefined_primal(a) else None for a in args
     )
-    known = [a for a in operands if not ad.is_undefined_primal(a)]
-    given = [ad.instantiate_zeros(a) for a in cotangents]
-    found = iter(_again(Transposed(make, rows, unknown), rows, [*given, *known]))
-    return [None if a is None else next(found) for a in unknown]
+    nonlinear = [a for a in args if not ad.is_undefined_primal(a)]
+    transposed = TransposedFn(fn_for_batch_size, batch_size, linear_args)
+    arrays = [*(ad.instantiate_zeros(a) for a in cotangents), *nonlinear]
+    results = iter(_trace_and_bind(transposed, batch_size, arrays))
+    return [None if a is None else next(results) for a in linear_args]
 
 
-_work = Primitive("batch")
-_work.multiple_results = True
-_work.def_impl(_run)
-_work.def_abstract_eval(lambda *_, program, **__: program.out_avals)
-mlir.register_lowering(_work, mlir.lower_fun(_run, multiple_results=True))
-batching.primitive_batchers[_work] = _mapped
-ad.primitive_jvps[_work] = _tangent
-ad.primitive_transposes[_work] = _transpose
+foldable_call_p = Primitive("foldable_call")
+foldable_call_p.multiple_results = True
+foldable_call_p.def_impl(_eager_impl)
+foldable_call_p.def_abstract_eval(lambda *_, jaxpr, **__: jaxpr.out_avals)
+mlir.register_lowering(foldable_call_p, mlir.lower_fun(_eager_impl, multiple_results=True))
+batching.primitive_batchers[foldable_call_p] = _batching_rule
+ad.primitive_jvps[foldable_call_p] = _jvp_rule
+ad.primitive_transposes[foldable_call_p] = _transpose_rule

@@ -1,42 +1,81 @@
-"""Time in chunks: a scan over pieces of a sequence, the last of which may be shorter."""
+"""Loops over time: a scan over chunks of a sequence, and the loop of a recurrence given by its equations."""
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import lax
+from jax import Array, lax
+
+from jaxlstm.dropout import RegularizerMasks
+from jaxlstm.params import State
+from jaxlstm.recurrence.context import Direction, Results, ScanContext
+from jaxlstm.recurrence.masking import hold_skipped, restart
 
 
-def over(
-    run: Callable[[Any, Any], tuple[Any, Any]], carry: Any, xs: Any, *, size: int, reverse: bool = False
-) -> tuple[Any, Any]:
-    """What ``run(carry, xs)`` returns, with ``run`` called on chunks of the leading axis instead of all of it.
+def scan_in_chunks(run: Callable[[Any, Any], tuple[Any, Any]], carry: Any, xs: Any, *, size: int) -> tuple[Any, Any]:
+    """Computes ``run(carry, xs)`` by calls of ``run`` on chunks of the leading axis, the last of which may be shorter.
 
     Args:
-      run: a function of the carry and of a piece of ``xs`` that returns the carry and a piece of ``ys``.
-      carry: before the first step.
-      xs: pytree of arrays with a leading time axis.
-      size: steps in a chunk.
-      reverse: whether the chunks, like the steps that ``run`` takes, go backward in time.
+      run: ``(carry, xs of a chunk) -> (carry, ys of the chunk)``.
+      carry: the carry before the first step.
+      xs: tree of arrays with a leading time axis.
+      size: steps per chunk.
     """
-    steps = jax.tree.leaves(xs)[0].shape[0]
-    if size >= steps:
+    num_steps = jax.tree.leaves(xs)[0].shape[0]
+    if size >= num_steps:
         return run(carry, xs)
-    whole = steps - steps % size
+    whole = num_steps - num_steps % size
     chunks = jax.tree.map(lambda a: a[:whole].reshape(whole // size, size, *a.shape[1:]), xs)
     rest = jax.tree.map(lambda a: a[whole:], xs)
-
-    def run_whole(carry: Any) -> tuple[Any, Any]:
-        carry, ys = lax.scan(run, carry, chunks, reverse=reverse)
-        return carry, jax.tree.map(lambda a: a.reshape(whole, *a.shape[2:]), ys)
-
-    if whole == steps:
-        return run_whole(carry)
-    if reverse:
-        carry, ys_rest = run(carry, rest)
-        carry, ys = run_whole(carry)
-    else:
-        carry, ys = run_whole(carry)
-        carry, ys_rest = run(carry, rest)
+    carry, ys = lax.scan(run, carry, chunks)
+    ys = jax.tree.map(lambda a: a.reshape(whole, *a.shape[2:]), ys)
+    if whole == num_steps:
+        return carry, ys
+    carry, ys_rest = run(carry, rest)
     return carry, jax.tree.map(lambda a, b: jnp.concatenate([a, b]), ys, ys_rest)
+
+
+class ScanFns(NamedTuple):
+    """The two halves of a recurrence in one direction: the part that depends on no previous step, and the step."""
+
+    project_inputs: Callable[[Array], Any]  # xs (T, B, ...) -> z_x, a tree of arrays (T, B, ...)
+    step: Callable[[Any, State, RegularizerMasks], tuple[State, Any]]  # (z_x, state, masks) of a step -> new state and
+    # the outputs of the step, a tree of arrays (B, ...)
+
+
+def emit_hidden(step: Callable[[Any, State, RegularizerMasks], State]) -> Callable[..., tuple[State, Array]]:
+    """Makes a step of `ScanFns` from a step that returns the new state only: its output is h."""
+
+    def step_and_output(z_x: Any, state: State, masks: RegularizerMasks) -> tuple[State, Array]:
+        new_state = step(z_x, state, masks)
+        return new_state, new_state.h
+
+    return step_and_output
+
+
+def scan_directions(fns: Sequence[ScanFns], directions: Sequence[Direction], context: ScanContext) -> Results:
+    """Runs directions one after the other by `jax.lax.scan`."""
+    results = [_scan_direction(f, direction, context) for f, direction in zip(fns, directions)]
+    return [outputs for outputs, _ in results], [state for _, state in results]
+
+
+def _scan_direction(fns: ScanFns, direction: Direction, context: ScanContext) -> tuple[Any, State]:
+    """Runs one direction; returns its outputs and final state."""
+
+    def scan_step(state: State, inputs_t: Any) -> tuple[State, Any]:
+        z_x, step_mask, restarts, masks = inputs_t
+        state = restart(restarts, direction.restart_state, state)
+        new_state, outputs = fns.step(z_x, state, masks)
+        return hold_skipped(step_mask, new_state, state), outputs
+
+    def scan(state: State, steps: Any) -> tuple[State, Any]:
+        xs, *rest = steps
+        return lax.scan(scan_step, state, (fns.project_inputs(xs), *rest), unroll=context.unroll)
+
+    steps = (direction.xs, direction.step_mask, direction.restarts, direction.masks)
+    if context.remat is None:
+        state, outputs = scan(direction.state, steps)
+    else:  # only the state is saved between chunks; the rest is recomputed for the derivative
+        state, outputs = scan_in_chunks(jax.checkpoint(scan), direction.state, steps, size=context.remat)
+    return outputs, state

@@ -1,24 +1,58 @@
-"""What an implementation is told besides the layer, its inputs and its state."""
+"""The contract of a backend: its arguments.
 
-from typing import NamedTuple
+A backend is a function::
+
+    run(cell, directions, context) -> (outputs, states)
+
+It runs each `Direction` forward in time and returns, for each, the outputs ``(T, B, P)`` and the state after the last
+step. `jaxlstm.recurrence.masking` prepares the directions and merges the results: a direction that runs backward in
+time is already flipped, resets are already restarts, all batch axes are one, and there is at least one step. A backend
+holds the state where ``step_mask`` is False (`jaxlstm.recurrence.masking.hold_skipped`); its outputs there are ignored.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from jax import Array
 
+from jaxlstm.cells import Cell
 from jaxlstm.dropout import RegularizerMasks, RegularizerRates
-from jaxlstm.params import State
+from jaxlstm.params import State, Weights
 
 
-class How(NamedTuple):
-    """Arrays are None where there is nothing of their kind."""
+class ScanContext(NamedTuple):
+    """Options of the recurrence, the same for every direction."""
 
-    mask: Array | None  # (T, B) bool: steps taken
-    resets: Array | None  # (T, B) bool: first steps of a new sequence
-    start: State | None  # h (D, P) and c (D, H) from which a sequence starts at a reset; None for zeros
-    noise: RegularizerMasks  # (D, T, B, .)
     rates: RegularizerRates
-    reverse: bool  # whether the forward direction runs backward in time, and the backward one forward
-    dtype: jnp.dtype  # of products and outputs
-    unroll: int  # steps per iteration of the compiled loop
-    remat: int | None  # steps per rematerialised chunk
-    lengths: Array | None = None  # (B,) int: steps taken of each row, where the mask is a prefix; else None
+    dtype: jnp.dtype  # of the operands of matrix products, and of outputs
+    accum_dtype: jnp.dtype  # of sums and of the state
+    unroll: int = 1  # steps per iteration of the compiled loop
+    remat: int | None = None  # steps per chunk whose intermediates are recomputed in the backward pass
+
+
+class LayerInputs(NamedTuple):
+    """What a layer reads at each step besides its inputs, in the order of time."""
+
+    step_mask: Array | None = None  # (T, *batch) bool: steps where it is False are skipped
+    resets: Array | None = None  # (T, *batch) bool: True at the first step of a new sequence
+    lengths: Array | None = None  # (*batch,) int, if the step mask comes from lengths alone
+    restart_state: State | None = None  # (D, *units), the state at a restart; zeros if None
+    masks: RegularizerMasks = RegularizerMasks()  # (D, T, *batch, .)
+
+
+class Direction(NamedTuple):
+    """One direction of a layer over a batch of sequences, flipped if necessary so that it runs forward in time."""
+
+    weights: Weights
+    xs: Array  # (T, B, I); for a convolutional network (T, B, *spatial, I)
+    state: State  # h (B, P) and c (B, H), the initial state
+    step_mask: Array | None  # (T, B) bool: steps where it is False are skipped
+    restarts: Array | None  # (T, B) bool: the state is `restart_state` before steps where it is True
+    restart_state: State | None  # h (P,) and c (H,); zeros if None
+    masks: RegularizerMasks  # (T, B, .)
+
+
+# Outputs and final state of each direction. Outputs are arrays (T, B, P), or trees of arrays for diagnostics.
+Results = tuple[Sequence[Any], Sequence[State]]
+Backend = Callable[[Cell, tuple[Direction, ...], ScanContext], Results]

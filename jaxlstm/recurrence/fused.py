@@ -1,26 +1,27 @@
-r"""The same recurrence, arranged for speed: both directions in one scan, and a derivative of its own.
+r"""The default backend: all directions in one scan, with a tangent rule that JAX transposes into backpropagation.
 
-The tangent rule, for one direction (`jaxlstm.cells` has the equations)::
+The tangent rule of one direction (`jaxlstm.cells` has the equations)::
 
     dz_t         = [ W_x dx_t + dW_x x_t + dW_h h_{t-1} + db ] + W_h dh_{t-1}
-    (dc_t, dm_t) = d gates(z_t, c_{t-1}) . (dz_t, dc_{t-1})
-    dh_t         = [ dW_p m_t ] + W_p dm_t                          with a projection; else dh_t = dm_t
+    (dc_t, dy_t) = d gates(z_t, c_{t-1}) . (dz_t, dc_{t-1})
+    dh_t         = [ dW_p y_t ] + W_p dy_t                          with a projection; otherwise dh_t = dy_t
 
-With layer normalisation ``z`` is two arrays, ``W_x x`` and ``W_h h``, each with its bracket; peepholes and gains have
-their tangents inside the step.
+With layer normalization ``z`` is two arrays, ``W_x x`` and ``W_h h``, each with bracketed terms. The tangents of
+peepholes and gains enter inside the step.
 
-The brackets do not wait for the step before. They are matrix products over many steps at once, and so are their
-transposes: the gradient of a weight is one product per chunk of time, not one product and one addition of a
-weight-sized array per step. The rule is linear in the tangents and written in JAX, so JAX transposes it into
-backpropagation through time, and forward mode and second derivatives work as everywhere else. The partials of ``gates``
-are taken by `jax.jvp`, or for the LSTM as `jaxlstm.recurrence.gate_derivatives` arranges them, again in the backward
-pass: what is kept of a step is ``z``, ``c`` and the output, 6 arrays of H numbers for an LSTM.
+The bracketed terms do not depend on the previous step, so they are computed for a whole chunk of time at once. So are
+their transposes: the gradient of a weight is one matrix product per chunk, instead of one product and one addition of a
+weight-sized array per step. The rule is linear in the tangents and written in JAX. JAX transposes it, and forward mode
+and second derivatives work. The Jacobian of the gates is recomputed in the backward pass, by `jax.jvp` or for the LSTM
+by `jaxlstm.recurrence.gate_derivatives`; the residuals of a step are ``z``, ``c`` and the output, 6 arrays of H numbers
+for an LSTM.
 
-How a step's arrays lie in memory, and when the product of the input is taken, is `jaxlstm.recurrence.layout`'s to say;
-that sequences mapped one by one are worked on as a batch, `jaxlstm.primitives.batch_folding`'s doing.
+`jaxlstm.recurrence.layout` chooses the memory layout of a step's arrays. `jaxlstm.primitives.batch_folding` makes
+sequences mapped by `jax.vmap` one batch.
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -28,354 +29,493 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 from jax.custom_derivatives import SymbolicZero
-from jaxtyping import Float
 
 from jaxlstm.cells import Cell
 from jaxlstm.dropout import RegularizerMasks, RegularizerRates, apply_zoneout
-from jaxlstm.params import Layer, Size, State, Weights
-from jaxlstm.primitives import batch_folding
+from jaxlstm.params import Size, State, Weights
+from jaxlstm.primitives.batch_folding import SHARED, foldable_call
 from jaxlstm.recurrence import chunked_scan, cpu_activations, gate_derivatives
-from jaxlstm.recurrence.context import How
-from jaxlstm.recurrence.gate_derivatives import Partials
-from jaxlstm.recurrence.layout import Layout
-from jaxlstm.recurrence.step import advance, candidate_scale, input_part, slabs
+from jaxlstm.recurrence.context import Direction, Results, ScanContext
+from jaxlstm.recurrence.gate_derivatives import GateJacobian
+from jaxlstm.recurrence.layout import Layout, choose_layout
+from jaxlstm.recurrence.masking import hold_skipped, restart
+from jaxlstm.recurrence.step import (
+    ElementwiseWeights,
+    apply_gates,
+    candidate_scale,
+    elementwise_weights,
+    project_inputs,
+    split_gates,
+)
 
 
-class Static(NamedTuple):
-    """What is known when the program is compiled."""
+class FusedConfig(NamedTuple):
+    """Options of the recurrence that are static under compilation."""
 
     cell: Cell
     rates: RegularizerRates
     unroll: int
-    units: Size
-    dtype: jnp.dtype  # of the operands of products, and of outputs
-    sums: jnp.dtype  # of sums and state
-    normalised: bool  # whether W_x x and W_h h are normalised apart
-    smooth: bool = False  # whether all that is computed has a derivative, not only what is linear in tangents
+    hidden_size: int
+    dtype: jnp.dtype  # of the operands of matrix products, and of outputs
+    accum_dtype: jnp.dtype  # of sums and of the state
+    layer_norm: bool  # whether W_x x and W_h h are normalized separately
+    differentiable: bool = False  # whether every operation must have a derivative
 
     @property
-    def arranged(self) -> bool:
-        """Whether the derivative of the gates is that of `jaxlstm.recurrence.gate_derivatives`."""
-        return self.cell.gates in gate_derivatives.ARRANGED and not self.normalised
+    def has_gate_jacobian(self) -> bool:
+        """Whether `jaxlstm.recurrence.gate_derivatives` has the Jacobian of the gates."""
+        return self.cell.gates in gate_derivatives.SUPPORTED and not self.layer_norm
 
-    def layout(self, rows: Size) -> Layout:
-        """The layout for a batch of ``rows``."""
-        layout = Layout.choose(rows, self.units, self.dtype, self.sums)
-        return layout._replace(hoisted=layout.hoisted or self.normalised, bits=layout.bits and not self.smooth)
-
-
-class Inputs(NamedTuple):
-    """What one direction reads, in the order in which it runs."""
-
-    x: Any  # (T, B, I); None where only the flow of the state matters
-    taken: Array | None  # (T, B) bool: where False the state is held
-    fresh: Array | None  # (T, B) bool: where True the state starts anew before the step
-    noise: RegularizerMasks  # (T, B, .)
+    def layout(self, batch_size: Size) -> Layout:
+        """Returns the layout for a batch size."""
+        layout = choose_layout(batch_size, self.hidden_size, self.dtype, self.accum_dtype)
+        return replace(
+            layout,
+            hoist_inputs=layout.hoist_inputs or self.layer_norm,
+            bitcast=layout.bitcast and not self.differentiable,
+        )
 
 
-class Saved(NamedTuple):
-    """What the derivative needs of a step besides the outputs. Here B stands for either order of axes."""
+class StepMasks(NamedTuple):
+    """Masks of one direction, over time or at one step."""
+
+    step_mask: Array | None  # (T, B) bool: steps where it is False are skipped
+    restarts: Array | None  # (T, B) bool: the state restarts before steps where it is True
+    regularizer: RegularizerMasks  # (T, B, .)
+
+
+class StepInputs(NamedTuple):
+    """Inputs of one direction, over time or at one step."""
+
+    x: Array  # (T, B, I), or z_x (T, B, G*H) if it was computed before the loop
+    masks: StepMasks
+
+
+# Below, (T, H, B) is written for arrays in the layout; batch-major they are (T, B, H).
+
+
+class Residuals(NamedTuple):
+    """Intermediates of the steps that the tangent rule reads, besides the outputs."""
 
     z: Array  # (T, G*H, B)
-    z_h: Array | None  # (T, G*H, B), with layer normalisation
-    c: Array | None  # (T, H, B), as the step saw it
-    m: Array | None  # (T, H, B), with a projection
+    z_h: Array | None  # (T, G*H, B), with layer normalization
+    c: Array | None  # (T, H, B), before the step and after a restart
+    cell_output: Array | None  # (T, H, B), with a projection
 
 
-class Brackets(NamedTuple):
-    """The brackets of the rule, for many steps; None for one that is zero."""
+class DirectionTangents(NamedTuple):
+    """Tangents of a `Direction`."""
 
-    z: Array
-    z_h: Array | None  # with layer normalisation
-    h: Array | None
-
-
-class Parts(NamedTuple):
-    """What work over a batch is given and gives, by where the batch is."""
-
-    shared: Any = None  # nowhere
-    state: Any = None  # (H, B) or (B, H), as the layout has it
-    over_time: Any = None  # (T, B, .)
-    saved: Any = None  # (T, H, B) or (T, B, H), as the layout has it
+    weights: Weights  # None in place of a tangent that is zero
+    elementwise: ElementwiseWeights  # zeros instantiated
+    xs: Array | None  # (T, B, I), None if zero
+    state: State  # zeros instantiated
+    restart_state: State | None  # zeros instantiated; None if the restart state is zero
 
 
-States = tuple[State, ...]  # one for each direction
-Fresh = tuple[State | None, ...]  # the state at a fresh start for each direction, zeros where None
+class LinearizedDirection(NamedTuple):
+    """All that the tangent rule of one direction reads."""
+
+    direction: Direction
+    tangents: DirectionTangents
+    ys: Array  # (T, B, P)
+    residuals: Residuals
 
 
-def run(
-    cell: Cell, layer: Layer, xs: Float[Array, "T B I"], state: State, how: How
-) -> tuple[Float[Array, "T B DP"], State]:
-    """One layer over time, its directions side by side. The signature is that of `jaxlstm.recurrence`."""
-    directions = range(len(layer.directions))
-    backward = [how.reverse ^ (d == 1) for d in directions]
-    units, normalised = layer.forward.w_h.shape[0] // cell.num_gates, layer.forward.norm is not None
-    static = Static(cell, how.rates, how.unroll, units, jnp.dtype(how.dtype), state.h.dtype, normalised)
-    layout = static.layout(xs.shape[1])
-    inputs = tuple(_inputs(xs, how, d, backward[d]) for d in directions)
-    before = tuple(jax.tree.map(lambda a: layout.from_batch_major(a[d]), state) for d in directions)  # noqa: B023
-    fresh = tuple(jax.tree.map(lambda a: a[d], how.start) for d in directions)  # noqa: B023
+class ChunkInputs(NamedTuple):
+    """The part of a `LinearizedDirection` with a time axis, which is scanned in chunks."""
 
-    def over_time(before: States, inputs: tuple[Inputs, ...]) -> tuple[States, tuple[Array, ...]]:
-        return _recurrence(static, layer.directions, inputs, before, fresh)
-
-    if how.remat is None:
-        after, ys = over_time(before, inputs)
-    else:  # between chunks only the state is kept; within one, all is computed again for the derivative
-        after, ys = chunked_scan.over(jax.checkpoint(over_time), before, inputs, size=how.remat)
-    if how.resets is not None:  # running backward, a reset on the very first step is one of the state that is returned
-        first = how.resets[0]
-        after = [_restart(layout, first, f, a) if back else a for a, f, back in zip(after, fresh, backward)]
-    ys = jnp.concatenate([jnp.flip(y, 0) if back else y for y, back in zip(ys, backward)], axis=-1)
-    return ys, jax.tree.map(lambda *each: jnp.stack([layout.to_batch_major(a) for a in each]), *after)
+    dx: Array | None  # (T, B, I)
+    inputs: StepInputs  # x packed
+    residuals: Residuals
+    y: Array  # (T, B, P), packed
 
 
-def _inputs(xs: Array, how: How, direction: int, backward: bool) -> Inputs:
-    """The inputs of one direction; running backward, a reset is a fresh start before the step that follows it."""
-    inputs = Inputs(xs, how.mask, how.resets, jax.tree.map(lambda a: a[direction], how.noise))
-    if not backward:
-        return inputs
-    inputs = jax.tree.map(partial(jnp.flip, axis=0), inputs)
-    if inputs.fresh is None:
-        return inputs
-    return inputs._replace(fresh=jnp.concatenate([jnp.zeros_like(inputs.fresh[:1]), inputs.fresh[:-1]]))
+class HoistedTangents(NamedTuple):
+    """The bracketed terms of the tangent rule at many steps or one; None for a term that is zero."""
+
+    z: Array  # (T, G*H, B)
+    z_h: Array | None  # (T, G*H, B), with layer normalization
+    h: Array | None  # (T, P, B)
 
 
-def _restart(layout: Layout, rows: Array | None, fresh: State | None, state: State) -> State:
-    """``state`` with the marked rows of the batch at ``fresh``, zeros where that is None."""
-    if rows is None:
-        return state
-    at = layout.along_batch(rows)
-    if fresh is None:
-        return jax.tree.map(lambda a: jnp.where(at, 0, a), state)
-    return jax.tree.map(lambda a, b: jnp.where(at, jnp.broadcast_to(layout.along_units(b), a.shape), a), state, fresh)
+class TangentInputs(NamedTuple):
+    """Inputs of the scan over the tangents of one direction."""
+
+    masks: StepMasks
+    primals: Residuals | GateJacobian
+    hoisted: HoistedTangents
 
 
-def _keep(static: Static, layout: Layout, now: Inputs, after: State, before: State) -> State:
-    """The state after a step, but for what zoneout or the mask leaves as it was."""
-    after = apply_zoneout(static.rates, jax.tree.map(layout.from_batch_major, now.noise), after, before)
-    if now.taken is None:
-        return after
-    taken = layout.along_batch(now.taken)
-    return jax.tree.map(lambda new, old: jnp.where(taken, new, old), after, before)
+States = tuple[State, ...]  # of each direction
+Outputs = tuple[Array, ...]  # (T, B, P) of each direction
+
+
+def run(cell: Cell, directions: tuple[Direction, ...], context: ScanContext) -> Results:
+    """Runs the directions of a layer in one scan; see `jaxlstm.recurrence.context`."""
+    weights = directions[0].weights
+    config = FusedConfig(
+        cell,
+        context.rates,
+        context.unroll,
+        hidden_size=weights.w_h.shape[0] // cell.num_gates,
+        dtype=jnp.dtype(context.dtype),
+        accum_dtype=context.accum_dtype,
+        layer_norm=weights.norm is not None,
+    )
+    layout = config.layout(directions[0].xs.shape[1])
+
+    def scan(states: States, inputs: tuple[StepInputs, ...]) -> tuple[States, Outputs]:
+        return _recurrence(config, tuple(_with_inputs(*each) for each in zip(directions, states, inputs)))
+
+    states = tuple(jax.tree.map(layout.from_batch_major, d.state) for d in directions)
+    inputs = tuple(StepInputs(d.xs, _masks(d)) for d in directions)
+    if context.remat is None:
+        states, ys = scan(states, inputs)
+    else:  # only the state is saved between chunks; the rest is recomputed in the backward pass
+        states, ys = chunked_scan.scan_in_chunks(jax.checkpoint(scan), states, inputs, size=context.remat)
+    return ys, [jax.tree.map(layout.to_batch_major, state) for state in states]
+
+
+def _masks(direction: Direction) -> StepMasks:
+    return StepMasks(direction.step_mask, direction.restarts, direction.masks)
+
+
+def _with_inputs(direction: Direction, state: State, inputs: StepInputs) -> Direction:
+    """Returns the direction with the initial state and the inputs of a chunk of time."""
+    step_mask, restarts, masks = inputs.masks
+    return direction._replace(xs=inputs.x, state=state, step_mask=step_mask, restarts=restarts, masks=masks)
+
+
+# The primal function
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(0,))
-def _recurrence(
-    static: Static, weights: tuple[Weights, ...], inputs: tuple[Inputs, ...], before: States, fresh: Fresh
-) -> tuple[States, tuple[Array, ...]]:
-    """All directions over time: the states after it, and ``(T, B, P)`` outputs; where no step is taken, the held h."""
-    found = _over_batch(static, partial(_forward, save=False), Parts((weights, fresh), before, inputs))
-    return found.state, found.over_time
+def _recurrence(config: FusedConfig, directions: tuple[Direction, ...]) -> tuple[States, Outputs]:
+    """Runs all directions, whose states are in the layout; returns final states and outputs, h at skipped steps."""
+    batch_size, forward = directions[0].xs.shape[1], partial(_forward, save=False)
+    states, ys, _ = _call_folded(config, forward, batch_size, directions, _direction_axes, _forward_out_axes)
+    return states, ys
 
 
-def _over_batch(static: Static, run: Callable[[Static, Size, Parts], Parts], given: Parts) -> Parts:
-    """``run(static, B, given)`` as work that can take an axis of `jax.vmap` into its batch."""
+def _call_folded(
+    config: FusedConfig,
+    fn: Callable[[FusedConfig, Size, Any], Any],
+    batch_size: Size,
+    directions: tuple[Any, ...],
+    direction_axes: Callable[[Layout], Any],
+    out_axes: Callable[[Layout], Any],
+) -> Any:
+    """Returns ``fn(config, batch_size, directions)``, computed by `foldable_call`.
 
-    def axes(rows: Size) -> Parts:
-        batch = 1 - static.layout(rows).axis
-        return Parts(batch_folding.SHARED, batch, 1, 1 + batch)
+    Args:
+      config: the options.
+      fn: the function.
+      batch_size: the size of the batch.
+      directions: a tree of arrays for each direction.
+      direction_axes: returns for a layout the batch axes of the arrays of one direction, as a tree prefix.
+      out_axes: returns for a layout the batch axes of the results, as a tree prefix.
+    """
 
-    rows = jax.tree.leaves(given.over_time)[0].shape[1]
-    smooth = partial(run, static._replace(smooth=True))
-    return batch_folding.call(partial(run, static), rows, (given,), lambda rows: (axes(rows),), axes, smooth)
+    def in_axes(batch_size: Size) -> tuple[Any]:
+        return ((direction_axes(config.layout(batch_size)),) * len(directions),)
+
+    return foldable_call(
+        partial(fn, config),
+        batch_size,
+        (directions,),
+        in_axes,
+        lambda batch_size: out_axes(config.layout(batch_size)),
+        partial(fn, config._replace(differentiable=True)),
+    )
 
 
-def _forward(static: Static, rows: Size, given: Parts, *, save: bool) -> Parts:
-    """The scan over time, of ``((weights, fresh), states, inputs)``; with what the derivative needs if ``save``."""
-    (weights, fresh), begin, inputs = given.shared, given.state, given.over_time
-    layout = static.layout(rows)
+def _direction_axes(layout: Layout) -> Direction:
+    """Returns the batch axes of a `Direction`, as a tree prefix."""
+    shared: Any = SHARED
+    state: Any = layout.batch_axis
+    time: Any = 1  # (T, B, .)
+    return Direction(
+        weights=shared, xs=time, state=state, step_mask=time, restarts=time, restart_state=shared, masks=time
+    )
 
-    def step(w: Weights, recurrent: Any, fresh: State | None, before: State, now: Inputs) -> tuple[State, Any]:
-        start = _restart(layout, now.fresh, fresh, before)
-        x = now.x if layout.bits and not layout.hoisted else layout.from_batch_major(now.x)
-        z_h = None
-        if w.norm is not None:
-            z, z_h = x, layout.times(recurrent, start.h)
-        elif layout.hoisted:
-            z = x + layout.times(recurrent, start.h)
-        else:
-            z = _add_bias(layout, w.b, layout.times_both(recurrent, x, start.h, save=save))
-        c, m = _advance(static, layout, now.noise, w, z, z_h, start.c)
-        h = m if w.w_p is None else layout.times(layout.prepare(w.w_p), m)
-        after = _keep(static, layout, now, State(h, c), start)
-        saved = Saved(z, z_h, start.c, None if w.w_p is None else m) if save else None
-        y = layout.to_batch_major(after.h)
-        return after, (layout.pack(y) if layout.bits else y, saved)
 
-    def body(before: States, now: tuple[Inputs, ...]) -> tuple[States, Any]:
-        after, kept = zip(*map(step, weights, recurrent, fresh, before, now))
-        return after, tuple(zip(*kept))
+def _forward_out_axes(layout: Layout) -> tuple[int, int, int]:
+    """Returns the batch axes of the states, outputs and residuals."""
+    return layout.batch_axis, 1, 1 + layout.batch_axis
 
-    if layout.hoisted:
-        recurrent = [layout.prepare(w.w_h) for w in weights]
-        inputs = tuple(i._replace(x=input_part(w, i.x, layout.dtype, layout.sums)) for w, i in zip(weights, inputs))
+
+def _forward(
+    config: FusedConfig, batch_size: Size, directions: tuple[Direction, ...], *, save: bool
+) -> tuple[States, Outputs, tuple[Residuals | None, ...]]:
+    """Scans over time; returns final states, outputs and, with ``save``, the residuals."""
+    layout = config.layout(batch_size)
+    steps = [partial(_forward_step, config, layout, d, _loop_weights(layout, d.weights), save) for d in directions]
+    inputs = tuple(StepInputs(_loop_inputs(layout, d), _masks(d)) for d in directions)
+
+    def scan_step(states: States, inputs_t: tuple[StepInputs, ...]) -> tuple[States, Any]:
+        results = [step(state, inputs) for step, state, inputs in zip(steps, states, inputs_t)]
+        new_states, ys, residuals = zip(*results)
+        return new_states, (ys, residuals)
+
+    states = tuple(d.state for d in directions)
+    states, (ys, residuals) = lax.scan(scan_step, states, inputs, unroll=config.unroll)
+    # Outputs not packed are cast after the loop: inside it XLA:CPU rewrites the whole bfloat16 array every step.
+    return states, tuple(layout.unpack(y).astype(layout.dtype) for y in ys), residuals
+
+
+def _loop_weights(layout: Layout, weights: Weights) -> Any:
+    """Returns the matrices of the product in each step."""
+    return layout.prepare(weights.w_h) if layout.hoist_inputs else layout.prepare_both(weights.w_x, weights.w_h)
+
+
+def _loop_inputs(layout: Layout, direction: Direction) -> Array:
+    """Returns the inputs of the loop: z_x if it is hoisted, otherwise x, packed with ``bitcast``."""
+    if layout.hoist_inputs:
+        return project_inputs(direction.weights, direction.xs, layout.dtype, layout.accum_dtype)
+    return layout.from_batch_major(layout.pack(direction.xs)) if layout.bitcast else direction.xs
+
+
+def _forward_step(
+    config: FusedConfig,
+    layout: Layout,
+    direction: Direction,
+    loop_weights: Any,
+    save: bool,
+    state: State,
+    inputs_t: StepInputs,
+) -> tuple[State, Array, Residuals | None]:
+    """Takes one step; returns the new state, the output and, with ``save``, the residuals."""
+    weights, masks = direction.weights, inputs_t.masks
+    state = restart(masks.restarts, direction.restart_state, state, layout.expand_batch, layout.expand_units)
+    x = inputs_t.x if layout.bitcast and not layout.hoist_inputs else layout.from_batch_major(inputs_t.x)
+    z_h = None
+    if weights.norm is not None:
+        z, z_h = x, layout.dot(loop_weights, state.h)
+    elif layout.hoist_inputs:
+        z = x + layout.dot(loop_weights, state.h)
     else:
-        recurrent = [layout.prepare_both(w.w_x, w.w_h) for w in weights]
-        if layout.bits:
-            inputs = tuple(i._replace(x=layout.from_batch_major(layout.pack(i.x))) for i in inputs)
-    after, (ys, saved) = lax.scan(body, begin, inputs, unroll=static.unroll)
-    # If not moved as bits, rounded here and not in the loop: XLA passes over a whole bfloat16 array to write one step.
-    return Parts(None, after, tuple(layout.unpack(y).astype(layout.dtype) for y in ys), saved)
+        z = _add_bias(layout, weights.b, layout.dot_both(loop_weights, x, state.h, save=save))
+    c, cell_output = _apply_gates(config, layout, masks.regularizer, elementwise_weights(weights), z, z_h, state.c)
+    h = cell_output if weights.w_p is None else layout.dot(layout.prepare(weights.w_p), cell_output)
+    new_state = _finish_step(config, layout, masks, State(h, c), state)
+    residuals = Residuals(z, z_h, state.c, None if weights.w_p is None else cell_output) if save else None
+    y = layout.to_batch_major(new_state.h)
+    return new_state, layout.pack(y) if layout.bitcast else y, residuals
 
 
-def _advance(
-    static: Static, layout: Layout, noise: RegularizerMasks, w: Weights, z: Array, z_h: Array | None, c: Array | None
+def _apply_gates(
+    config: FusedConfig,
+    layout: Layout,
+    masks: RegularizerMasks,
+    weights: ElementwiseWeights,
+    z: Array,
+    z_h: Array | None,
+    c: Array | None,
 ) -> tuple[Array | None, Array]:
-    """`jaxlstm.step.advance` in this layout."""
-    gates = static.cell.num_gates
-    kept = None if noise.candidate_mask is None else layout.from_batch_major(noise.candidate_mask)
-    z_h = None if z_h is None else slabs(z_h, gates, layout.axis)
-    z, activated = slabs(z, gates, layout.axis), cpu_activations.activated if layout.threads else None
-    return advance(static.cell, w, z, z_h, c, kept, static.rates, layout.axis, activated=activated)
+    """Calls `jaxlstm.recurrence.step.apply_gates` on arrays in the layout."""
+    num_gates, axis = config.cell.num_gates, layout.units_axis
+    candidate_mask = None if masks.candidate_mask is None else layout.from_batch_major(masks.candidate_mask)
+    z_h = None if z_h is None else split_gates(z_h, num_gates, axis)
+    z = split_gates(z, num_gates, axis)
+    activate = cpu_activations.activate if layout.threaded_gates else None
+    return apply_gates(config.cell, weights, z, z_h, c, candidate_mask, config.rates, axis, activate=activate)
+
+
+def _finish_step(config: FusedConfig, layout: Layout, masks: StepMasks, new_state: State, state: State) -> State:
+    """Applies zoneout and holds the state of skipped rows; linear in the states, so it serves tangents too."""
+    regularizer = jax.tree.map(layout.from_batch_major, masks.regularizer)
+    new_state = apply_zoneout(config.rates, regularizer, new_state, state)
+    return hold_skipped(masks.step_mask, new_state, state, layout.expand_batch)
+
+
+def _add_bias(layout: Layout, b: Array | None, z: Array) -> Array:
+    """Returns ``z + b`` for ``z`` with any number of leading axes."""
+    if b is None:
+        return z
+    b = layout.expand_units(b.astype(layout.accum_dtype))
+    return z + jnp.broadcast_to(jnp.expand_dims(b, range(z.ndim - 2)), z.shape)
+
+
+# The tangent rule
 
 
 @partial(_recurrence.defjvp, symbolic_zeros=True)
-def _(static: Static, primals: Any, tangents: Any) -> Any:
-    weights, inputs, before, fresh = primals
-    d_weights = _known(tangents[0])
-    d_xs = tuple(None if (dx := _known(d.x)) is None else dx.astype(static.sums) for d in tangents[1])
-    # What `advance` uses of the weights goes with the step, the rest into the brackets.
-    d_inner = tuple(
-        jax.tree.map(lambda a, d: _dense(d, a), _inner(w, w), _inner(w, d)) for w, d in zip(weights, tangents[0])
+def _recurrence_jvp(
+    config: FusedConfig, primals: tuple[tuple[Direction, ...]], tangents: tuple[tuple[Direction, ...]]
+) -> tuple[tuple[States, Outputs], tuple[States, Outputs]]:
+    """Returns `_recurrence` and its tangent; the leaves of ``tangents`` may be symbolic zeros."""
+    (directions,), (d_directions,) = primals, tangents
+    batch_size, forward = directions[0].xs.shape[1], partial(_forward, save=True)
+    direction_tangents = [_direction_tangents(config, *each) for each in zip(directions, d_directions)]
+    states, ys, residuals = _call_folded(config, forward, batch_size, directions, _direction_axes, _forward_out_axes)
+    linearized = tuple(LinearizedDirection(*each) for each in zip(directions, direction_tangents, ys, residuals))
+    d_out = _call_folded(config, _tangent, batch_size, linearized, _linearized_axes, _tangent_out_axes)
+    return (states, ys), d_out
+
+
+def _direction_tangents(config: FusedConfig, direction: Direction, tangents: Direction) -> DirectionTangents:
+    """Sorts the tangents by use: the elementwise weights are needed in every step, the others in hoisted products."""
+    dx = drop_symbolic_zeros(tangents.xs)
+    elementwise = elementwise_weights(direction.weights), elementwise_weights(tangents.weights)
+    states = (direction.state, direction.restart_state), (tangents.state, tangents.restart_state)
+    return DirectionTangents(
+        drop_symbolic_zeros(tangents.weights),
+        jax.tree.map(instantiate_zeros, *elementwise),
+        None if dx is None else dx.astype(config.accum_dtype),
+        *jax.tree.map(instantiate_zeros, *states),
     )
-    d_before, d_fresh = jax.tree.map(lambda a, d: _dense(d, a), (before, fresh), tangents[2:])
-    found = _over_batch(static, partial(_forward, save=True), Parts((weights, fresh), before, inputs))
-    shared = (weights, d_weights, d_inner, fresh, d_fresh)
-    moved = _over_batch(
-        static, _tangent, Parts(shared, (before, d_before), (inputs, d_xs, found.over_time), found.saved)
-    )
-    return (found.state, found.over_time), (moved.state, moved.over_time)
 
 
-def _tangent(static: Static, rows: Size, given: Parts) -> Parts:
-    """The rule above, in chunks of time."""
-    weights, d_weights, d_inner, fresh, d_fresh = given.shared
-    (begin, d_begin), (inputs, d_xs, ys) = given.state, given.over_time
-    layout = static.layout(rows)
-    recurrent = [layout.prepare_for_transpose(w.w_h) for w in weights]
-
-    @partial(jax.checkpoint, prevent_cse=False)  # or the partials of all steps would be kept
-    def body(before: States, now: Any) -> tuple[States, tuple[Array, ...]]:
-        step = partial(_tangent_step, static, layout)
-        d_after = tuple(map(step, weights, d_inner, recurrent, d_fresh, before, *now))
-        return d_after, tuple(s.h for s in d_after)
-
-    @partial(jax.checkpoint, prevent_cse=False)  # or what a chunk is computed from would be kept, side by side
-    def over_chunk(before: States, chunk: Any) -> tuple[States, tuple[Array, ...]]:
-        t, d_xs, now, saved, y = chunk
-        h = tuple(map(partial(_outputs_before, layout, t[0]), begin, ys, y))
-        brackets = tuple(map(partial(_brackets, layout), weights, fresh, d_weights, d_xs, now, saved, h))
-        needed = tuple(map(partial(_partials, static, layout), now, saved)) if static.arranged else saved
-        now = tuple(i._replace(x=None) for i in now)
-        after, d_ys = lax.scan(body, before, (now, needed, brackets), unroll=static.unroll)
-        return after, tuple(map(layout.to_batch_major, d_ys))
-
-    inputs = tuple(i._replace(x=None if i.x is None else layout.pack(i.x)) for i in inputs)
-    ys = tuple(map(layout.pack, ys))
-    over_time = (jnp.arange(ys[0].shape[0]), d_xs, inputs, given.saved, ys)
-    d_after, d_ys = chunked_scan.over(over_chunk, d_begin, over_time, size=layout.chunk)
-    return Parts(None, d_after, tuple(d.astype(layout.dtype) for d in d_ys))
+def drop_symbolic_zeros(tangents: Any) -> Any:
+    """Replaces symbolic zeros by None."""
+    return jax.tree.map(lambda d: None if isinstance(d, SymbolicZero) else d, tangents)
 
 
-def _outputs_before(layout: Layout, t: Array, begin: State, ys: Array, y: Array) -> Array:
-    """The output before each step of the chunk ``y`` of ``ys`` that begins at step ``t``."""
-    first = layout.pack(layout.to_batch_major(begin.h))
+def instantiate_zeros(primal: Array, tangent: Any) -> Array:
+    """Returns the tangent, or an array of zeros in place of a symbolic zero or None."""
+    return jnp.zeros_like(primal) if tangent is None or isinstance(tangent, SymbolicZero) else tangent
+
+
+def _linearized_axes(layout: Layout) -> LinearizedDirection:
+    """Returns the batch axes of a `LinearizedDirection`, as a tree prefix."""
+    shared: Any = SHARED
+    state: Any = layout.batch_axis
+    time: Any = 1  # (T, B, .)
+    residuals: Any = 1 + layout.batch_axis
+    tangents = DirectionTangents(shared, shared, xs=time, state=state, restart_state=shared)
+    return LinearizedDirection(_direction_axes(layout), tangents, time, residuals)
+
+
+def _tangent_out_axes(layout: Layout) -> tuple[int, int]:
+    """Returns the batch axes of the tangents of states and outputs."""
+    return layout.batch_axis, 1
+
+
+def _tangent(
+    config: FusedConfig, batch_size: Size, linearized: tuple[LinearizedDirection, ...]
+) -> tuple[States, Outputs]:
+    """Returns the tangents of final states and outputs, computed in chunks of time."""
+    layout = config.layout(batch_size)
+    steps = [
+        partial(_tangent_step, config, layout, d, layout.prepare_for_vjp(d.direction.weights.w_h)) for d in linearized
+    ]
+
+    # Without this checkpoint the Jacobians of all steps would be saved.
+    @partial(jax.checkpoint, prevent_cse=False)
+    def scan_step(d_states: States, inputs_t: tuple[TangentInputs, ...]) -> tuple[States, Outputs]:
+        d_states = tuple(step(d_state, inputs) for step, d_state, inputs in zip(steps, d_states, inputs_t))
+        return d_states, tuple(d_state.h for d_state in d_states)
+
+    # Without this checkpoint the hoisted terms and the concatenated x and h would be saved.
+    @partial(jax.checkpoint, prevent_cse=False)
+    def run_chunk(d_states: States, chunk: tuple[Array, tuple[ChunkInputs, ...]]) -> tuple[States, Outputs]:
+        first_step, chunk_inputs = chunk[0][0], chunk[1]
+        inputs = []
+        for direction, sequence, inputs_c in zip(linearized, sequences, chunk_inputs):
+            h = _previous_outputs(layout, first_step, direction.direction.state, sequence.y, inputs_c.y)
+            inputs.append(_tangent_inputs(config, layout, direction, inputs_c, h))
+        d_states, d_ys = lax.scan(scan_step, d_states, tuple(inputs), unroll=config.unroll)
+        return d_states, tuple(layout.to_batch_major(d_y) for d_y in d_ys)
+
+    sequences = tuple(_chunk_inputs(layout, direction) for direction in linearized)
+    d_states = tuple(direction.tangents.state for direction in linearized)
+    time_steps = jnp.arange(linearized[0].ys.shape[0])
+    d_states, d_ys = chunked_scan.scan_in_chunks(run_chunk, d_states, (time_steps, sequences), size=layout.chunk_size)
+    return d_states, tuple(d_y.astype(layout.dtype) for d_y in d_ys)
+
+
+def _chunk_inputs(layout: Layout, linearized: LinearizedDirection) -> ChunkInputs:
+    """Returns the arrays over time, with the operands of products packed."""
+    direction, tangents, ys, residuals = linearized
+    inputs = StepInputs(layout.pack(direction.xs), _masks(direction))
+    return ChunkInputs(tangents.xs, inputs, residuals, layout.pack(ys))
+
+
+def _previous_outputs(layout: Layout, t: Array, initial: State, ys: Array, y: Array) -> Array:
+    """Returns the output before each step of a chunk, packed.
+
+    Args:
+      layout: the layout.
+      t: index of the first step of the chunk.
+      initial: the initial state.
+      ys: all outputs, packed.
+      y: outputs of the chunk, packed.
+    """
+    first = layout.pack(layout.to_batch_major(initial.h))
     first = jnp.where(t == 0, first, lax.dynamic_index_in_dim(ys, jnp.maximum(t - 1, 0), keepdims=False))
     return jnp.concatenate([first[None], y[:-1]])
 
 
-def _inner(w: Weights, like: Weights) -> Weights:
-    """Those of ``like`` that `advance` uses with the weights ``w``."""
-    return Weights(None, None, None if w.norm is None else like.b, None, like.w_c, like.norm)  # pyright: ignore
+def _tangent_inputs(
+    config: FusedConfig, layout: Layout, linearized: LinearizedDirection, chunk: ChunkInputs, h: Array
+) -> TangentInputs:
+    """Computes the part of the rule that does not depend on the tangent of the state; ``h`` as in `_hoist`."""
+    hoisted = _hoist(layout, linearized, chunk, h)
+    masks, residuals = chunk.inputs.masks, chunk.residuals
+    if not config.has_gate_jacobian:
+        return TangentInputs(masks, residuals, hoisted)
+    assert residuals.c is not None, "every supported cell has a cell state"
+    mask, axis = masks.regularizer.candidate_mask, layout.units_axis
+    scale = 1.0
+    if mask is not None:
+        scale = layout.from_batch_major(candidate_scale(mask, config.rates, layout.accum_dtype))
+    jacobian = gate_derivatives.gate_jacobian(config.cell.gates, residuals.z, residuals.c, scale, axis)
+    return TangentInputs(masks, jacobian, hoisted)
 
 
-def _partials(static: Static, layout: Layout, now: Inputs, saved: Saved) -> Partials:
-    """The partials of the gates in a chunk."""
-    kept, c = now.noise.candidate_mask, saved.c
-    keep = 1.0 if kept is None else layout.from_batch_major(candidate_scale(kept, static.rates, layout.sums))
-    return gate_derivatives.of(static.cell.gates, saved.z, c, keep, layout.axis)  # pyright: ignore[reportArgumentType]
-
-
-def _brackets(
-    layout: Layout,
-    w: Weights,
-    fresh: State | None,
-    dw: Weights,
-    dx: Array | None,
-    now: Inputs,
-    saved: Saved,
-    h: Array,
-) -> Brackets:
-    """The brackets of a chunk; ``h`` are the outputs before its steps."""
-    z = jnp.zeros(saved.z.shape, layout.sums)
-    z_h = None
-    if dx is not None:
-        z = z + layout.times_over_time(w.w_x, layout.from_batch_major(dx))
-    if now.fresh is not None:
-        anew = 0 if fresh is None else jnp.broadcast_to(layout.pack(fresh.h), h.shape)
-        h = jnp.where(now.fresh[:, :, None], anew, h)
-    if w.norm is not None:
-        if dw.w_x is not None:
-            z = z + layout.times_over_time(dw.w_x, layout.from_batch_major(layout.unpack(now.x)))
-        z_h = jnp.zeros(saved.z.shape, layout.sums)
-        if dw.w_h is not None:
-            z_h = layout.times_over_time(dw.w_h, layout.from_batch_major(layout.unpack(h)))
-    elif dw.w_x is not None or dw.w_h is not None:
-        d_wide = jnp.concatenate([_dense(dw.w_x, w.w_x), _dense(dw.w_h, w.w_h)], axis=1)
-        x_and_h = layout.unpack(jnp.concatenate([now.x, h], axis=2))
-        z = z + layout.times_over_time(d_wide, layout.from_batch_major(x_and_h))
-    if w.norm is None:
-        z = _add_bias(layout, dw.b, z)
-    if saved.m is None or dw.w_p is None:
-        return Brackets(z, z_h, None)
-    return Brackets(z, z_h, layout.times_over_time(dw.w_p, saved.m))
+def _hoist(layout: Layout, linearized: LinearizedDirection, chunk: ChunkInputs, h: Array) -> HoistedTangents:
+    """Computes the bracketed terms of a chunk; ``h (T, B, P)`` are the outputs before its steps, packed."""
+    direction, d_weights = linearized.direction, linearized.tangents.weights
+    weights, residuals, x = direction.weights, chunk.residuals, chunk.inputs.x
+    restart_state = None if direction.restart_state is None else State(layout.pack(direction.restart_state.h), None)
+    z, z_h = jnp.zeros(residuals.z.shape, layout.accum_dtype), None
+    if chunk.dx is not None:
+        z = z + layout.dot_over_time(weights.w_x, layout.from_batch_major(chunk.dx))
+    h = restart(chunk.inputs.masks.restarts, restart_state, State(h, None)).h
+    if weights.norm is not None:
+        if d_weights.w_x is not None:
+            z = z + layout.dot_over_time(d_weights.w_x, layout.from_batch_major(layout.unpack(x)))
+        z_h = jnp.zeros(residuals.z.shape, layout.accum_dtype)
+        if d_weights.w_h is not None:
+            z_h = layout.dot_over_time(d_weights.w_h, layout.from_batch_major(layout.unpack(h)))
+    else:
+        if d_weights.w_x is not None or d_weights.w_h is not None:
+            dw_x, dw_h = instantiate_zeros(weights.w_x, d_weights.w_x), instantiate_zeros(weights.w_h, d_weights.w_h)
+            x_and_h = layout.unpack(jnp.concatenate([x, h], axis=2))
+            z = z + layout.dot_over_time(jnp.concatenate([dw_x, dw_h], axis=1), layout.from_batch_major(x_and_h))
+        z = _add_bias(layout, d_weights.b, z)
+    if residuals.cell_output is None or d_weights.w_p is None:
+        return HoistedTangents(z, z_h, None)
+    return HoistedTangents(z, z_h, layout.dot_over_time(d_weights.w_p, residuals.cell_output))
 
 
 def _tangent_step(
-    static: Static,
+    config: FusedConfig,
     layout: Layout,
-    w: Weights,
-    d_inner: Weights,
-    recurrent: Array,
-    d_fresh: State | None,
-    before: State,
-    now: Inputs,
-    saved: Saved | Partials,
-    brackets: Brackets,
+    linearized: LinearizedDirection,
+    w_h: Array,
+    d_state: State,
+    inputs_t: TangentInputs,
 ) -> State:
-    """The tangent of the state after a step, from that before it."""
-    before = _restart(layout, now.fresh, d_fresh, before)
-    dz, dz_h = brackets.z, brackets.z_h
+    """Returns the tangent of the state after a step; ``w_h`` is from `Layout.prepare_for_vjp`."""
+    direction, tangents = linearized.direction, linearized.tangents
+    (masks, primals, hoisted), weights = inputs_t, direction.weights
+    d_state = restart(masks.restarts, tangents.restart_state, d_state, layout.expand_batch, layout.expand_units)
+    dz, dz_h = hoisted.z, hoisted.z_h
     if dz_h is None:
-        dz = dz + layout.times_in_transpose(recurrent, before.h)
+        dz = dz + layout.dot_for_vjp(w_h, d_state.h)
     else:
-        dz_h = dz_h + layout.times_in_transpose(recurrent, before.h)
-    if isinstance(saved, Partials):
-        dc, dh = gate_derivatives.step(saved, dz, before.c, layout.axis)  # pyright: ignore[reportArgumentType]
+        dz_h = dz_h + layout.dot_for_vjp(w_h, d_state.h)
+    if isinstance(primals, GateJacobian):
+        assert d_state.c is not None, "every supported cell has a cell state"
+        dc, dh = gate_derivatives.apply_jacobian(primals, dz, d_state.c, layout.units_axis)
     else:
-        primals = (_inner(w, w), saved.z, saved.z_h, saved.c)
-        dc, dh = jax.jvp(partial(_advance, static, layout, now.noise), primals, (d_inner, dz, dz_h, before.c))[1]
-    if w.w_p is not None:
-        dh = layout.times(layout.prepare(w.w_p), dh)
-    if brackets.h is not None:
-        dh = dh + brackets.h
-    return _keep(static, layout, now, State(dh, dc), before)
-
-
-def _add_bias(layout: Layout, b: Array | None, z: Array) -> Array:
-    """``z + b``, over any number of leading axes."""
-    if b is None:
-        return z
-    b = layout.along_units(b.astype(layout.sums))
-    return z + jnp.broadcast_to(jnp.expand_dims(b, range(z.ndim - 2)), z.shape)
-
-
-def _known(tangents: Any) -> Any:
-    """Tangents with None for those that are zero whatever happens."""
-    return jax.tree.map(lambda d: None if isinstance(d, SymbolicZero) else d, tangents)
-
-
-def _dense(tangent: Any, like: Array) -> Array:
-    """A tangent as an array, zeros where it is known to be zero."""
-    return jnp.zeros_like(like) if tangent is None or isinstance(tangent, SymbolicZero) else tangent
+        gates = partial(_apply_gates, config, layout, masks.regularizer)
+        args = elementwise_weights(weights), primals.z, primals.z_h, primals.c
+        _, (dc, dh) = jax.jvp(gates, args, (tangents.elementwise, dz, dz_h, d_state.c))
+    if weights.w_p is not None:
+        dh = layout.dot(layout.prepare(weights.w_p), dh)
+    if hoisted.h is not None:
+        dh = dh + hoisted.h
+    return _finish_step(config, layout, masks, State(dh, dc), d_state)

@@ -1,6 +1,7 @@
-"""How the fused recurrence lays out its arrays, and its matrix products in that layout."""
+"""Memory layouts of the fused recurrence, feature-major ``(H, B)`` or batch-major ``(B, H)``, and their products."""
 
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -10,147 +11,227 @@ from jaxlstm.params import Size
 from jaxlstm.primitives.mixed_precision_dot import dot, has_explicit_sharding
 
 
-class Layout(NamedTuple):
-    """The two axes of a step's arrays, units and batch, in one order or the other; which products wait for the loop.
+@dataclass(frozen=True)
+class Layout:
+    """Order of the axes of one step's arrays, and how the matrix products of a step are computed.
 
-    Feature-major, ``(H, B)``, has the large operand of each step's product, the weights, on the left, read as it lies
-    in memory. Batch-major, ``(B, H)``, has less to move when the weights are small. A hoisted input product is taken
-    for all steps at once; otherwise x and h meet the weights of both in one product per step, or in two: `times_both`.
+    Args:
+      dtype: dtype of the operands of matrix products, and of outputs.
+      accum_dtype: dtype of the sums and of the state.
+      hoist_inputs: whether ``W_x x`` is computed for all steps before the loop; otherwise each step multiplies
+        ``[W_x W_h]`` with ``[x; h]``.
+      chunk_size: steps whose tangents are computed together; enough for one large product, few enough for the cache.
+      threaded_gates: whether the gates use `jaxlstm.recurrence.cpu_activations`.
+      bitcast: whether loops read and write bfloat16 arrays as uint16, which has no derivative. To slice, concatenate or
+        transpose a bfloat16 array, XLA on CPU converts it to float32.
+      split_dot: whether a product over an even batch is computed as two, see `choose_layout`. Batch-major only.
     """
 
-    dtype: jnp.dtype  # of the operands of products, and of outputs
-    sums: jnp.dtype  # of sums and state
-    axis: int  # of the units: 0 feature-major, 1 batch-major
-    hoisted: bool  # whether the product of the input is taken before the loop
-    chunk: int = 16  # steps whose tangents are taken together: enough for one large product, few enough for the cache
-    threads: bool = (
-        False  # whether the gates are written for all threads of a CPU: `jaxlstm.recurrence.cpu_activations`
-    )
-    bits: bool = False  # whether bfloat16 is moved about as integers, which has no derivative: `pack`
-    halves: bool = False  # whether products of a step are taken in two, of every other row each
+    units_axis: ClassVar[int]
+    batch_axis: ClassVar[int]
 
-    @classmethod
-    def choose(cls, rows: Size, units: int, dtype: jnp.dtype, sums: jnp.dtype) -> "Layout":
-        """The layout for a batch of ``rows`` and a hidden size of ``units``.
+    dtype: jnp.dtype
+    accum_dtype: jnp.dtype
+    hoist_inputs: bool
+    chunk_size: int = 16
+    threaded_gates: bool = False
+    bitcast: bool = False
+    split_dot: bool = False
 
-        For a CPU by measurement (`benchmarks/README.md`). For the others by what their libraries prefer, unmeasured.
+    def expand_units(self, a: Array) -> Array:
+        """Adds the batch axis to a vector over units."""
+        return jnp.expand_dims(a, self.batch_axis)
 
-        =========  ===========  ==========  =======  =====
-        rows       units        units lead  hoisted  chunk
-        =========  ===========  ==========  =======  =====
-        up to 8    up to 128    no          yes      64
-        up to 8    more         yes         yes      64
-        9 to 16    up to 255    no          no       32
-        9 to 16    more         yes         no       32
-        more       up to 256    no          no       8
-        17 to 63   512 or more  yes         no       16
-        otherwise               yes         no       8
-        =========  ===========  ==========  =======  =====
-
-        Gates in float32 are written for all threads where rows times units is 2^12 or more and less than 2^14: below,
-        waking a thread costs more than it does, and above the difference is within 4 %.
-
-        In these sizes, with more than 128 units and an even batch that leads, the backward product of a step is taken
-        in two: two threads then have a product each, and need not wait for one another within it. Each has every other
-        row, so that a batch laid out over devices is halved on each of them. So is the forward one, in float32, where
-        what the derivative needs is kept and x is no wider than h; elsewhere that gains at one size what it loses at
-        another.
-
-        bfloat16 is moved about as integers: to slice, join or transpose an array of it, XLA on a CPU makes one of
-        float32.
-
-        A batch whose size is a symbol, while a program is exported for batches of any size, is laid out as a large one.
-        """
-        if jax.default_backend() != "cpu":
-            return cls(dtype, sums, axis=1, hoisted=True, chunk=64)
-        few, some, many = (not isinstance(rows, int) or rows > limit for limit in (8, 16, 63))
-        axis = int(units <= (128 if not few else 255 if not some else 256))
-        chunk = 64 if not few else 32 if not some else 8 if many or units < 512 else 16
-        threads = isinstance(rows, int) and 2**12 <= rows * units < 2**14 and sums == jnp.float32
-        bits = dtype == jnp.bfloat16
-        halves = threads and axis == 1 and units > 128 and rows % 2 == 0
-        return cls(dtype, sums, axis, hoisted=not few, chunk=chunk, threads=threads, bits=bits, halves=halves)
-
-    def along_units(self, a: Array) -> Array:
-        """A vector over units, with an axis for the batch."""
-        return jnp.expand_dims(a, 1 - self.axis)
-
-    def along_batch(self, a: Array) -> Array:
-        """A vector over the batch, with an axis for the units."""
-        return jnp.expand_dims(a, self.axis)
+    def expand_batch(self, a: Array, like: Array) -> Array:
+        """Adds the units axis to a vector over the batch; ``like`` is an array of a step."""
+        del like
+        return jnp.expand_dims(a, self.units_axis)
 
     def from_batch_major(self, a: Array) -> Array:
-        """``(..., B, H)`` in this layout."""
-        return jnp.moveaxis(a, -1, a.ndim - 2 + self.axis)
+        """Transposes ``(..., B, H)`` to this layout."""
+        return jnp.moveaxis(a, -1, a.ndim - 2 + self.units_axis)
 
     def to_batch_major(self, a: Array) -> Array:
-        """``(..., B, H)`` from this layout."""
-        return jnp.moveaxis(a, a.ndim - 2 + self.axis, -1)
-
-    def prepare(self, w: Array) -> Array:
-        """A matrix for `times`: ``W`` for the left of a feature-major array, or its transpose for the right."""
-        return jnp.moveaxis(w, 0, self.axis).astype(self.dtype)
-
-    def times(self, w: Array, x: Array) -> Array:
-        """``W x`` for one step, with ``W`` from `prepare`: each operand is read in order."""
-        return self._dot(w, x, (1, 0)) if self.axis == 0 else self._dot(x, w, (1, 0))
+        """Transposes an array of this layout to ``(..., B, H)``."""
+        return jnp.moveaxis(a, a.ndim - 2 + self.units_axis, -1)
 
     def pack(self, a: Array) -> Array:
-        """Operands of products as they are moved about: rounded, and where `bits` says so, as integers."""
+        """Rounds to ``dtype``; with ``bitcast`` reinterprets the result as uint16."""
         a = a.astype(self.dtype)
-        return lax.bitcast_convert_type(a, jnp.uint16) if self.bits else a
+        return lax.bitcast_convert_type(a, jnp.uint16) if self.bitcast else a
 
     def unpack(self, a: Array) -> Array:
-        """What `pack` was given, rounded."""
-        return lax.bitcast_convert_type(a, self.dtype) if self.bits else a
+        """Inverts `pack`, except for the rounding."""
+        return lax.bitcast_convert_type(a, self.dtype) if self.bitcast else a
 
-    @property
-    def _apart(self) -> bool:
-        """Whether x and h have a product each, because joining their weights takes longer than it saves."""
-        return self.bits and self.axis == 0
+    def prepare(self, w: Array) -> Array:
+        """Returns a matrix as `dot` takes it."""
+        raise NotImplementedError
+
+    def dot(self, w: Array, x: Array) -> Array:
+        """Computes ``W x`` for one step; both operands are read in the order of memory."""
+        raise NotImplementedError
 
     def prepare_both(self, w_x: Array, w_h: Array) -> Any:
-        """The matrices of x and h for `times_both`."""
-        if self._apart:
-            return self.prepare(w_x), self.prepare(w_h)
+        """Returns input and recurrent weights as `dot_both` takes them."""
         return self.prepare(self.unpack(jnp.concatenate([self.pack(w_x), self.pack(w_h)], 1)))
 
-    def times_both(self, w: Any, x: Array, h: Array, *, save: bool) -> Array:
-        """``W_x x + W_h h`` for one step, with the matrices from `prepare_both`; ``x`` packed if that is as bits.
+    def dot_both(self, w: Any, x: Array, h: Array, *, save: bool) -> Array:
+        """Computes ``W_x x + W_h h`` for one step as one product.
 
-        ``save`` says whether the step keeps what its derivative needs, which decides about halves.
+        Args:
+          w: from `prepare_both`.
+          x: the input; with ``bitcast`` packed.
+          h: the hidden state.
+          save: whether the step saves residuals.
         """
-        if self._apart:
-            return self.times(w[0], self.unpack(x)) + self.times(w[1], h)
-        if self.bits:
-            return self.times(w, self.unpack(jnp.concatenate([x, self.pack(h)], self.axis)))
-        both = jnp.concatenate([x.astype(self.sums), h], self.axis)
-        halves = self.halves and save and x.shape[self.axis] <= h.shape[self.axis]
-        return self._times_in_halves(both, w, 0) if halves else self.times(w, both)
+        del save
+        if self.bitcast:
+            return self.dot(w, self.unpack(jnp.concatenate([x, self.pack(h)], self.units_axis)))
+        return self.dot(w, jnp.concatenate([x.astype(self.accum_dtype), h], self.units_axis))
 
-    def prepare_for_transpose(self, w: Array) -> Array:
-        """A matrix for `times_in_transpose`."""
-        return jnp.moveaxis(w, 1, self.axis).astype(self.dtype)
+    def prepare_for_vjp(self, w: Array) -> Array:
+        """Returns a matrix as `dot_for_vjp` takes it."""
+        raise NotImplementedError
 
-    def times_in_transpose(self, w: Array, x: Array) -> Array:
-        """``W x`` for one step, laid out so that the transpose, which is the backward pass, reads in order."""
-        if self.axis == 0:
-            return self._dot(w, x, (0, 0))
-        return self._times_in_halves(x, w, 1) if self.halves else self._dot(x, w, (1, 1))
+    def dot_for_vjp(self, w: Array, x: Array) -> Array:
+        """Computes ``W x`` for one step; the transpose reads its operands in the order of memory."""
+        raise NotImplementedError
 
-    def times_over_time(self, w: Array, xs: Array) -> Array:
-        """``W x`` for many steps at once, with ``W`` as it is; ``xs (T, ...)``."""
-        if self.axis == 0:
-            return jnp.moveaxis(self._dot(w, xs, (1, 1)), 0, 1)
-        return self._dot(xs, w, (2, 1))
+    def dot_over_time(self, w: Array, xs: Array) -> Array:
+        """Computes ``W x`` for all steps of ``xs`` at once, from ``w (m, n)`` and ``xs (T, n, B)`` or ``(T, B, n)``."""
+        raise NotImplementedError
 
-    def _times_in_halves(self, x: Array, w: Array, axis: int) -> Array:
-        """``(B, m)`` times ``w`` over one of its axes, in two products of every other row each."""
+    def _dot(self, a: Array, b: Array, axis_a: int, axis_b: int) -> Array:
+        """Multiplies over one axis of each array."""
+        return dot(a, b, ((axis_a,), (axis_b,)), self.dtype, self.accum_dtype)
+
+
+class FeatureMajor(Layout):
+    """``(H, B)``: the weights, the larger operand of a step's product, are on the left and read in order."""
+
+    units_axis = 0
+    batch_axis = 1
+
+    def prepare(self, w: Array) -> Array:
+        """Returns the matrix in ``dtype``."""
+        return w.astype(self.dtype)
+
+    def dot(self, w: Array, x: Array) -> Array:
+        """Computes ``W x``."""
+        return self._dot(w, x, 1, 0)
+
+    def prepare_both(self, w_x: Array, w_h: Array) -> Any:
+        """Keeps the matrices separate in bfloat16: to concatenate them takes longer than one product saves."""
+        return (self.prepare(w_x), self.prepare(w_h)) if self.bitcast else super().prepare_both(w_x, w_h)
+
+    def dot_both(self, w: Any, x: Array, h: Array, *, save: bool) -> Array:
+        """Computes one product, or in bfloat16 two."""
+        if self.bitcast:
+            return self.dot(w[0], self.unpack(x)) + self.dot(w[1], h)
+        return super().dot_both(w, x, h, save=save)
+
+    def prepare_for_vjp(self, w: Array) -> Array:
+        """Returns the transpose."""
+        return w.T.astype(self.dtype)
+
+    def dot_for_vjp(self, w: Array, x: Array) -> Array:
+        """Computes ``W x`` from the transpose of ``W``."""
+        return self._dot(w, x, 0, 0)
+
+    def dot_over_time(self, w: Array, xs: Array) -> Array:
+        """Computes ``W x`` for all steps of ``xs (T, n, B)``."""
+        return jnp.moveaxis(self._dot(w, xs, 1, 1), 0, 1)
+
+
+class BatchMajor(Layout):
+    """``(B, H)``: fewer transpositions, which counts if the weights are small."""
+
+    units_axis = 1
+    batch_axis = 0
+
+    def prepare(self, w: Array) -> Array:
+        """Returns the transpose."""
+        return w.T.astype(self.dtype)
+
+    def dot(self, w: Array, x: Array) -> Array:
+        """Computes ``x W^T``."""
+        return self._dot(x, w, 1, 0)
+
+    def dot_both(self, w: Any, x: Array, h: Array, *, save: bool) -> Array:
+        """Computes one product, with ``split_dot`` as two if that is faster: with residuals, and x no wider than h."""
+        if self.split_dot and save and not self.bitcast and x.shape[1] <= h.shape[1]:
+            return self._split_dot(jnp.concatenate([x.astype(self.accum_dtype), h], 1), w, 0)
+        return super().dot_both(w, x, h, save=save)
+
+    def prepare_for_vjp(self, w: Array) -> Array:
+        """Returns the matrix in ``dtype``."""
+        return w.astype(self.dtype)
+
+    def dot_for_vjp(self, w: Array, x: Array) -> Array:
+        """Computes ``x W^T`` from ``W``."""
+        return self._split_dot(x, w, 1) if self.split_dot else self._dot(x, w, 1, 1)
+
+    def dot_over_time(self, w: Array, xs: Array) -> Array:
+        """Computes ``x W^T`` for all steps of ``xs (T, B, n)``."""
+        return self._dot(xs, w, 2, 1)
+
+    def _split_dot(self, x: Array, w: Array, axis: int) -> Array:
+        """Multiplies ``x (B, n)`` with ``w`` over an axis of ``w`` as two products, over even and odd rows."""
         if has_explicit_sharding(x):
-            return self._dot(x, w, (1, axis))
+            return self._dot(x, w, 1, axis)
         halves = jnp.unstack(x.reshape(x.shape[0] // 2, 2, x.shape[1]), axis=1)
-        return jnp.stack([self._dot(half, w, (1, axis)) for half in halves], axis=1).reshape(x.shape[0], -1)
+        return jnp.stack([self._dot(half, w, 1, axis) for half in halves], axis=1).reshape(x.shape[0], -1)
 
-    def _dot(self, a: Array, b: Array, contract: tuple[int, int]) -> Array:
-        """Product over one axis of each of two arrays: operands in ``dtype``, sums and result in ``sums``."""
-        return dot(a, b, ((contract[0],), (contract[1],)), self.dtype, self.sums)
+
+class LayoutRule(NamedTuple):
+    """One row of the table of layouts: the largest sizes that it applies to, and the layout."""
+
+    max_batch_size: float
+    max_hidden_size: float
+    layout: type[Layout]
+    hoist_inputs: bool
+    chunk_size: int
+
+
+INF = float("inf")
+CPU_RULES = (  # the first that applies; measured, see benchmarks/README.md
+    LayoutRule(8, 128, BatchMajor, hoist_inputs=True, chunk_size=64),
+    LayoutRule(8, INF, FeatureMajor, hoist_inputs=True, chunk_size=64),
+    LayoutRule(16, 255, BatchMajor, hoist_inputs=False, chunk_size=32),
+    LayoutRule(16, INF, FeatureMajor, hoist_inputs=False, chunk_size=32),
+    LayoutRule(INF, 256, BatchMajor, hoist_inputs=False, chunk_size=8),
+    LayoutRule(63, 511, FeatureMajor, hoist_inputs=False, chunk_size=8),
+    LayoutRule(63, INF, FeatureMajor, hoist_inputs=False, chunk_size=16),
+    LayoutRule(INF, INF, FeatureMajor, hoist_inputs=False, chunk_size=8),
+)
+
+
+def choose_layout(batch_size: Size, hidden_size: int, dtype: jnp.dtype, accum_dtype: jnp.dtype) -> Layout:
+    """Returns the layout for a batch and a hidden size: on CPU by measurement, elsewhere a default, not measured.
+
+    With float32 sums and ``2^12 <= batch_size * hidden_size < 2^14`` the gates use all threads of a CPU: below, waking
+    a thread costs more than it saves, and above the difference is within 4 %.
+
+    At these sizes, batch-major with more than 128 units and an even batch, the backward product of a step is computed
+    as two. Each of two threads then has a product and need not wait for the other within it. Each product has every
+    other row, so that a batch sharded over devices is halved on each device. The forward product is split only under
+    the conditions of `BatchMajor.dot_both`; elsewhere that gains at one size and loses at another.
+
+    A symbolic batch size, while a program is exported for any batch size, counts as a large one.
+    """
+    if jax.default_backend() != "cpu":
+        return BatchMajor(dtype, accum_dtype, hoist_inputs=True, chunk_size=64)
+    known_size = batch_size if isinstance(batch_size, int) else INF
+    rule = next(r for r in CPU_RULES if known_size <= r.max_batch_size and hidden_size <= r.max_hidden_size)
+    threaded = 2**12 <= known_size * hidden_size < 2**14 and accum_dtype == jnp.float32
+    split = threaded and rule.layout is BatchMajor and hidden_size > 128 and known_size % 2 == 0
+    return rule.layout(
+        dtype,
+        accum_dtype,
+        rule.hoist_inputs,
+        rule.chunk_size,
+        threaded_gates=threaded,
+        bitcast=dtype == jnp.bfloat16,
+        split_dot=split,
+    )

@@ -1,8 +1,11 @@
-"""One layer over time: lengths, masks, resets, direction and carry, the same for every implementation."""
+"""Lengths, masks, resets, direction of time and batch axes: handled here once, for every backend.
+
+A skipped step does not exist: its input is never read, its output is zero, the state passes it unchanged, and a reset
+marked on it has no effect.
+"""
 
 import math
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -11,18 +14,15 @@ from jax import Array
 from jax.typing import DTypeLike
 from jaxtyping import Bool, Float, Int
 
-from jaxlstm.cells import Cell
 from jaxlstm.params import Layer, Size, State
-from jaxlstm.recurrence import Implementation, runs
-from jaxlstm.recurrence.context import How
-from jaxlstm.recurrence.scan import along_batch
-from jaxlstm.recurrence.selection import choose
+from jaxlstm.primitives.pytrees import tree_index, tree_stack
+from jaxlstm.recurrence.context import Direction, LayerInputs, Results
 
 
-def steps_taken(
+def step_mask(
     num_steps: Size, lengths: Int[Array, "*batch"] | None, mask: Bool[Array, "T *batch"] | None
 ) -> Bool[Array, "T *batch"] | None:
-    """Which steps are taken, ``(T, *batch)``: those before the length and under the mask. None means all."""
+    """Returns True at the steps before the length and under the mask; None if no step is skipped."""
     if lengths is None:
         return mask
     step = jnp.arange(num_steps, dtype=lengths.dtype).reshape(num_steps, *[1] * lengths.ndim)
@@ -30,89 +30,160 @@ def steps_taken(
     return within if mask is None else within & mask
 
 
-def laid_out_like(xs: Float[Array, "T *batch_and_inputs"], state: State) -> State:
-    """A state ``(., *batch, *units)`` laid out over devices as the batch of ``xs`` is: `jax.lax.scan` insists on it."""
+def expand_to_rank(mask: Bool[Array, "*batch"], a: Array) -> Bool[Array, "*batch_and_ones"]:
+    """Appends axes of size 1 to ``mask`` until it has as many axes as ``a``."""
+    return jnp.expand_dims(mask, tuple(range(mask.ndim, a.ndim)))
+
+
+def hold_skipped(
+    mask: Array | None, new: State, old: State, expand: Callable[[Array, Array], Array] = expand_to_rank
+) -> State:
+    """Returns the state after a step: ``new``, or ``old`` in the rows where the step is skipped.
+
+    Args:
+      mask: ``(B,)`` bool, False where the step is skipped; None if no step is.
+      new: the state that the step computed.
+      old: the state before the step.
+      expand: ``(mask, array)`` to the mask with the axes of the array.
+    """
+    if mask is None:
+        return new
+    return jax.tree.map(lambda a, b: jnp.where(expand(mask, a), a, b), new, old)
+
+
+def restart(
+    mask: Array | None,
+    restart_state: State | None,
+    state: State,
+    expand: Callable[[Array, Array], Array] = expand_to_rank,
+    expand_units: Callable[[Array], Array] = lambda v: v,
+) -> State:
+    """Returns ``state`` with the masked rows set to ``restart_state``, or to zeros if it is None.
+
+    Args:
+      mask: ``(B,)`` bool; None if no row restarts.
+      restart_state: arrays ``(*units)``.
+      state: arrays ``(B, *units)``, or with their axes in another order.
+      expand: ``(mask, array)`` to the mask with the axes of the array.
+      expand_units: ``(*units)`` to an array that broadcasts to the state.
+    """
+    if mask is None:
+        return state
+    if restart_state is None:
+        return jax.tree.map(lambda a: jnp.where(expand(mask, a), 0, a), state)
+    return jax.tree.map(
+        lambda a, v: jnp.where(expand(mask, a), jnp.broadcast_to(expand_units(v), a.shape), a), state, restart_state
+    )
+
+
+def shift_state(initial: State, states: State) -> State:
+    """Returns the state before each step, from the initial state and the states after each step ``(T, ...)``."""
+    return jax.tree.map(lambda a, b: jnp.concatenate([a[None], b[:-1]]), initial, states)
+
+
+def match_sharding(xs: Float[Array, "T *batch_and_inputs"], state: State) -> State:
+    """Gives a state ``(., *batch, *units)`` the sharding of the batch of ``xs``; `jax.lax.scan` requires it."""
     if xs.shape[0] == 0:
         return state
     row = jnp.zeros_like(xs[0, ..., :1])
     return jax.tree.map(lambda a: a + jnp.broadcast_to(row.astype(a.dtype), a.shape), state)
 
 
-def varying_like(arguments: Any, state: State) -> State:
-    """A state that, within `jax.shard_map`, varies over every axis that an argument does: again for `jax.lax.scan`."""
-    if not any(jax.typeof(a).sharding.mesh.manual_axes for a in jax.tree.leaves((arguments, state))):
+def match_vma(args: Any, state: State) -> State:
+    """Makes a state within `jax.shard_map` vary over every mesh axis that an argument varies over.
+
+    Their varying manual axes (vma) must agree; `jax.lax.scan` requires it.
+    """
+    if not any(jax.typeof(a).sharding.mesh.manual_axes for a in jax.tree.leaves((args, state))):
         return state
 
     def zero(a: Array) -> Array:
         return jnp.zeros_like(jax.random.key_data(a) if jnp.issubdtype(a.dtype, jax.dtypes.prng_key) else a, shape=())
 
-    zeros = [zero(a) for a in jax.tree.leaves(arguments)]
+    zeros = [zero(a) for a in jax.tree.leaves(args)]
     return jax.tree.map(lambda a: sum((z.astype(a.dtype) for z in zeros), a), state)
 
 
-def run(
-    cell: Cell,
-    layer: Layer | tuple[Layer, ...],
-    xs: Float[Array, "T *batch I"],
-    state: State,
-    how: How,
-    implementation: Implementation | None,
-) -> tuple[Float[Array, "T *batch DP"], State]:
-    """One layer over time.
-
-    A step that the mask leaves out does not exist: its input is never read, its output is zero, the state passes it
-    unchanged and a reset marked on it has no effect.
-
-    Args:
-      cell: the cell.
-      layer: its weights, in one direction or two; layers for an implementation that takes several (`OF_LAYERS`).
-      xs: inputs.
-      state: initial state of this layer, h ``(D, *batch, P)`` and c ``(D, *batch, H)``.
-      how: the rest, with ``*batch`` for B in its arrays.
-      implementation: a name in the tables of `jaxlstm.recurrence`, one with options, or None for what
-        `jaxlstm.recurrence.selection` takes.
-
-    Returns:
-      outputs and the state after the last step taken.
-    """
-    if xs.shape[0] == 0:
-        return no_steps(state, how.dtype)
-    over_rows = partial(runs(implementation or choose(jax.default_backend())), cell, layer)
-    return steps_that_exist(over_rows, xs, state, how, batch_axes=xs.ndim - 2)
-
-
-def no_steps(state: State, dtype: DTypeLike) -> tuple[Float[Array, "0 *batch_and_outputs"], State]:
-    """What a recurrence over a sequence without steps returns: no outputs, and the state as it was."""
+def empty_sequence(state: State, dtype: DTypeLike) -> tuple[Float[Array, "0 *batch_and_outputs"], State]:
+    """Returns the result of a recurrence over no steps: no outputs, and the state unchanged."""
     directions, *axes, size = state.h.shape
     return jnp.zeros((0, *axes, directions * size), dtype), state
 
 
-def steps_that_exist(
-    over_rows: Callable[[Array, State, How], tuple[Any, State]],
+def concat_directions(dtype: DTypeLike) -> Callable[[Sequence[Array]], Array]:
+    """Returns a function that concatenates the outputs of all directions along the last axis and casts them."""
+    # Cast after the loop: inside it XLA:CPU rewrites the whole bfloat16 array every step.
+    return lambda outputs: jnp.concatenate(outputs, axis=-1).astype(dtype)
+
+
+def scan_masked(
+    backend: Callable[[tuple[Direction, ...]], Results],
+    layer: Layer,
     xs: Float[Array, "T *batch_and_inputs"],
     state: State,
-    how: How,
+    inputs: LayerInputs,
+    *,
+    reverse: bool,
+    batch_axes: int,
+    merge: Callable[[Sequence[Any]], Any],
+) -> tuple[Any, State]:
+    """Runs a layer by a backend that knows only directions that run forward over one batch axis.
+
+    Args:
+      backend: runs the directions, see `jaxlstm.recurrence.context`.
+      layer: the weights.
+      xs: inputs, ``(T, *batch, *inputs)`` with T at least 1.
+      state: initial state, ``(D, *batch, *units)``.
+      inputs: masks and resets.
+      reverse: whether the first direction runs backward in time, and the second forward.
+      batch_axes: number of batch axes.
+      merge: combines the outputs of the directions, trees of arrays ``(T, B, ...)``.
+
+    Returns:
+      merged outputs ``(T, *batch, ...)``, zero at skipped steps, and the final state ``(D, *batch, *units)``.
+    """
+    backward = [reverse ^ (d == 1) for d in range(len(layer.directions))]
+
+    def run_directions(xs: Array, state: State, inputs: LayerInputs) -> tuple[Any, State]:
+        directions = _directions(layer, xs, state, inputs, backward)
+        outputs, states = backend(directions)
+        if inputs.resets is not None:  # backward in time, a reset at the first step restarts the returned state
+            states = [
+                restart(inputs.resets[0], direction.restart_state, last) if back else last
+                for direction, last, back in zip(directions, states, backward)
+            ]
+        merged = merge([_flip(each) if back else each for each, back in zip(outputs, backward)])
+        return merged, tree_stack(list(states))
+
+    return run_masked(run_directions, xs, state, inputs, batch_axes=batch_axes)
+
+
+def run_masked(
+    run: Callable[[Array, State, LayerInputs], tuple[Any, State]],
+    xs: Float[Array, "T *batch_and_inputs"],
+    state: State,
+    inputs: LayerInputs,
     *,
     batch_axes: int,
 ) -> tuple[Any, State]:
-    """A recurrence over the steps that the mask leaves in, with any number of batch axes in front of its units.
+    """Runs a recurrence over one batch axis on any number of them, with zeros at the skipped steps.
 
     Args:
-      over_rows: ``(xs, state, how) -> (outputs, state)`` with one batch axis; the outputs are a tree of arrays
-        ``(T, B, ...)``. It holds the state where the mask is False, and is free to put out anything there.
-      xs: inputs, ``(T, *batch, *inputs)``, T at least 1.
-      state: initial state, ``(D, *batch, *units)``.
-      how: the rest, with ``*batch`` for B in its arrays.
-      batch_axes: how many axes the batch has.
+      run: ``(xs, state, inputs) -> (outputs, state)`` over one batch axis; the outputs are a tree of arrays
+        ``(T, B, ...)``.
+      xs: inputs, ``(T, *batch, *inputs)``.
+      state: initial state, ``(., *batch, *units)``.
+      inputs: masks and resets.
+      batch_axes: number of batch axes.
 
     Returns:
-      outputs ``(T, *batch, ...)``, zero where the mask is False, and the last state.
+      outputs ``(T, *batch, ...)`` and the final state ``(., *batch, *units)``.
     """
     batch = xs.shape[1 : 1 + batch_axes]
-    mask = how.mask
-    if mask is not None:
-        xs = jnp.where(along_batch(mask, xs), xs, 0)
-        how = how._replace(resets=None if how.resets is None else how.resets & mask)
+    step_mask, resets = inputs.step_mask, inputs.resets
+    if step_mask is not None:
+        xs = jnp.where(expand_to_rank(step_mask, xs), xs, 0)
+        resets = None if resets is None else resets & step_mask
 
     def fold(a: Array, axis: int = 1) -> Array:
         return a.reshape(*a.shape[:axis], math.prod(batch), *a.shape[axis + batch_axes :])
@@ -120,12 +191,34 @@ def steps_that_exist(
     def unfold(a: Array) -> Array:
         return a.reshape(a.shape[0], *batch, *a.shape[2:])
 
-    xs, state, mask_of_rows, resets = jax.tree.map(fold, (xs, state, mask, how.resets))
-    noise = jax.tree.map(partial(fold, axis=2), how.noise)
-    lengths = None if how.lengths is None else how.lengths.ravel()
-    how = how._replace(mask=mask_of_rows, resets=resets, noise=noise, lengths=lengths)
-    outputs, last = over_rows(xs, state, how)
+    folded = inputs._replace(
+        step_mask=None if step_mask is None else fold(step_mask),
+        resets=None if resets is None else fold(resets),
+        lengths=None if inputs.lengths is None else inputs.lengths.ravel(),
+        masks=jax.tree.map(lambda a: fold(a, 2), inputs.masks),
+    )
+    outputs, state = run(fold(xs), jax.tree.map(fold, state), folded)
     outputs = jax.tree.map(unfold, outputs)
-    if mask is not None:
-        outputs = jax.tree.map(lambda a: jnp.where(along_batch(mask, a), a, 0), outputs)
-    return outputs, jax.tree.map(unfold, last)
+    if step_mask is not None:
+        outputs = jax.tree.map(lambda a: jnp.where(expand_to_rank(step_mask, a), a, 0), outputs)
+    return outputs, jax.tree.map(unfold, state)
+
+
+def _directions(
+    layer: Layer, xs: Array, state: State, inputs: LayerInputs, backward: Sequence[bool]
+) -> tuple[Direction, ...]:
+    """Splits a layer into its directions, those that run backward in time flipped."""
+    directions = []
+    for d, (weights, back) in enumerate(zip(layer.directions, backward)):
+        over_time = (xs, inputs.step_mask, inputs.resets, tree_index(inputs.masks, d))
+        x, step_mask, restarts, masks = _flip(over_time) if back else over_time
+        if back and restarts is not None:  # a reset at a step is a restart before the next one
+            restarts = jnp.concatenate([jnp.zeros_like(restarts[:1]), restarts[:-1]])
+        initial, restart_state = tree_index((state, inputs.restart_state), d)
+        directions.append(Direction(weights, x, initial, step_mask, restarts, restart_state, masks))
+    return tuple(directions)
+
+
+def _flip(tree: Any) -> Any:
+    """Reverses time, the leading axis."""
+    return jax.tree.map(lambda a: jnp.flip(a, 0), tree)

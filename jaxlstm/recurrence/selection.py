@@ -1,90 +1,104 @@
-"""Which implementation is taken where none is named: one table, and the measurement behind each of its rows."""
+"""Which backend runs if none is named: one row per platform, with the measurement behind it."""
 
+import warnings
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import jax
 
+from jaxlstm.recurrence.backends import EXPERIMENTAL, NAMES, ImplementationName
+
 
 class PlatformDefault(NamedTuple):
-    """What is taken on a platform.
+    """The backend of a platform.
 
-    Shapes have no column. Of those measured another wins at one, and in inference alone: ``"scan"`` takes 0.87 of the
-    time at (T, B, I, H) = (512, 1, 64, 128), 0.93 on another machine, where its training step takes 1.84 and 2.08; with
-    JAX 0.12 0.94, where it takes 1.22.
+    Shapes have no column. At one measured shape another backend is faster, and in inference alone: ``"scan"`` takes
+    0.87 of the time at (T, B, I, H) = (512, 1, 64, 128), 0.93 on another machine and 0.94 with JAX 0.12, while its
+    training step takes 1.84, 2.08 and 1.22 times as long.
     """
 
-    takes: str
-    because: str
-    others: dict[str, str]  # why not, where nothing is refused
+    name: ImplementationName
+    reason: str
+    others: dict[str, str]  # why each other backend is not taken, if it does not refuse
 
 
-UNMEASURED = "unmeasured on this platform"
 CPU = "on a 2-core CPU"
-TABLE = {
+UNMEASURED = "not measured on this platform"
+NEVER_RUN = {  # hardware that an experimental backend was not run on
+    "newton": "experimental: not measured on this platform",
+    "pallas": "experimental: never run on this hardware; its numbers were checked in an interpreter",
+    "cudnn": "experimental: never run on a GPU",
+}
+TENSOR_PARALLEL = "for meshes with more than one device along the axis 'model'; equals 'scan' on one device"
+OTHERS = {"scan": UNMEASURED, "tensor_parallel": TENSOR_PARALLEL, **NEVER_RUN}
+PLATFORM_DEFAULTS = {
     "cpu": PlatformDefault(
         "fused",
-        f"the fastest measured {CPU}, on average and in training at every shape (benchmarks/README.md)",
-        {
+        f"the fastest {CPU}, on average and in training at every measured shape (benchmarks/README.md)",
+        OTHERS
+        | {
             "scan": f"slower: 1.51 times the training step, 1.26 times the inference or more, over 5 shapes {CPU}",
-            "newton": f"slower: 1.9 to 23 times the training step, 2 to 197 times the inference, at 8 shapes {CPU}",
+            "newton": (
+                f"experimental and slower: 1.9 to 23 times the training step, 2 to 197 times the inference, at 8 "
+                f"shapes {CPU}"
+            ),
         },
     ),
-    "gpu": PlatformDefault(
-        "fused", f"all are {UNMEASURED}", dict.fromkeys(("scan", "newton", "pallas", "cudnn"), UNMEASURED)
-    ),
-    "tpu": PlatformDefault("fused", f"all are {UNMEASURED}", dict.fromkeys(("scan", "newton", "pallas"), UNMEASURED)),
+    "gpu": PlatformDefault("fused", "no backend was measured on this platform", OTHERS),
+    "tpu": PlatformDefault("fused", "no backend was measured on this platform", OTHERS),
 }
-OTHER = PlatformDefault("fused", "this platform is not in the table", dict.fromkeys(("scan", "newton"), UNMEASURED))
+UNKNOWN_PLATFORM = PlatformDefault("fused", "this platform is not in the table", OTHERS)
 
 
-def choose(platform: str) -> str:
-    """The name of the implementation that is taken on a platform, as `jax.default_backend` calls it."""
-    return TABLE.get(platform, OTHER).takes
+def default_backend(platform: str) -> ImplementationName:
+    """Returns the name of the backend that runs on a platform, named as by `jax.default_backend`."""
+    return PLATFORM_DEFAULTS.get(platform, UNKNOWN_PLATFORM).name
 
 
 @dataclass(frozen=True)
 class BackendChoice:
-    """What would be taken, and why; printed, one line for each implementation."""
+    """The backend that runs, and why; prints as one line per backend."""
 
-    takes: str
-    because: str
-    others: dict[str, str]  # why each of the others would not
+    name: str
+    reason: str
+    others: dict[str, str]  # why each other backend is not taken
 
     def __str__(self) -> str:
-        lines = [f"{self.takes}: taken; {self.because}"]
+        lines = [f"{self.name}: taken; {self.reason}"]
         return "\n".join([*lines, *(f"{name}: not taken; {why}" for name, why in self.others.items())])
 
 
 def explain(lstm: Any, xs_shape: tuple[int, ...]) -> BackendChoice:
-    """Which implementation runs where ``implementation`` is None, and why each of the others does not.
+    """Tells which backend runs if ``implementation`` is None, and why each of the others does not.
 
-    Nothing runs: an implementation that refuses is found by tracing a call without masks, resets and key.
+    Nothing runs: a backend that refuses the network is found by tracing a call without masks, resets and key.
+    Experimental backends are marked as such.
 
     Args:
-      lstm: a `jaxlstm.LSTM`; its own ``implementation`` has no say.
+      lstm: a `jaxlstm.LSTM`; its own ``implementation`` is ignored.
       xs_shape: ``(T, *batch, I)``.
 
     Raises:
       ValueError, TypeError: as a call with such inputs does.
     """
-    from jaxlstm.recurrence import IMPLEMENTATIONS  # which this module is a part of
-
-    row = TABLE.get(jax.default_backend(), OTHER)
-    _trace(lstm, row.takes, xs_shape)
+    default = PLATFORM_DEFAULTS.get(jax.default_backend(), UNKNOWN_PLATFORM)
+    _trace(lstm, default.name, xs_shape)
     others = {}
-    at_least_one = (max(xs_shape[0], 1), *xs_shape[1:])  # without a step nothing runs that could refuse
-    for name in IMPLEMENTATIONS:
-        if name != row.takes:
-            try:
-                _trace(lstm, name, at_least_one)
-                others[name] = row.others[name]
-            except ValueError as refusal:
-                others[name] = f"refused: {refusal}"
-    return BackendChoice(row.takes, row.because, others)
+    at_least_one_step = (max(xs_shape[0], 1), *xs_shape[1:])  # without a step no backend runs that could refuse
+    for name in NAMES:
+        if name == default.name:
+            continue
+        try:
+            _trace(lstm, name, at_least_one_step)
+            others[name] = default.others[name]
+        except ValueError as refusal:
+            others[name] = f"{'experimental; ' if name in EXPERIMENTAL else ''}refused: {refusal}"
+    return BackendChoice(default.name, default.reason, others)
 
 
 def _trace(lstm: Any, name: str, xs_shape: tuple[int, ...]) -> None:
-    lstm = replace(lstm, implementation=name)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # given when the user made the network
+        lstm = replace(lstm, implementation=name)
     params = jax.eval_shape(lstm.init, jax.random.key(0))
     jax.eval_shape(lstm, params, jax.ShapeDtypeStruct(xs_shape, lstm.param_dtype))

@@ -1,133 +1,142 @@
-"""The reference with the units of a layer laid over the axis ``model`` of a mesh of devices, the batch over ``data``.
+"""The reference backend with the hidden units sharded over the mesh axis ``model`` and the batch over ``data``.
 
-A device holds some of the units, all gates of each. A step then needs one exchange: every device has to see all of h,
-which is gathered, or of its projection, to which each device adds its part; the rest is elementwise over units. Layer
-normalisation needs two more for each mean and variance. The mesh is that of `jax.set_mesh`; without one, or with one
-device along ``model``, there is nothing to exchange and this is the reference.
+Each device holds some of the units, with all gates of each. A step needs one exchange between devices: of h, which is
+gathered because every device reads all of it, or of its projection, which is summed over devices; the rest is
+elementwise over units. Layer normalization needs two more exchanges per mean and variance. The mesh is set by
+`jax.set_mesh`; without a mesh, or with one device along ``model``, this is the reference backend.
 """
 
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
-import jax.numpy as jnp
 from jax import Array, lax
 from jax.sharding import PartitionSpec
-from jaxtyping import Float
 
 from jaxlstm.cells import Cell
 from jaxlstm.dropout import RegularizerMasks, apply_zoneout
-from jaxlstm.params import Layer, State, Weights
+from jaxlstm.params import State, Weights
 from jaxlstm.primitives.mixed_precision_dot import matvec
-from jaxlstm.recurrence import scan
-from jaxlstm.recurrence.context import How
-from jaxlstm.recurrence.step import advance, input_part, slabs
+from jaxlstm.recurrence.chunked_scan import ScanFns, emit_hidden, scan_directions
+from jaxlstm.recurrence.context import Direction, Results, ScanContext
+from jaxlstm.recurrence.step import apply_gates, project_inputs, split_gates
 
-BATCH, UNITS = "data", "model"  # axes of the mesh
+BATCH_AXIS, UNITS_AXIS = "data", "model"  # names of mesh axes
+
+Tree = TypeVar("Tree")
 
 
-def run(
-    cell: Cell, layer: Layer, xs: Float[Array, "T B I"], state: State, how: How
-) -> tuple[Float[Array, "T B DP"], State]:
-    """One layer over time. The signature is that of `jaxlstm.recurrence`."""
+def run(cell: Cell, directions: tuple[Direction, ...], context: ScanContext) -> Results:
+    """Runs the directions of a layer one after the other; see `jaxlstm.recurrence.context`.
+
+    Raises:
+      ValueError: if the devices along ``model`` do not divide the hidden size.
+    """
     mesh = jax.sharding.get_abstract_mesh()
     devices = {} if mesh.empty else dict(mesh.shape)
-    if devices.get(UNITS, 1) == 1:
-        return scan.run(cell, layer, xs, state, how)
-    units = layer.forward.w_h.shape[0] // cell.num_gates
-    if units % devices[UNITS]:
-        raise ValueError(f"{units} hidden units cannot be shared out evenly over model={devices[UNITS]} devices")
-    rows = BATCH if BATCH in devices else None
-    of_h = UNITS if layer.forward.w_p is None else None  # a projected h is whole on every device
-
-    def state_spec(state: State, *axes: str | None) -> State:
-        return State(PartitionSpec(*axes, of_h), None if state.c is None else PartitionSpec(*axes, UNITS))  # pyright: ignore
-
-    def noise_spec(noise: RegularizerMasks) -> RegularizerMasks:
-        spec = jax.tree.map(lambda _: PartitionSpec(None, None, rows, UNITS), noise)
-        return (
-            spec
-            if noise.zoneout_mask_h is None
-            else spec._replace(zoneout_mask_h=PartitionSpec(None, None, rows, of_h))
+    if devices.get(UNITS_AXIS, 1) == 1:
+        return _scan(cell, directions, context, mesh_axis=None)
+    hidden_size = directions[0].weights.w_h.shape[0] // cell.num_gates
+    if hidden_size % devices[UNITS_AXIS]:
+        raise ValueError(
+            f"hidden_size must be a multiple of the {devices[UNITS_AXIS]} devices along model, got {hidden_size}"
         )
+    batch_axis = BATCH_AXIS if BATCH_AXIS in devices else None
 
-    apart = [_by_unit(cell, w) for w in layer.directions]
-    arrays = (apart, xs, state, how.mask, how.resets, how.start, how.noise)
-    over_time, weights = PartitionSpec(None, rows), list(map(_spec, apart))
-    start = None if how.start is None else state_spec(how.start, None)
-    specs = (
-        weights,
-        over_time,
-        state_spec(state, None, rows),
-        *_like(over_time, arrays[3:5]),
-        start,
-        noise_spec(how.noise),
-    )
+    def scan_local(directions: tuple[Direction, ...]) -> Results:
+        if batch_axis is not None:  # sums the gradients of weights over the batch once, not at every step
+            directions = tuple(_pvary(d, batch_axis) for d in directions)
+        local = tuple(d._replace(weights=_stack_gates(d.weights)) for d in directions)
+        outputs, states = _scan(cell, local, context, mesh_axis=UNITS_AXIS)
+        return [h.astype(context.dtype) for h in outputs], states
 
-    def here(apart, xs, state, mask, resets, start, noise):  # what one device does
-        if rows is not None:  # so that gradients of weights are summed over rows once, and not at every step
-            apart, start = jax.tree.map(lambda a: lax.pcast(a, rows, to="varying"), (apart, start))
-        directions = [_equations(cell, _stacked(w), how, state) for w in apart]
-        mine = how._replace(mask=mask, resets=resets, start=start, noise=noise)
-        ys, last = scan.over_time(directions, xs, state, mine)
-        return jnp.stack(ys, axis=2).astype(how.dtype), last
-
-    out = (PartitionSpec(None, rows, None, of_h), state_spec(state, None, rows))
-    ys, last = jax.shard_map(here, in_specs=specs, out_specs=out)(*arrays)
-    return ys.reshape(*ys.shape[:2], -1), last
+    split = tuple(d._replace(weights=_split_gates(cell, d.weights)) for d in directions)
+    specs = tuple(_direction_spec(d, batch_axis) for d in split)
+    # A projected h is whole on every device.
+    outputs_spec = [PartitionSpec(None, batch_axis, spec.state.h[-1]) for spec in specs]
+    out_specs = (outputs_spec, [spec.state for spec in specs])
+    return jax.shard_map(scan_local, in_specs=(specs,), out_specs=out_specs)(split)
 
 
-def _by_unit(cell: Cell, w: Weights) -> Weights:
-    """With ``(G, H, ...)`` for ``(G*H, ...)``, so that all gates of a unit go together."""
-    parts = jax.tree.map(lambda a: a.reshape(cell.num_gates, -1, *a.shape[1:]), _of_gates(w))
-    return _with(w, parts)
+def _scan(cell: Cell, directions: tuple[Direction, ...], context: ScanContext, mesh_axis: str | None) -> Results:
+    return scan_directions([_equations(cell, d.weights, context, mesh_axis) for d in directions], directions, context)
 
 
-def _stacked(w: Weights) -> Weights:
-    """The other way."""
-    return _with(w, jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), _of_gates(w)))
+def _equations(cell: Cell, weights: Weights, context: ScanContext, mesh_axis: str | None) -> ScanFns:
+    """Returns the equations of the units on one device."""
+    dtype, accum_dtype = context.dtype, context.accum_dtype
 
-
-def _spec(w: Weights) -> Weights:
-    """Where weights laid out by `_by_unit` lie; of ``(H,)``, ``(P, H)`` and ``(K, H)`` the last axis is units too."""
-    spec = jax.tree.map(lambda a: PartitionSpec(*[None] * (a.ndim - 1), UNITS), w)
-    return _with(spec, jax.tree.map(lambda _: PartitionSpec(None, UNITS), _of_gates(w)))
-
-
-def _of_gates(w: Weights) -> tuple[Any, ...]:
-    """The arrays that have rows for every gate."""
-    return (w.w_x, w.w_h, w.b, *((None, None) if w.norm is None else (w.norm.x, w.norm.h)))
-
-
-def _with(w: Weights, parts: tuple[Any, ...]) -> Weights:
-    """``w`` with others for `_of_gates`."""
-    w_x, w_h, b, x, h = parts
-    return w._replace(w_x=w_x, w_h=w_h, b=b, norm=None if w.norm is None else w.norm._replace(x=x, h=h))
-
-
-def _like(spec: PartitionSpec, tree: Any) -> Any:
-    """The same for every array of a tree."""
-    return jax.tree.map(lambda _: spec, tree)
-
-
-def _equations(cell: Cell, weights: Weights, how: How, state: State) -> scan.Equations:
-    """Those of the units that lie here."""
-    dtype, sums = how.dtype, state.h.dtype
-
-    @scan.puts_out_h
-    def step(z_x: Array, before: State, noise: RegularizerMasks) -> State:
-        h = before.h
-        if weights.w_p is None:
-            h = lax.all_gather(h.astype(dtype), UNITS, axis=1, tiled=True)  # (B, H): the one exchange of a step
-        z, z_h = z_x, matvec(weights.w_h, h, dtype, sums)
+    def step(z_x: Array, state: State, masks: RegularizerMasks) -> State:
+        h = state.h
+        if mesh_axis is not None and weights.w_p is None:
+            h = lax.all_gather(h.astype(dtype), mesh_axis, axis=1, tiled=True)  # (B, H): the exchange of a step
+        z, z_h = z_x, matvec(weights.w_h, h, dtype, accum_dtype)
         if weights.norm is None:
             z, z_h = z + z_h, None
-        z, z_h = jax.tree.map(lambda a: slabs(a, cell.num_gates, -1), (z, z_h))
-        c, m = advance(
-            cell, weights, z, z_h, before.c, noise.candidate_mask, how.rates, axis=z_x.ndim - 1, across=UNITS
+        z, z_h = jax.tree.map(lambda a: split_gates(a, cell.num_gates, -1), (z, z_h))
+        c, h = apply_gates(
+            cell, weights, z, z_h, state.c, masks.candidate_mask, context.rates, axis=z_x.ndim - 1, mesh_axis=mesh_axis
         )
         if weights.w_p is not None:
-            m = lax.psum(matvec(weights.w_p, m, dtype, sums), UNITS)  # (B, P): the exchange with a projection
-        return apply_zoneout(how.rates, noise, State(m, c), before)
+            h = matvec(weights.w_p, h, dtype, accum_dtype)
+            h = h if mesh_axis is None else lax.psum(h, mesh_axis)  # (B, P): the exchange with a projection
+        return apply_zoneout(context.rates, masks, State(h, c), state)
 
-    return scan.Equations(partial(input_part, weights, dtype=dtype, sums=sums), step)
+    return ScanFns(partial(project_inputs, weights, dtype=dtype, accum_dtype=accum_dtype), emit_hidden(step))
+
+
+def _pvary(direction: Direction, batch_axis: str) -> Direction:
+    """Marks the arrays without a batch axis as varying over the batch."""
+    weights, restart_state = jax.tree.map(
+        lambda a: lax.pcast(a, batch_axis, to="varying"), (direction.weights, direction.restart_state)
+    )
+    return direction._replace(weights=weights, restart_state=restart_state)
+
+
+def _split_gates(cell: Cell, w: Weights) -> Weights:
+    """Reshapes ``(G*H, ...)`` to ``(G, H, ...)``, so that all gates of a unit are on one device."""
+    return _map_gates(lambda a: a.reshape(cell.num_gates, -1, *a.shape[1:]), w)
+
+
+def _stack_gates(w: Weights) -> Weights:
+    """Inverts `_split_gates`."""
+    return _map_gates(lambda a: a.reshape(-1, *a.shape[2:]), w)
+
+
+def _map_gates(f: Any, w: Weights) -> Weights:
+    """Applies ``f`` to the arrays that have rows for every gate."""
+    norm = None if w.norm is None else w.norm._replace(x=f(w.norm.x), h=f(w.norm.h))
+    return w._replace(w_x=f(w.w_x), w_h=f(w.w_h), b=None if w.b is None else f(w.b), norm=norm)
+
+
+def _direction_spec(direction: Direction, batch_axis: str | None) -> Direction:
+    """Returns how the arrays of a direction are sharded; the weights come from `_split_gates`."""
+    w = direction.weights
+    # Of (H,), (P, H) and (K, H) the last axis is units, of (G, H, ...) the second.
+    weights = jax.tree.map(lambda a: PartitionSpec(*[None] * (a.ndim - 1), UNITS_AXIS), w)
+    weights = _map_gates(lambda _: PartitionSpec(None, UNITS_AXIS), weights)
+    h_axis = UNITS_AXIS if w.w_p is None else None  # a projected h is whole on every device
+    over_time = PartitionSpec(None, batch_axis)
+
+    def like(spec: PartitionSpec, tree: Tree) -> Tree:
+        return jax.tree.map(lambda _: spec, tree)
+
+    def state_spec(state: State, *leading: str | None) -> Any:
+        return State(
+            h=like(PartitionSpec(*leading, h_axis), state.h), c=like(PartitionSpec(*leading, UNITS_AXIS), state.c)
+        )
+
+    masks = RegularizerMasks(
+        candidate_mask=like(PartitionSpec(None, batch_axis, UNITS_AXIS), direction.masks.candidate_mask),
+        zoneout_mask_h=like(PartitionSpec(None, batch_axis, h_axis), direction.masks.zoneout_mask_h),
+        zoneout_mask_c=like(PartitionSpec(None, batch_axis, UNITS_AXIS), direction.masks.zoneout_mask_c),
+    )
+    return Direction(
+        weights=weights,
+        xs=like(over_time, direction.xs),
+        state=state_spec(direction.state, batch_axis),
+        step_mask=like(over_time, direction.step_mask),
+        restarts=like(over_time, direction.restarts),
+        restart_state=None if direction.restart_state is None else state_spec(direction.restart_state),
+        masks=masks,
+    )

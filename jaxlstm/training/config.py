@@ -1,4 +1,4 @@
-"""The options of a run, as they are typed and as ``config.json`` keeps them."""
+"""Options of a training run: names, defaults, limits, help texts, and their form in ``config.json``."""
 
 import dataclasses
 import json
@@ -7,168 +7,223 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from jaxlstm.lstm import RATES
-from jaxlstm.training.data import text as data
+from jaxlstm.training.data import text
+
+Limit = Literal["positive", "non-negative", "fraction"]
+
+
+def _option(default: Any, help_text: str, limit: Limit | None = None) -> Any:
+    """Declares an option with its default, its line of ``--help`` and the limit that `Options` checks."""
+    return dataclasses.field(default=default, metadata={"help": help_text, "limit": limit})
 
 
 @dataclass(frozen=True)
 class Options:
-    """Train a character language model, an LSTM, on real text."""
+    """Options of one command line of ``train.py``; `groups` sorts them for ``--help``.
 
-    task: Literal["charlm", "wordlm", "adding", "copy", "digits", "forecast"] = "charlm"
-    """What is learnt: the next character or word of a text (charlm, wordlm), memory over --window steps (adding,
-    copy), digits from the rows of their images, or the next --horizon steps of a time series (forecast)."""
-    data: str = data.EMBEDDED
-    """Text: python-reference (inside every CPython), tinyshakespeare (fetched once), or the path of a UTF-8 file. Of
-    --task forecast: the path of a CSV file with a header and a column of dates."""
-    run_dir: Path | None = None
-    """Folder for everything the run leaves behind; new or empty. By default runs/ and the time of day."""
-    resume: Path | None = None
-    """Folder of a run to go on with, from its latest checkpoint and with its options. Only bounds and intervals (in
-    steps) may be given anew."""
-    seed: int = 0
-    """Seed of the initial weights, of dropout and of the order of the data."""
+    Raises:
+      ValueError: if a value is outside its limit.
+    """
 
-    max_steps: int | None = None
-    """Bound on the run, in steps (updates). Without any bound: 1,200."""
-    max_seconds: float | None = None
-    """Bound on the run, in seconds of wall clock, compilation and validation included; a resumed run counts on."""
+    # Data and task.
+    task: Literal["charlm", "wordlm", "adding", "copy", "digits", "forecast"] = _option(
+        "charlm", "Task: characters or words of a text, adding or copying over --window steps, digits, a time series."
+    )
+    data: str = _option(
+        text.EMBEDDED,
+        "Text: python-reference, tinyshakespeare (downloaded) or a UTF-8 file; for forecast a CSV file with dates.",
+    )
+    batch: int = _option(32, "Batch size: sequences, or parallel streams of text, per step.", "positive")
+    window: int = _option(
+        64,
+        "Steps per sequence; for text, characters or words per stream and step (truncated backpropagation).",
+        "positive",
+    )
+    horizon: int = _option(26, "Steps to forecast.", "positive")
+    season: int = _option(52, "Steps of one season: the baseline forecast repeats the last one.", "positive")
 
-    embedding: int = 64
-    """Size of a character's embedding."""
-    hidden: int = 512
-    """Hidden units of a layer."""
-    layers: int = 1
-    """Number of layers."""
-    cell: Literal["lstm", "peephole", "cifg", "rnn"] = "lstm"
-    """Kind of cell: LSTM, with peepholes, with coupled input and forget gate, or vanilla."""
-    bidirectional: bool = False
-    """A second direction, backward in time; not for language models."""
-    chrono: int | None = None
-    """Longest dependency expected, in steps: draws the biases of forget and input gate for it. By default that of
-    --task adding and copy, and none of the others."""
-    layer_norm: bool = False
-    """Normalise the layers' pre-activations and cell states."""
-    projection: int | None = None
-    """Size to which each layer's outputs are projected. By default none: the outputs are the hidden units."""
-    tied: bool = False
-    """Softmax weights tied to the embedding, whose size is then that of the outputs (see --projection)."""
+    # Model.
+    cell: Literal["lstm", "peephole", "cifg", "rnn"] = _option(
+        "lstm", "Cell: LSTM, with peepholes, with coupled input and forget gates (CIFG), or vanilla RNN."
+    )
+    hidden: int = _option(512, "Hidden size of each layer.", "positive")
+    layers: int = _option(1, "Number of layers.", "positive")
+    bidirectional: bool = _option(False, "Add a direction that runs backward in time; not for language models.")
+    embedding: int = _option(64, "Embedding size.", "positive")
+    projection: int | None = _option(
+        None, "Size to project each layer's outputs to. Default: no projection.", "positive"
+    )
+    tied: bool = _option(False, "Share the softmax weights with the embedding, whose size must equal the output size.")
+    layer_norm: bool = _option(False, "Normalize the pre-activations and cell states of each layer.")
+    chrono: int | None = _option(
+        None, "Longest dependency in steps, for the initial gate biases. Default: set by adding and copy.", "positive"
+    )
+    dtype: Literal["float32", "bfloat16"] = _option(
+        "float32", "Dtype of matrix products; parameters, sums and state stay float32."
+    )
 
-    dropout: float = 0.4
-    """Share of each layer's outputs dropped in training, in [0, 1)."""
-    input_dropout: float = 0.0
-    """Share of the embeddings' elements dropped, by one mask for a whole window, in [0, 1)."""
-    embedding_dropout: float = 0.0
-    """Share of the characters or words whose embedding is dropped wherever they stand in a window, in [0, 1)."""
-    variational: bool = False
-    """One mask for a whole window for --dropout too."""
-    recurrent_dropout: float = 0.0
-    """Share of the candidates dropped, in [0, 1)."""
-    weight_drop: float = 0.0
-    """Share of the recurrent weights dropped at each step of training, in [0, 1)."""
-    zoneout_h: float = 0.0
-    """Share of the units whose output stays as it was, in [0, 1)."""
-    zoneout_c: float = 0.0
-    """Share of the units whose cell state stays as it was, in [0, 1)."""
-    activation: float = 0.0
-    """Weight of the mean square of the outputs in the loss; AWD-LSTM has 2."""
-    temporal_activation: float = 0.0
-    """Weight of the mean square of the outputs' change from step to step in the loss; AWD-LSTM has 1."""
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    """Type of matrix products; parameters, sums and state stay float32."""
+    # Regularization.
+    dropout: float = _option(0.4, "Dropout rate of each layer's outputs, in [0, 1).", "fraction")
+    input_dropout: float = _option(
+        0.0, "Dropout rate of the first layer's inputs, one mask per window, in [0, 1).", "fraction"
+    )
+    embedding_dropout: float = _option(
+        0.0, "Rate at which whole embeddings are dropped, one mask per window, in [0, 1).", "fraction"
+    )
+    variational: bool = _option(False, "Use one mask per window for --dropout too.")
+    recurrent_dropout: float = _option(0.0, "Dropout rate of the cell candidates, in [0, 1).", "fraction")
+    weight_drop: float = _option(0.0, "Dropout rate of the recurrent weights, in [0, 1).", "fraction")
+    zoneout_h: float = _option(0.0, "Zoneout rate of the outputs, in [0, 1).", "fraction")
+    zoneout_c: float = _option(0.0, "Zoneout rate of the cell states, in [0, 1).", "fraction")
+    activation: float = _option(
+        0.0, "Weight of activation regularization, the mean squared output; AWD-LSTM uses 2.", "non-negative"
+    )
+    temporal_activation: float = _option(
+        0.0, "Weight of the mean squared change of the output per step; AWD-LSTM uses 1.", "non-negative"
+    )
 
-    batch: int = 32
-    """Streams of text trained side by side."""
-    window: int = 64
-    """Characters per stream and step: the span of truncated backpropagation through time."""
-    horizon: int = 26
-    """Steps to forecast at once."""
-    season: int = 52
-    """Steps after which a time series is expected to repeat itself: what a forecast is measured against."""
-    optimizer: Literal["adamw", "asgd"] = "adamw"
-    """AdamW, or SGD whose parameters are averaged once validation stops getting better (AWD-LSTM)."""
-    learning_rate: float | None = None
-    """Peak of the learning rate. By default 4e-3 for AdamW and 0.3 for SGD."""
-    warmup: float = 0.02
-    """Share of the run in which the learning rate rises to its peak; AdamW's goes down from there by a cosine."""
-    weight_decay: float = 0.01
-    """AdamW's decoupled weight decay, on matrices."""
-    clip: float = 1.0
-    """Largest global norm of a gradient; a longer one is scaled down to it."""
+    # Optimization.
+    max_steps: int | None = _option(
+        None, "Limit of the run in steps (updates). Default: 1,200 without --max-seconds, else none.", "positive"
+    )
+    max_seconds: float | None = _option(
+        None,
+        "Limit of the run in seconds, compilation and validation included; resumed runs continue the count.",
+        "positive",
+    )
+    optimizer: Literal["adamw", "asgd"] = _option(
+        "adamw", "AdamW, or SGD that averages the parameters once validation stops improving (AWD-LSTM)."
+    )
+    learning_rate: float | None = _option(
+        None, "Peak learning rate. Default: 4e-3 for adamw, 0.3 for asgd.", "positive"
+    )
+    warmup: float = _option(
+        0.02, "Fraction of the run with a rising learning rate; AdamW's then falls along a cosine.", "fraction"
+    )
+    weight_decay: float = _option(0.01, "Decoupled weight decay of matrices.", "non-negative")
+    clip: float = _option(1.0, "Largest global gradient norm; larger gradients are scaled down.", "positive")
+    max_skipped: int = _option(
+        10, "Consecutive steps with a non-finite loss or gradient, each skipped, before the run fails.", "positive"
+    )
+    seed: int = _option(0, "Seed of initial weights, dropout and data order.", "non-negative")
 
-    log_every: int = 50
-    """Steps between two records of the training loss."""
-    valid_every: int = 500
-    """Steps between two passes over the whole validation text."""
-    save_every: int = 200
-    """Steps that a crash costs at most. A checkpoint is begun every half of that, and not before the last one is whole;
-    the latest three are kept."""
-    max_skipped: int = 10
-    """Steps in a row whose loss or gradient is not finite, each skipped and counted, after which the run gives up."""
+    # Run and output.
+    run_dir: Path | None = _option(None, "Run directory, new or empty. Default: runs/ and the current time.")
+    resume: Path | None = _option(
+        None, "Run directory to resume from its latest checkpoint; only limits, intervals and outputs may change."
+    )
+    log_every: int = _option(50, "Interval in steps between rows of the training loss.", "positive")
+    valid_every: int = _option(500, "Interval in steps between validations.", "positive")
+    save_every: int = _option(
+        200,
+        "Largest number of steps lost by a crash; a checkpoint starts every half of it, three are kept.",
+        "positive",
+    )
+    diagnose: int = _option(
+        250,
+        "Interval in steps between rows of gate saturation and gradient norms per layer; 0 turns them off.",
+        "non-negative",
+    )
+    tensorboard: bool = _option(False, "Write the metrics for TensorBoard too.")
+    profile: int | None = _option(
+        None, "Number of steps to profile, from the third on, for TensorBoard and ui.perfetto.dev.", "positive"
+    )
 
-    diagnose: int = 250
-    """Steps between two records of saturated gates and gradient norms, layer by layer; 0 for none."""
-    tensorboard: bool = False
-    """Write the metrics for TensorBoard too."""
-    profile: int | None = None
-    """Steps to trace, from the third on: for TensorBoard and, as perfetto_trace.json.gz, for ui.perfetto.dev."""
+    # Devices.
+    mesh: str | None = _option(
+        None, "Device mesh such as data=4,model=2: batch split over data, hidden units over model."
+    )
+    coordinator: str | None = _option(
+        None, "Address and port of process 0, for several processes; auto asks the cluster (SLURM, TPU, ...)."
+    )
+    processes: int = _option(
+        1, "Number of processes, all started with the same options except --process, one run directory.", "positive"
+    )
+    process: int = _option(0, "Index of this process, from 0.", "non-negative")
 
-    mesh: str | None = None
-    """Devices to train on, as in data=4,model=2: the batch lies over data, the hidden units over model."""
-    coordinator: str | None = None
-    """Address and port of the first process, for a run of more than one; auto asks the cluster (SLURM, TPU, ...)."""
-    processes: int = 1
-    """Number of processes, each started with the same options but for --process. They share the folder of the run."""
-    process: int = 0
-    """Which of the processes this is, from 0."""
-
-    sample: Path | None = None
-    """Folder of a finished run: write text with its best parameters instead of training."""
-    prompt: str = "\n"
-    """What a sample goes on from."""
-    length: int = 500
-    """Characters of a sample."""
-    temperature: float = 0.8
-    """Divides the logits of a sample: lower is safer, 0 takes the likeliest character each time."""
+    # Sampling.
+    sample: Path | None = _option(None, "Run directory: write text with its best parameters instead of training.")
+    prompt: str = _option("\n", "Beginning of the text.")
+    length: int = _option(500, "Characters or words to write.", "positive")
+    temperature: float = _option(
+        0.8, "Divisor of the logits: lower is safer, 0 always takes the most likely character.", "non-negative"
+    )
 
     def __post_init__(self) -> None:
-        counts = (
-            "embedding",
-            "hidden",
-            "layers",
-            "batch",
-            "window",
-            "length",
-            "horizon",
-            "season",
-            "processes",
-            *INTERVALS,
-        )
-        for name in (*counts, "projection", "chrono", "profile", "max_steps", "max_seconds", "learning_rate", "clip"):
-            value = getattr(self, name)
-            if value is not None and not (value > 0 and math.isfinite(value)):
-                raise ValueError(f"--{name.replace('_', '-')} must be greater than 0, got {value}")
-        numbers = ("temperature", "weight_decay", "seed", "process", "activation", "temporal_activation", "diagnose")
-        for name in numbers:
-            if not 0 <= getattr(self, name) < math.inf:
-                raise ValueError(
-                    f"--{name.replace('_', '-')} must be finite and not negative, got {getattr(self, name)}"
-                )
+        for field in dataclasses.fields(self):
+            check_limit(flag(field.name), getattr(self, field.name), field.metadata["limit"])
         check_seed(self.seed)
-        for name in ("warmup", "embedding_dropout", *(name for name in RATES if name != "output_dropout")):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"--{name.replace('_', '-')} must lie in [0, 1), got {getattr(self, name)}")
 
 
-INTERVALS = ("log_every", "valid_every", "save_every", "max_skipped")
-MAY_CHANGE = ("max_steps", "max_seconds", "diagnose", "mesh", "tensorboard", "profile", *INTERVALS)  # when resumed
-OF_THE_MACHINES = ("coordinator", "processes", "process")
-OF_ONE_COMMAND = ("run_dir", "resume", "sample", "prompt", "length", "temperature")
-NOT_KEPT = (*OF_THE_MACHINES, *OF_ONE_COMMAND)  # have no part in training
+# `--help` shows the options in groups: the first option of each, in the order of `Options`.
+FIRST_OF_GROUP = {
+    "task": "data_and_task",
+    "cell": "model",
+    "dropout": "regularization",
+    "max_steps": "optimization",
+    "run_dir": "run_and_output",
+    "mesh": "device",
+    "sample": "sampling",
+}
+CHANGEABLE_ON_RESUME = (
+    "max_steps",
+    "max_seconds",
+    "log_every",
+    "valid_every",
+    "save_every",
+    "max_skipped",
+    "diagnose",
+    "mesh",
+    "tensorboard",
+    "profile",
+)
+# No influence on training, so ignored when a configuration is loaded or compared.
+NOT_PART_OF_A_RUN = (
+    "coordinator",
+    "processes",
+    "process",
+    "run_dir",
+    "resume",
+    "sample",
+    "prompt",
+    "length",
+    "temperature",
+)
+
+
+def groups() -> dict[str, list[dataclasses.Field[Any]]]:
+    """Returns the options by group."""
+    result: dict[str, list[dataclasses.Field[Any]]] = {}
+    group = ""
+    for field in dataclasses.fields(Options):
+        group = FIRST_OF_GROUP.get(field.name, group)
+        result.setdefault(group, []).append(field)
+    return result
+
+
+def flag(name: str) -> str:
+    """Returns the command-line flag of an option: ``run_dir`` gives ``--run-dir``."""
+    return f"--{name.replace('_', '-')}"
+
+
+def check_limit(name: str, value: Any, limit: Limit | None) -> None:
+    """Checks a number against a limit; None passes.
+
+    Raises:
+      ValueError: names the option, the value and the limit.
+    """
+    if limit is None or value is None:
+        return
+    if limit == "positive" and not 0 < value < math.inf:
+        raise ValueError(f"{name} must be greater than 0, got {value}")
+    if limit == "non-negative" and not 0 <= value < math.inf:
+        raise ValueError(f"{name} must be finite and not negative, got {value}")
+    if limit == "fraction" and not 0 <= value < 1:
+        raise ValueError(f"{name} must lie in [0, 1), got {value}")
 
 
 def check_seed(seed: int) -> None:
-    """A seed that `jax.random.key` takes.
+    """Checks that `jax.random.key` accepts a seed.
 
     Raises:
       ValueError: if it is too large.
@@ -177,40 +232,46 @@ def check_seed(seed: int) -> None:
         raise ValueError(f"--seed must be less than 2**63, got {seed}")
 
 
-def help_text(text: str) -> str:
-    """A module's docstring for tyro, which runs the lines of a paragraph together: every line is one."""
-    return "\n\n".join(filter(None, text.splitlines()))
-
-
 def to_json(options: Options) -> dict[str, Any]:
-    """The options as ``config.json`` has them."""
-    values = {field.name: getattr(options, field.name) for field in dataclasses.fields(options)}
+    """Returns the options as JSON values, for ``config.json``."""
+    values = {field.name: getattr(options, field.name) for field in dataclasses.fields(Options)}
     return {name: str(value) if isinstance(value, Path) else value for name, value in values.items()}
 
 
-def of_run(folder: Path, flag: str) -> tuple[Options, dict[str, Any]]:
-    """The options of the run in a folder, and its whole configuration.
+def load_config(run_dir: Path, flag: str) -> tuple[Options, dict[str, Any]]:
+    """Reads the configuration of a run.
+
+    Args:
+      run_dir: the run directory.
+      flag: the option that named it, for error messages.
+
+    Returns:
+      The run's options, and all of ``config.json``.
 
     Raises:
-      ValueError: if it is not the folder of a run; the message names the option ``flag`` that gave it.
+      ValueError: if the folder is not a run directory, or its configuration is damaged.
     """
-    path = folder / "config.json"
+    path = run_dir / "config.json"
+    known = {field.name for field in dataclasses.fields(Options)}.difference(NOT_PART_OF_A_RUN)
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
-        known = {field.name for field in dataclasses.fields(Options)}.difference(NOT_KEPT)
         return Options(**{name: value for name, value in config["options"].items() if name in known}), config
     except OSError as error:
-        raise ValueError(f"{flag} {folder} is not the folder of a run: {path}: {error.strerror}") from None
+        raise ValueError(f"{flag} {run_dir} is not the folder of a run: {path}: {error.strerror}") from None
     except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
         raise ValueError(f"{path} is not the configuration of a run: {error!r}") from None
 
 
-def differences(options: Options, kept: dict[str, Any]) -> list[str]:
-    """What of the options is not as in a run: ``--hidden is 256, expected 512``; what may change is left out."""
-    mine = to_json(options)
-    fixed = (name for name in mine if name not in (*MAY_CHANGE, *NOT_KEPT))
+def differences(options: Options, saved: dict[str, Any]) -> list[str]:
+    """Lists options that differ from a run's, such as ``--hidden is 256, expected 512``.
+
+    Args:
+      options: the expected options.
+      saved: options of the run, as `to_json` gives them; those that may change on resuming are not compared.
+    """
+    expected = to_json(options)
     return [
-        f"--{name.replace('_', '-')} is {kept.get(name)}, expected {mine[name]}"
-        for name in fixed
-        if kept.get(name) != mine[name]
+        f"{flag(name)} is {saved.get(name)}, expected {value}"
+        for name, value in expected.items()
+        if name not in (*CHANGEABLE_ON_RESUME, *NOT_PART_OF_A_RUN) and saved.get(name) != value
     ]

@@ -1,4 +1,4 @@
-"""What a run shows and writes down: progress, metrics, curves."""
+"""Output of a run: progress on the terminal, ``metrics.jsonl``, TensorBoard files and the plot of the losses."""
 
 import json
 import math
@@ -14,19 +14,20 @@ from rich.table import Column
 from rich.text import Text
 
 from jaxlstm.atomic_write import atomic_write, write_error
+from jaxlstm.errors import optional_package
 
 
 def write_json(path: Path, value: Any) -> None:
-    """``value`` as JSON, by `atomic_write`."""
+    """Writes a value as indented JSON, atomically."""
     with atomic_write(path) as file:
         file.write((json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())
 
 
-def keep_rows(path: Path, count: int) -> list[dict[str, Any]]:
-    """The first ``count`` rows of a file of JSON lines, and nothing else left in the file.
+def truncate_rows(path: Path, count: int) -> list[dict[str, Any]]:
+    """Truncates a file of JSON lines to its first ``count`` rows, and returns them.
 
     Raises:
-      ValueError: if there are fewer.
+      ValueError: if there are fewer rows, or one of them is not JSON.
     """
     lines = path.read_text(encoding="utf-8").splitlines()[:count] if path.exists() else []
     try:
@@ -40,8 +41,8 @@ def keep_rows(path: Path, count: int) -> list[dict[str, Any]]:
     return rows
 
 
-def clock(seconds: float) -> str:
-    """Seconds as ``m:ss`` or ``h:mm:ss``."""
+def format_duration(seconds: float) -> str:
+    """Returns seconds as ``m:ss`` or ``h:mm:ss``."""
     if math.isinf(seconds):
         return "-:--"
     minutes, s = divmod(max(0, round(seconds)), 60)
@@ -49,64 +50,60 @@ def clock(seconds: float) -> str:
     return f"{hours}:{m:02}:{s:02}" if hours else f"{m}:{s:02}"
 
 
-def short(counted: str) -> str:
-    """What is counted, for a narrow line."""
-    return {"characters": "char", "words": "word"}.get(counted, counted)
-
-
-def say(console: Console, text: str) -> None:
-    """A line as it is: nothing in it is markup, the code of an emoji, or folded."""
+def print_line(console: Console, text: str) -> None:
+    """Prints text literally: without markup, emoji codes or line wrapping."""
     console.print(text, markup=False, emoji=False, highlight=False, soft_wrap=True)
 
 
-class _Remaining(ProgressColumn):
+class _RemainingTime(ProgressColumn):
     def render(self, task: Task) -> Text:
         return Text(f"{task.fields['left']} left", style="progress.remaining")
 
 
 class Report:
-    """Progress on a terminal or in plain lines, and ``metrics.jsonl`` in the folder of the run.
+    """Progress as a bar on a terminal, otherwise as plain lines, and rows of ``metrics.jsonl`` in the run directory.
 
     Args:
-      folder: of the run; it exists.
-      console: where to show; one that is not a terminal gets plain lines.
-      counted: what speed is measured in, as in ``"characters"``.
-      say: a loss, with its unit.
-      rows: number of rows that are in ``metrics.jsonl`` already and to be kept; what a killed run wrote after them is
-        dropped.
-      tensorboard: whether to write the figures for TensorBoard too, into the folder ``tensorboard``.
+      run_dir: the run directory; it exists.
+      console: console for progress.
+      unit_name: unit of the training speed, such as ``"characters"``.
+      format_loss: formats a loss with its unit.
+      num_rows: number of rows of an existing ``metrics.jsonl`` to keep; rows that a killed run wrote after its last
+        checkpoint are removed.
+      tensorboard: whether to write the metrics for TensorBoard too, into the folder ``tensorboard``.
     """
 
     def __init__(
         self,
-        folder: Path,
+        run_dir: Path,
         console: Console,
-        counted: str,
-        say: Callable[[float], str],
-        rows: int = 0,
+        unit_name: str,
+        format_loss: Callable[[float], str],
+        num_rows: int = 0,
         *,
         tensorboard: bool = False,
     ) -> None:
-        self._counted, self._say = counted, say
         self.console = console
-        self._path = folder / "metrics.jsonl"
-        self.rows = keep_rows(self._path, rows)
-        self._metrics = self._path.open("a", encoding="utf-8")
-        last = self.rows[-1]["step"] if self.rows else 0
-        self._board = _tensorboard(folder / "tensorboard", last + 1) if tensorboard else None
+        self._unit_name, self._format_loss = unit_name, format_loss
+        self._short_unit = {"characters": "char", "words": "word"}.get(unit_name, unit_name)
+        self._path = run_dir / "metrics.jsonl"
+        self.rows = truncate_rows(self._path, num_rows)
+        self._file = self._path.open("a", encoding="utf-8")
+        last_step = self.rows[-1]["step"] if self.rows else 0
+        self._tensorboard = _summary_writer(run_dir / "tensorboard", last_step + 1) if tensorboard else None
         columns = (
             TextColumn("{task.fields[figures]}", markup=False),
             BarColumn(None),
-            _Remaining(Column(no_wrap=True)),
+            _RemainingTime(Column(no_wrap=True)),
         )
         self._bar = Progress(*columns, console=console, disable=not console.is_terminal, expand=True)
-        self._task = self._bar.add_task("", total=1.0, figures="compiling", left="-:--")
-        self._began, self._progress = time.perf_counter(), 0.0
-        self._valid = ""  # the last validation, for the bar
+        self._bar_task = self._bar.add_task("", total=1.0, figures="compiling", left="-:--")
+        self._start_time, self._start_progress = time.perf_counter(), 0.0
+        self._last_validation = ""  # shown in the bar
 
-    def begin(self, progress: float) -> None:
-        """The clock of the time left starts here, at this share of the run."""
-        self._began, self._progress = time.perf_counter(), progress
+    def start_clock(self, progress: float) -> None:
+        """Starts the clock of the remaining time at a completed fraction of the run."""
+        self._start_time, self._start_progress = time.perf_counter(), progress
 
     def __enter__(self) -> "Report":
         self._bar.start()
@@ -115,84 +112,91 @@ class Report:
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._bar.stop()
         try:
-            self._metrics.close()
-        except OSError:  # a row that could not be written is tried again here
+            self._file.close()
+        except OSError:  # closing tries again to write a row that failed
             if error is None:
                 raise
-        if self._board is not None:
-            self._board.close()
+        if self._tensorboard is not None:
+            self._tensorboard.close()
 
-    def train(self, step: int, loss: float, speed: float, progress: float, skipped: int) -> None:
-        """Record the training loss.
+    def training_row(self, step: int, loss: float, speed: float, progress: float, skipped: int) -> None:
+        """Records the training loss and updates the progress.
 
         Args:
-          step: the step it is at.
-          loss: mean since the last record, over steps whose loss was finite; NaN if none was.
-          speed: what is counted, per second.
-          progress: in [0, 1], gives the time left.
-          skipped: steps skipped so far.
+          step: the current step.
+          loss: mean of the finite losses since the last row; NaN if there was none.
+          speed: units per second.
+          progress: completed fraction of the run, for the remaining time.
+          skipped: number of steps skipped so far.
         """
-        self._write(step, "train", {"loss": loss, f"{self._counted}_per_second": speed, "skipped": skipped})
-        done = progress - self._progress
-        left = (time.perf_counter() - self._began) * (1 - progress) / done if done > 0 else math.inf
-        line = f"{self._figures(step, loss)}  {speed:>9,.0f} {short(self._counted)}/s"
+        self._write(step, "train", {"loss": loss, f"{self._unit_name}_per_second": speed, "skipped": skipped})
+        done = progress - self._start_progress
+        seconds_left = (time.perf_counter() - self._start_time) * (1 - progress) / done if done > 0 else math.inf
+        left = format_duration(seconds_left)
+        line = f"{self._step_and_loss(step, loss)}  {speed:>9,.0f} {self._short_unit}/s"
         line += f"  {skipped:,} skipped" if skipped else ""
-        self._bar.update(self._task, completed=progress, figures=self._fitting(line, clock(left)), left=clock(left))
+        self._bar.update(self._bar_task, completed=progress, figures=self._fit_width(line, left), left=left)
         if not self.console.is_terminal:
-            self.say(f"{line}  {clock(left)} left")
+            self.print_line(f"{line}  {left} left")
 
-    def _fitting(self, line: str, left: str) -> str:
-        """What there is room for beside the time left, which is never pushed out: figures are in the metrics too."""
-        room = self.console.width - len(f"  {left} left")
-        whole = line + self._valid
-        return whole if len(whole) <= room else line if len(line) <= room else line[: room - 1] + "…"
-
-    def valid(self, step: int, figures: dict[str, float], speed: float, *, best: bool, sample: str) -> None:
-        """Record figures on the validation data, ``loss`` among them, and show what the model makes."""
-        self._write(step, "valid", figures | {f"{self._counted}_per_second": speed})
+    def validation_row(self, step: int, figures: dict[str, float], speed: float, *, is_best: bool, sample: str) -> None:
+        """Records figures on the validation data, ``loss`` among them, and prints them with a sample of the model."""
+        self._write(step, "valid", figures | {f"{self._unit_name}_per_second": speed})
         more = "".join(f"  {name} {value:.4g}" for name, value in figures.items() if name != "loss")
-        self._valid = f"  valid {figures['loss']:.4f}{more}"
-        line = f"{self._figures(step, figures['loss'])}{more}  {speed:>9,.0f} {short(self._counted)}/s  validation"
-        self.say(line + (", the best so far" if best else ""))
+        self._last_validation = f"  valid {figures['loss']:.4f}{more}"
+        line = f"{self._step_and_loss(step, figures['loss'])}{more}  {speed:>9,.0f} {self._short_unit}/s  validation"
+        self.print_line(line + (", the best so far" if is_best else ""))
         if sample:
-            self.say("".join(f"    | {line}\n" for line in sample.splitlines()).rstrip("\n"))
+            self.print_line("\n".join(f"    | {line}" for line in sample.splitlines()))
 
-    def diagnosis(self, step: int, figures: dict[str, float]) -> None:
-        """Record what was seen inside the network."""
+    def diagnosis_row(self, step: int, figures: dict[str, float]) -> None:
+        """Records gate saturation and gradient norms."""
         self._write(step, "diagnosis", figures)
 
-    def say(self, text: str) -> None:
-        """A line above the bar, as it is."""
-        say(self.console, text)
+    def print_line(self, text: str) -> None:
+        """Prints literal text above the bar."""
+        print_line(self.console, text)
 
-    def _figures(self, step: int, loss: float) -> str:
-        return f"step {step:>6,}  loss {self._say(loss)}"
+    def _step_and_loss(self, step: int, loss: float) -> str:
+        return f"step {step:>6,}  loss {self._format_loss(loss)}"
+
+    def _fit_width(self, line: str, left: str) -> str:
+        """Shortens the figures so that the remaining time fits beside them; they are in the metrics too."""
+        width = self.console.width - len(f"  {left} left")
+        if len(line + self._last_validation) <= width:
+            return line + self._last_validation
+        return line if len(line) <= width else line[: width - 1] + "…"
 
     def _write(self, step: int, split: str, figures: dict[str, float]) -> None:
         values = {name: value if math.isfinite(value) else None for name, value in figures.items()}  # JSON has no NaN
         self.rows.append({"step": step, "split": split} | values)
         try:
-            self._metrics.write(json.dumps(self.rows[-1]) + "\n")
-            self._metrics.flush()
+            self._file.write(json.dumps(self.rows[-1]) + "\n")
+            self._file.flush()
         except OSError as error:
             raise write_error(self._path, error) from None
-        if self._board is not None:
+        if self._tensorboard is not None:
             for name, value in figures.items():
-                self._board.add_scalar(f"{split}/{name}", value, step)
-            self._board.flush()
+                self._tensorboard.add_scalar(f"{split}/{name}", value, step)
+            self._tensorboard.flush()
 
 
-def _tensorboard(folder: Path, step: int) -> Any:
-    """A writer of TensorBoard's files; what a killed run wrote from ``step`` on is not shown."""
-    try:
+def _summary_writer(folder: Path, first_step: int) -> Any:
+    """Returns a writer of TensorBoard files; figures that a killed run wrote from ``first_step`` on are hidden."""
+    with optional_package("tensorboardX", extra="tensorboard", purpose="--tensorboard"):
         from tensorboardX import SummaryWriter
-    except ImportError:
-        raise ImportError("--tensorboard needs tensorboardX: pip install 'jaxlstm[tensorboard]'") from None
-    return SummaryWriter(str(folder), purge_step=step)
+    return SummaryWriter(str(folder), purge_step=first_step)
 
 
 def draw_curves(path: Path, rows: list[dict[str, Any]], title: str, unit: str) -> None:
-    """Training and validation loss over steps, as a PNG."""
+    """Plots training and validation loss over steps, as a PNG.
+
+    Args:
+      path: the file.
+      rows: rows of ``metrics.jsonl``.
+      title: title of the plot.
+      unit: unit of the loss; nats get a second axis in bits.
+    """
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 4.2), layout="constrained")
@@ -203,7 +207,7 @@ def draw_curves(path: Path, rows: list[dict[str, Any]], title: str, unit: str) -
             axes.plot(*zip(*points), label=label, color=color, marker=marker, markersize=4, linewidth=1.4)
     axes.set(xlabel="step", ylabel=f"loss ({unit})", title=title)
     if unit.startswith("nats"):
-        bits = axes.secondary_yaxis("right", functions=(_to_bits, _to_nats))
+        bits = axes.secondary_yaxis("right", functions=(_nats_to_bits, _bits_to_nats))
         bits.set_ylabel(unit.replace("nats", "bits"))
     axes.grid(alpha=0.3)
     axes.legend()
@@ -211,9 +215,9 @@ def draw_curves(path: Path, rows: list[dict[str, Any]], title: str, unit: str) -
         figure.savefig(file, format="png", dpi=150)
 
 
-def _to_bits(nats: Any) -> Any:
+def _nats_to_bits(nats: Any) -> Any:
     return nats / math.log(2)
 
 
-def _to_nats(bits: Any) -> Any:
+def _bits_to_nats(bits: Any) -> Any:
     return bits * math.log(2)

@@ -1,4 +1,4 @@
-"""What a training run records of its network's inside, cheap enough to be on all the time."""
+"""Gate saturation and gradient norms of a training step, cheap enough to record throughout a run."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -7,42 +7,43 @@ import jax
 from jax import Array
 
 from jaxlstm.diagnostics.gate_statistics import CANDIDATE, OPEN, SHUT
-from jaxlstm.diagnostics.trace import checked, record
+from jaxlstm.diagnostics.trace import check_args, record_trace
 from jaxlstm.lstm import LSTM
 from jaxlstm.params import State
 
 
-def saturation(
-    lstm: LSTM, reads: Callable[[Any, Any, Any], tuple[Array, State | None]]
+def gate_saturation(
+    lstm: LSTM, lstm_inputs: Callable[[Any, Any, Any], tuple[Array, State | None]]
 ) -> Callable[[Any, Any, Any], dict[str, Array]]:
-    """A compiled function that gives the shares of saturated gates on a batch.
+    """Returns a compiled function that computes the fractions of saturated gates on a batch.
 
     Args:
-      lstm: the recurrent network of a model whose parameters hold those of the network under ``lstm``.
-      reads: ``(params, carry, batch) -> (xs, state)``, the inputs of the network and the state that it starts from.
+      lstm: the recurrent network of a model; its parameters are the field ``lstm`` of the model's.
+      lstm_inputs: ``(params, carry, batch) -> (xs, state)``, inputs and initial state of the network.
 
     Returns:
-      ``(params, carry, batch) -> shares``: for each gate of each layer and direction, over all units, steps and
-      sequences, the share that is below 0.1, ``"gates.0.forward.f.shut"``, and above 0.9, ``"gates.0.forward.f.open"``.
+      ``(params, carry, batch) -> fractions``: for each gate of each layer and direction, over all units, steps and
+      sequences, the fraction below 0.1, ``"gates.0.forward.f.shut"``, and above 0.9, ``"gates.0.forward.f.open"``.
     """
 
     @jax.jit
-    def shares(params: Any, carry: Any, batch: Any) -> dict[str, Array]:
-        xs, state = reads(params, carry, batch)
-        layers = record(lstm, checked(lstm, params.lstm, xs, state), reverse=False).layers
-        return {
-            f"gates.{n}.{direction}.{name}.{word}": (gate < SHUT if word == "shut" else gate > OPEN).mean()
-            for n, layer in enumerate(layers)
-            for direction, steps in zip(("forward", "backward"), layer.all)
-            for name, gate in steps.gates.items()
-            if name != CANDIDATE
-            for word in ("shut", "open")
-        }
+    def fractions(params: Any, carry: Any, batch: Any) -> dict[str, Array]:
+        xs, state = lstm_inputs(params, carry, batch)
+        layers = record_trace(lstm, check_args(lstm, params.lstm, xs, state), reverse=False).layers
+        result = {}
+        for n, layer in enumerate(layers):
+            for direction, steps in zip(("forward", "backward"), layer.directions):
+                for name, gate in steps.gates.items():
+                    if name != CANDIDATE:
+                        prefix = f"gates.{n}.{direction}.{name}"
+                        result[f"{prefix}.shut"] = (gate < SHUT).mean()
+                        result[f"{prefix}.open"] = (gate > OPEN).mean()
+        return result
 
-    return shares
+    return fractions
 
 
-def figures(shares: Mapping[str, Array], gradient: Mapping[str, Array]) -> dict[str, float]:
-    """A row of a log: shares of saturated gates, and the norms of a gradient, each by its name."""
-    values = dict(shares) | {f"gradient.{name}": norm for name, norm in gradient.items()}
+def diagnosis_row(fractions: Mapping[str, Array], gradient_norms: Mapping[str, Array]) -> dict[str, float]:
+    """Returns one row of metrics: fractions of saturated gates and gradient norms by name."""
+    values = dict(fractions) | {f"gradient.{name}": norm for name, norm in gradient_norms.items()}
     return {name: float(value) for name, value in jax.device_get(values).items()}

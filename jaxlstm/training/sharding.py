@@ -1,7 +1,7 @@
-"""Training over many devices and many hosts: the mesh, and where every array lies on it.
+"""Training on several devices and hosts: the device mesh and the sharding of every array.
 
-The batch lies over the axis ``data`` of the mesh, the hidden units over ``model``. All processes run the same program;
-each puts its own rows of a batch on its own devices.
+The mesh has two axes: the batch is split over ``data``, the hidden units over ``model``. All processes run the same
+program; each puts its own part of a batch on its own devices.
 """
 
 import math
@@ -14,110 +14,117 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from jaxlstm.errors import first_line
+
 AXES = ("data", "model")
-AUTO = "auto"  # in place of the address of the first process
-BY_ROWS = ("w_x", "w_h", "b")  # of a recurrent layer: the leading axis counts gates and units
+AUTO = "auto"  # instead of the address of process 0
+SPLIT_BY_UNITS = ("w_x", "w_h", "b")  # of a recurrent layer; their leading axis holds gates times hidden units
 
 
-def axes(text: str) -> dict[str, int]:
-    """The axes of a mesh from text such as ``data=4,model=2``.
+def parse_mesh(text: str) -> dict[str, int]:
+    """Returns the axis sizes of a mesh from text such as ``data=4,model=2``.
 
     Raises:
-      ValueError: if it is anything else.
+      ValueError: if the text has another form.
     """
     parts = [part.partition("=") for part in text.split(",")]
     sizes = {name.strip(): size.strip() for name, _, size in parts}
-    if (
-        not set(sizes) <= set(AXES)
-        or len(parts) != len(sizes)
-        or not all(s.isdecimal() and int(s) for s in sizes.values())
-    ):
+    known = set(sizes) <= set(AXES) and len(parts) == len(sizes)
+    if not known or not all(size.isdecimal() and int(size) for size in sizes.values()):
         raise ValueError(f"--mesh takes axes and sizes such as data=4,model=2, got {text!r}")
     return {name: int(sizes.get(name, 1)) for name in AXES}
 
 
-def begin(text: str | None, coordinator: str | None, processes: int, process: int) -> Mesh | None:
-    """The mesh that ``--mesh`` describes, None for a single device; before anything else has touched a device.
+def initialize_devices(mesh: str | None, coordinator: str | None, processes: int, process: int) -> Mesh | None:
+    """Connects the processes and returns the device mesh; must be called before anything else uses a device.
 
-    On CPUs there are as many devices as the mesh needs.
+    On CPUs it creates as many devices as the mesh needs.
 
     Args:
-      text: such as ``data=4,model=2``.
-      coordinator: address and port of the first process, for more than one; ``"auto"`` where a cluster that JAX knows
-        has started the processes: it is asked for the address, their number and which of them this is.
+      mesh: axes and sizes such as ``data=4,model=2``; None for a single device.
+      coordinator: address and port of process 0, for more than one process; ``"auto"`` asks a cluster that JAX knows
+        for the address, the number of processes and the index of this one.
       processes: number of processes; with ``"auto"`` needed on CPUs only.
-      process: which of them this is; not used with ``"auto"``.
+      process: index of this process; ignored with ``"auto"``.
+
+    Returns:
+      The mesh, or None for a single device.
 
     Raises:
-      ValueError: if there are not as many devices as the mesh needs.
+      ValueError: if the cluster is unknown, or has fewer devices than the mesh needs.
     """
-    sizes = axes(text) if text else dict.fromkeys(AXES, 1)
+    sizes = parse_mesh(mesh) if mesh else dict.fromkeys(AXES, 1)
     needed = math.prod(sizes.values())
     if needed % processes:
-        raise ValueError(f"--mesh {text} needs {needed} devices, which {processes} processes cannot share out evenly")
-    if text:
+        raise ValueError(f"--mesh {mesh} needs {needed} devices, which {processes} processes cannot share out evenly")
+    if mesh:
         jax.config.update("jax_num_cpu_devices", needed // processes)
     if coordinator == AUTO:
         try:
             jax.distributed.initialize()
         except (ValueError, RuntimeError) as error:
-            reason = str(error).strip().split("\n")[0]
-            raise ValueError(f"--coordinator {AUTO} finds no cluster that JAX knows: {reason}") from None
+            message = f"--coordinator {AUTO} finds no cluster that JAX knows: {first_line(error)}"
+            raise ValueError(message) from None
     elif processes > 1:
         if coordinator is None:
-            raise ValueError(f"--processes {processes} needs --coordinator HOST:PORT, the address of the first of them")
+            raise ValueError(f"--processes {processes} needs --coordinator HOST:PORT, the address of process 0")
         jax.distributed.initialize(coordinator, processes, process)
     if needed > len(jax.devices()):
-        raise ValueError(f"--mesh {text} needs {needed} devices, got {len(jax.devices())}")
-    if not text:
+        raise ValueError(f"--mesh {mesh} needs {needed} devices, got {len(jax.devices())}")
+    if not mesh:
         return None
     return jax.make_mesh(tuple(sizes.values()), AXES, axis_types=(AxisType.Auto,) * 2, devices=jax.devices()[:needed])
 
 
 def place_batch(mesh: Mesh | None) -> Callable[[Any], Any]:
-    """A function that puts a batch on the devices: the axis behind time, or that of a vector, is that of the rows."""
+    """Returns a function that puts a batch on the devices.
+
+    Arrays ``(T, B, ...)`` and ``(B,)`` are split over ``data`` along B; scalars are replicated.
+    """
     if mesh is None:
         return jax.device_put
 
     def place(a: Any) -> jax.Array:
         a = np.asarray(a)
         spec = PartitionSpec(*[None] * min(a.ndim - 1, 1), "data") if a.ndim else PartitionSpec()
-        # Each process reads the rows that its devices hold, and no others.
+        # Each process reads only the rows on its devices.
         return jax.make_array_from_callback(a.shape, NamedSharding(mesh, spec), lambda index: a[index])
 
     return lambda batch: jax.tree.map(place, batch)
 
 
 def place_state(mesh: Mesh | None, state: Any) -> Any:
-    """A training state on the mesh.
+    """Returns a training state placed on the mesh.
 
-    The rows of recurrent weights, and what the optimiser keeps of them, lie over ``model``; the recurrent state over
-    both axes; all else on every device.
+    Recurrent weights, and the optimizer's moments of them, are split over ``model``; the recurrent state over both
+    axes; everything else is replicated, also arrays that do not divide evenly.
     """
     if mesh is None:
         return state
 
-    def spec(path: Any, a: Any) -> PartitionSpec:
-        names = jax.tree_util.keystr(path, simple=True, separator=".").split(".")
-        if names[0] == "carry":
-            wanted = PartitionSpec(None, "data", "model")
-        elif "lstm" in names and names[-1] in BY_ROWS:
-            wanted = PartitionSpec("model")
-        else:
-            return PartitionSpec()
-        even = all(name is None or size % mesh.shape[name] == 0 for size, name in zip(a.shape, wanted))
-        return wanted if even else PartitionSpec()
+    def place(path: Any, a: Any) -> Any:
+        if jnp.issubdtype(a.dtype, jax.dtypes.prng_key):  # as integers: keys cannot be sent to other processes
+            return jax.random.wrap_key_data(place(path, jax.random.key_data(a)), impl=jax.random.key_impl(a))
+        return jax.device_put(np.asarray(a), NamedSharding(mesh, _state_spec(mesh, path, a.shape)))
 
-    def put(path: Any, a: Any) -> Any:
-        if jnp.issubdtype(a.dtype, jax.dtypes.prng_key):  # its integers, since keys do not go to other processes
-            return jax.random.wrap_key_data(put(path, jax.random.key_data(a)), impl=jax.random.key_impl(a))
-        return jax.device_put(np.asarray(a), NamedSharding(mesh, spec(path, a)))
-
-    return jax.tree_util.tree_map_with_path(put, state)
+    return jax.tree.map_with_path(place, state)
 
 
-def everywhere(tree: Any) -> Any:
-    """Arrays as every process can read them: as they are on one device, and gathered from a mesh."""
+def _state_spec(mesh: Mesh, path: Any, shape: tuple[int, ...]) -> PartitionSpec:
+    """Returns the partitioning of one array of a training state."""
+    names = jax.tree_util.keystr(path, simple=True, separator=".").split(".")
+    if names[0] == "carry":
+        spec = PartitionSpec(None, "data", "model")
+    elif "lstm" in names and names[-1] in SPLIT_BY_UNITS:
+        spec = PartitionSpec("model")
+    else:
+        return PartitionSpec()
+    divisible = all(name is None or size % mesh.shape[name] == 0 for size, name in zip(shape, spec))
+    return spec if divisible else PartitionSpec()
+
+
+def gather_to_host(tree: Any) -> Any:
+    """Returns arrays that every process can read whole; arrays on a single device are returned unchanged."""
     if all(len(a.sharding.device_set) == 1 for a in jax.tree.leaves(tree)):
         return tree
     if jax.process_count() == 1:
@@ -125,9 +132,9 @@ def everywhere(tree: Any) -> Any:
     return jax.tree.map(jnp.asarray, multihost_utils.process_allgather(tree, tiled=True))
 
 
-def agreed(seconds: float, signal: int) -> tuple[float, int]:
-    """The clock of the slowest process, and a signal that any of them got: the same for all."""
+def sync_stop(seconds: float, signal: int) -> tuple[float, int]:
+    """Returns the clock of the slowest process and the signal that any process received, the same in all of them."""
     if jax.process_count() == 1:
         return seconds, signal
-    every = multihost_utils.process_allgather(np.array([seconds, signal], np.float32))
-    return float(every[:, 0].max()), int(every[:, 1].max())
+    values = multihost_utils.process_allgather(np.array([seconds, signal], np.float32))
+    return float(values[:, 0].max()), int(values[:, 1].max())

@@ -1,6 +1,6 @@
-"""Why an LSTM learns over long spans and a vanilla network does not: the adding task, and the gradient through it."""
+"""Compares a vanilla RNN with LSTMs on the adding task: learning curves and gradient norms through time."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -16,139 +16,161 @@ from jaxlstm.lstm import LSTM
 from jaxlstm.params import Params
 from jaxlstm.training.data import synthetic
 
-CHUNK = 50  # updates compiled into one loop, and averaged into one point of a learning curve
+CHUNK = 50  # updates per compiled loop; their mean error is one point of a learning curve
 
 
-class Adder(NamedTuple):
-    """A network that reads a sequence and answers with one number."""
+class AdderParams(NamedTuple):
+    """The parameters of an LSTM and a linear layer that maps its last output to one number."""
 
-    network: Params
-    w: Array  # (H,), from the last output
-    b: Array  # ()
-
-
-class Learner(NamedTuple):
-    """One network on its way through the task."""
-
-    before: np.ndarray  # (T,), the norm of the loss' gradient with respect to the state after each step, at first
-    after: np.ndarray  # (T,), the same after training
-    updates: np.ndarray  # (N,), at which the errors were measured
-    errors: np.ndarray  # (N,), mean squared error of training, on fresh examples all the time
-    params: tuple[Adder, Adder]  # before and after training
+    lstm: Params
+    w_out: Array  # (H,)
+    b_out: Array  # ()
 
 
-def contestants(hidden: int) -> dict[str, tuple[LSTM, float]]:
-    """The networks that are compared and their learning rates, by the names that the pictures give them.
+class TrainingResult(NamedTuple):
+    """The learning curve of one network and its gradients before and after training.
 
-    The vanilla network learns the task over 100 steps at none of the rates 1e-4, 3e-4, 1e-3, 2e-3 and 5e-3; above 1e-3
-    its units are driven into saturation besides.
+    A gradient norm is the norm of the gradient of the loss with respect to the state after each step.
+    """
+
+    gradient_norms_before: np.ndarray  # (T,) before training
+    gradient_norms_after: np.ndarray  # (T,) after training
+    updates: np.ndarray  # (N,) number of updates at each point of the learning curve
+    errors: np.ndarray  # (N,) mean squared training error; every batch is new
+    params_before: AdderParams
+    params_after: AdderParams
+
+
+def compared_networks(hidden_size: int) -> dict[str, tuple[LSTM, float]]:
+    """Returns the compared networks and their learning rates, by the names in the figures.
+
+    The vanilla RNN does not learn the task over 100 steps at any of the rates 1e-4, 3e-4, 1e-3, 2e-3 and 5e-3; above
+    1e-3 its units also saturate.
     """
     return {
-        "vanilla RNN": (LSTM(2, hidden, cell="rnn"), 1e-3),
-        "LSTM, forget bias 0": (LSTM(2, hidden, forget_bias=0.0), 5e-3),
-        "LSTM, forget bias 1": (LSTM(2, hidden), 5e-3),
+        "vanilla RNN": (LSTM(2, hidden_size, cell="rnn"), 1e-3),
+        "LSTM, forget bias 0": (LSTM(2, hidden_size, forget_bias=0.0), 5e-3),
+        "LSTM, forget bias 1": (LSTM(2, hidden_size), 5e-3),
     }
 
 
-def answer(lstm: LSTM, params: Adder, ys: Float[Array, "T B H"]) -> Float[Array, " B"]:
-    """The sum that the network believes in, from its outputs."""
-    return ys[-1] @ params.w + params.b
+def init_params(lstm: LSTM, key: Array) -> AdderParams:
+    """Returns initial parameters; the linear layer's weights are normal with standard deviation 1/sqrt(H)."""
+    h = lstm.output_size
+    w_out = jax.random.normal(jax.random.fold_in(key, 1), (h,), jnp.float32) * h**-0.5
+    return AdderParams(lstm.init(key), w_out, jnp.zeros((), jnp.float32))
 
 
-def learn(
+def mean_squared_error(
+    params: AdderParams, ys: Float[Array, "T B H"], targets: Float[Array | np.ndarray, " B"]
+) -> Float[Array, ""]:
+    """Returns the error of the sums predicted from the last output."""
+    return ((ys[-1] @ params.w_out + params.b_out - targets) ** 2).mean()
+
+
+def train_network(
     lstm: LSTM,
     *,
     steps: int,
     updates: int,
-    batch: int,
+    batch_size: int,
     learning_rate: float,
     seed: int,
-    tell: Callable[[int, float], Any] = lambda updates, error: None,
-) -> Learner:
-    """Train on the adding task with Adam, and measure the gradient through time before and after.
+    on_progress: Callable[[int, float], Any] = lambda updates, error: None,
+) -> TrainingResult:
+    """Trains on the adding task with Adam, and computes the gradient norms through time before and after.
 
     Args:
       lstm: the network.
-      steps: T, the length of a sequence.
-      updates: of training, each on ``batch`` fresh sequences; rounded up to whole chunks.
-      batch: sequences of one update.
-      learning_rate: of Adam, behind clipping by global norm at 1.
-      seed: of the weights and the data; the data are the same for every network.
-      tell: called after each chunk with the updates made and the error.
+      steps: length of a sequence, T.
+      updates: number of updates; rounded up to a multiple of `CHUNK`.
+      batch_size: sequences per update.
+      learning_rate: learning rate of Adam; gradients are clipped to a global norm of 1.
+      seed: seed of weights and data; every network trains on the same data.
+      on_progress: called after each chunk with the number of updates so far and the error.
     """
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(learning_rate))
-    rng, key = np.random.default_rng(seed), jax.random.key(seed)
-    w = jax.random.normal(jax.random.fold_in(key, 1), (lstm.output_size,), jnp.float32) * lstm.output_size**-0.5
-    params = before = Adder(lstm.init(key), w, jnp.zeros((), jnp.float32))
-    probe = synthetic.adding(np.random.default_rng(seed + 1), steps, 32)
-    opt_state: Any = optimizer.init(params)  # pyright: ignore[reportArgumentType]
+    params_before = init_params(lstm, jax.random.key(seed))
+    params: Any = params_before  # the types of Optax do not include NamedTuples
+    rng = np.random.default_rng(seed)
+    opt_state: Any = optimizer.init(params)
     errors = []
-    chunks = -(-updates // CHUNK)
-    for chunk in range(chunks):
-        data = [synthetic.adding(rng, steps, batch) for _ in range(CHUNK)]
-        params, opt_state, error = _updates(
-            lstm, optimizer, params, opt_state, synthetic.Adding(*map(np.stack, zip(*data)))
-        )
+    num_chunks = -(-updates // CHUNK)
+    for chunk in range(num_chunks):
+        batches = [synthetic.adding(rng, steps, batch_size) for _ in range(CHUNK)]
+        stacked = synthetic.AddingBatch(*map(np.stack, zip(*batches)))
+        params, opt_state, error = _train_chunk(lstm, optimizer, params, opt_state, stacked)
         errors.append(float(error))
-        tell((chunk + 1) * CHUNK, errors[-1])
-    return Learner(
-        gradient_norms(lstm, before, probe),
-        gradient_norms(lstm, params, probe),
-        CHUNK * np.arange(1, chunks + 1),
-        np.array(errors),
-        (before, params),
+        on_progress((chunk + 1) * CHUNK, errors[-1])
+    probe = synthetic.adding(np.random.default_rng(seed + 1), steps, 32)
+    return TrainingResult(
+        gradient_norms_before=gradient_norms(lstm, params_before, probe),
+        gradient_norms_after=gradient_norms(lstm, params, probe),
+        updates=CHUNK * np.arange(1, num_chunks + 1),
+        errors=np.array(errors),
+        params_before=params_before,
+        params_after=params,
     )
 
 
 @partial(jax.jit, static_argnums=(0, 1))
-def _updates(lstm: LSTM, optimizer: Any, params: Adder, opt_state: Any, data: synthetic.Adding) -> Any:
-    """A chunk of updates, with their mean error."""
+def _train_chunk(
+    lstm: LSTM,
+    optimizer: optax.GradientTransformationExtraArgs,
+    params: Any,
+    opt_state: Any,
+    batches: synthetic.AddingBatch,
+) -> tuple[Any, Any, Array]:
+    """Trains on one batch after the other; returns parameters, optimizer state and the mean error."""
 
-    def error(params: Adder, inputs: Array, targets: Array) -> Array:
-        return ((answer(lstm, params, lstm(params.network, inputs)[0]) - targets) ** 2).mean()
+    def loss(params: AdderParams, batch: synthetic.AddingBatch) -> Array:
+        ys, _ = lstm(params.lstm, batch.inputs)
+        return mean_squared_error(params, ys, batch.targets)
 
-    def update(carry: Any, data: Any) -> Any:
+    def update(carry: tuple[Any, Any], batch: synthetic.AddingBatch) -> tuple[tuple[Any, Any], Array]:
         params, opt_state = carry
-        value, gradient = jax.value_and_grad(error)(params, *data)
-        change, opt_state = optimizer.update(gradient, opt_state, params)
-        return (optax.apply_updates(params, change), opt_state), value
+        error, gradient = jax.value_and_grad(loss)(params, batch)
+        updates, opt_state = optimizer.update(gradient, opt_state, params)
+        return (optax.apply_updates(params, updates), opt_state), error
 
-    (params, opt_state), errors = jax.lax.scan(update, (params, opt_state), data)
+    (params, opt_state), errors = jax.lax.scan(update, (params, opt_state), batches)
     return params, opt_state, errors.mean()
 
 
-def gradient_norms(lstm: LSTM, params: Adder, examples: synthetic.Adding) -> np.ndarray:
-    """The norm of the loss' gradient with respect to the memory after each step, ``(T,)``, mean over the batch.
+def gradient_norms(lstm: LSTM, params: AdderParams, batch: synthetic.AddingBatch) -> np.ndarray:
+    """Returns the gradient norms of the loss with respect to the state after each step, ``(T,)``, mean over the batch.
 
-    The memory is c, or h in a network without c.
+    The state is c, or h for a cell without c.
     """
 
     @jax.jit
-    def norms(params: Adder) -> Array:
+    def norms(params: AdderParams) -> Array:
         flow = gradient_flow(
             lstm,
-            params.network,
-            examples.inputs,
-            lambda ys: ((answer(lstm, params, ys) - examples.targets) ** 2).mean(),
+            params.lstm,
+            batch.inputs,
+            lambda ys: mean_squared_error(params, ys, batch.targets),
             jacobian=None,
         )
-        found = flow.layers[0].forward
-        return (found.h if found.c is None else found.c).mean(1)
+        layer = flow.layers[0].forward
+        return (layer.h if layer.c is None else layer.c).mean(1)
 
     return np.asarray(norms(params))
 
 
-def sentence(learners: dict[str, Learner], steps: int) -> str:
-    """What the curves show, with their numbers."""
-    updates = max(int(one.updates[-1]) for one in learners.values())
+def format_summary(results: Mapping[str, TrainingResult], steps: int) -> str:
+    """Returns a line per network with its final error and the share of the gradient that reaches the first step."""
+    updates = max(int(result.updates[-1]) for result in results.values())
     lines = [
         f"After {updates:,} updates on the adding task over {steps} steps"
         f" (always answering 1 has a mean squared error of {synthetic.ADDING_BASELINE:.3f}):"
     ]
-    for name, one in learners.items():
-        first, last = (float(norms[0] / norms[-1]) for norms in (one.before, one.after))
+    for name, result in results.items():
+        before, after = (
+            float(norms[0] / norms[-1]) for norms in (result.gradient_norms_before, result.gradient_norms_after)
+        )
         lines.append(
-            f"  {name}: mean squared error {one.errors[-1]:.4f}; of the gradient at the last step {first:.1e} reached"
-            f" the first before training, {last:.1e} after."
+            f"  {name}: mean squared error {result.errors[-1]:.4f}; gradient norm at the first step relative to the"
+            f" last step {before:.1e} before training, {after:.1e} after."
         )
     return "\n".join(lines)

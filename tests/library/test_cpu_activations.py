@@ -1,4 +1,4 @@
-"""The gates as they are written for all threads of a CPU."""
+"""The gate activations that use all threads of a CPU."""
 
 import jax
 import jax.numpy as jnp
@@ -9,78 +9,80 @@ from tolerance import tolerance
 import jaxlstm
 from jaxlstm import cells
 from jaxlstm.recurrence import cpu_activations
-from jaxlstm.recurrence.layout import Layout
+from jaxlstm.recurrence.layout import choose_layout
 
-STEPS, ROWS, INPUTS, UNITS = 3, 16, 2, 256
+T, B, INPUT_SIZE, H = 3, 16, 2, 256
 
 
-def test_tanh_to_the_last_places():
+def test_tanh_is_accurate_to_the_last_places():
     x = np.concatenate([np.linspace(-12, 12, 200_001), np.logspace(-37, 1, 10_001)]).astype(np.float32)
-    wanted = np.tanh(x.astype(np.float64))
-    found = np.asarray(cpu_activations.tanh(jnp.asarray(x)), np.float64)
-    # Nine roundings in either polynomial, most of them of terms that hardly count: twice the 3 epsilons that are seen.
-    np.testing.assert_allclose(found, wanted, rtol=6 * 2.0**-23, atol=2.0**-149)
-    assert np.abs(found).max() == 1
+    expected = np.tanh(x.astype(np.float64))
+    actual = np.asarray(cpu_activations.tanh(jnp.asarray(x)), np.float64)
+    # Nine roundings in either polynomial, most of them of small terms: the bound is twice the 3 epsilons observed.
+    np.testing.assert_allclose(actual, expected, rtol=6 * 2.0**-23, atol=2.0**-149)
+    assert np.abs(actual).max() == 1
 
 
-def test_tanh_of_what_is_no_number():
-    found = cpu_activations.tanh(jnp.asarray([jnp.inf, -jnp.inf, jnp.nan, -0.0], jnp.float32))
-    np.testing.assert_array_equal(found, [1, -1, np.nan, 0])
-    assert jnp.signbit(found[3])
+def test_tanh_of_infinities_nan_and_negative_zero():
+    actual = cpu_activations.tanh(jnp.asarray([jnp.inf, -jnp.inf, jnp.nan, -0.0], jnp.float32))
+    np.testing.assert_array_equal(actual, [1, -1, np.nan, 0])
+    assert jnp.signbit(actual[3])
 
 
 @pytest.mark.parametrize("kinds", ["t", pytest.param("ssts", marks=pytest.mark.slow)])
-def test_the_derivatives_are_those_of_the_usual_activations(kinds):
+def test_activate_derivatives_equal_cells_activate(kinds):
     rng = np.random.default_rng(0)
     z, dz, ct = (jnp.asarray(3 * rng.standard_normal((len(kinds), 5)), jnp.float32) for _ in range(3))
 
-    def findings(activated):
+    def derivatives(activate):
         def slabs(z):
-            return jnp.stack(activated(z, kinds))
+            return jnp.stack(activate(z, kinds))
 
-        def slope(z):
+        def vjp(z):
             return jax.vjp(slabs, z)[1](ct)[0]
 
-        return jax.jvp(slabs, (z,), (dz,)), jax.jvp(slope, (z,), (dz,)), jax.vmap(slope, 2, 2)(jnp.stack([z, -z], 2))
+        return jax.jvp(slabs, (z,), (dz,)), jax.jvp(vjp, (z,), (dz,)), jax.vmap(vjp, 2, 2)(jnp.stack([z, -z], 2))
 
-    found, wanted = findings(cpu_activations.activated), findings(cells.activated)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, **tolerance(jnp.float32, 8)), found, wanted)
+    actual, expected = derivatives(cpu_activations.activate), derivatives(cells.activate)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, **tolerance(jnp.float32, 8)), actual, expected)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("cell", ["lstm", "cifg"])
-def test_a_layer_of_such_a_size(cell):
-    """Value, gradient and curvature against the same layer one step at a time, in whose gates nothing is rewritten."""
+def test_fused_with_threaded_gates_equals_scan(cell):
+    """Compares value, gradient and Hessian-vector product with the reference backend, which has the usual gates."""
     rng = np.random.default_rng(0)
-    xs, vs = (jnp.asarray(rng.standard_normal((STEPS, ROWS, INPUTS)), jnp.float32) for _ in range(2))
+    xs, d_xs = (jnp.asarray(rng.standard_normal((T, B, INPUT_SIZE)), jnp.float32) for _ in range(2))
 
-    def findings(implementation):
-        lstm = jaxlstm.LSTM(INPUTS, UNITS, cell=cell, implementation=implementation)
+    def derivatives(implementation):
+        lstm = jaxlstm.LSTM(INPUT_SIZE, H, cell=cell, implementation=implementation)
         params = lstm.init(jax.random.key(0))
-        tangent = jax.tree.map(lambda a: jnp.ones_like(a) / UNITS, params)
+        d_params = jax.tree.map(lambda a: jnp.ones_like(a) / H, params)
 
         def loss(params, xs):
-            return (lstm(params, xs)[0] ** 2).sum() / (ROWS * UNITS)
+            return (lstm(params, xs)[0] ** 2).sum() / (B * H)
 
-        slope = jax.grad(loss, (0, 1))
-        return loss(params, xs), slope(params, xs), jax.jvp(slope, (params, xs), (tangent, vs))[1]
+        gradient = jax.grad(loss, (0, 1))
+        return loss(params, xs), gradient(params, xs), jax.jvp(gradient, (params, xs), (d_params, d_xs))[1]
 
-    found, wanted = findings("fused"), findings("scan")
-    # The longest sum is a weight's gradient: over all steps and rows, through the units of every step behind it.
-    terms = STEPS * ROWS * UNITS
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, **tolerance(jnp.float32, terms)), found, wanted)
+    actual, expected = derivatives("fused"), derivatives("scan")
+    # The longest sum is the gradient of a weight: over all steps and rows, through the units of every earlier step.
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, **tolerance(jnp.float32, T * B * H)), actual, expected)
 
 
-@pytest.mark.skipif(jax.default_backend() != "cpu", reason="of CPUs")
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="the layout differs on other platforms")
 @pytest.mark.parametrize("cell", ["lstm", pytest.param("cifg", marks=pytest.mark.slow)])
-def test_where_they_are_written_so(cell):
-    lstm = jaxlstm.LSTM(INPUTS, UNITS, cell=cell, implementation="fused")
+def test_fused_uses_threaded_gates_between_two_sizes(cell):
+    lstm = jaxlstm.LSTM(INPUT_SIZE, H, cell=cell, implementation="fused")
     params = lstm.init(jax.random.key(0))
 
-    def rewritten(rows):
-        return " div " in str(jax.make_jaxpr(lstm)(params, jnp.zeros((STEPS, rows, INPUTS))))
+    def has_threaded_gates(batch_size):  # only their tanh has a division
+        return " div " in str(jax.make_jaxpr(lstm)(params, jnp.zeros((T, batch_size, INPUT_SIZE))))
 
-    assert [rows for rows in (1, 15, 16, 63, 64) if rewritten(rows)] == [16, 63]
-    wide, narrow = jnp.dtype(jnp.float64), jnp.dtype(jnp.float32)
-    assert not Layout.choose(ROWS, UNITS, wide, wide).threads
-    assert Layout.choose(ROWS, UNITS, narrow, narrow).threads
+    assert [batch_size for batch_size in (1, 15, 16, 63, 64) if has_threaded_gates(batch_size)] == [16, 63]
+
+
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="the layout differs on other platforms")
+@pytest.mark.parametrize(("dtype", "threaded"), [("float32", True), ("float64", False)])
+def test_layout_threads_gates_in_float32_only(dtype, threaded):
+    assert choose_layout(B, H, jnp.dtype(dtype), jnp.dtype(dtype)).threaded_gates is threaded

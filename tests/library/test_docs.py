@@ -1,4 +1,4 @@
-"""The pages in docs/ that explain: their code runs, their numbers are those measured, their figures are there."""
+"""Tests that the code in docs/ runs, that its numbers are the recorded ones, and that its links and figures exist."""
 
 import json
 import re
@@ -11,38 +11,52 @@ ROOT = Path(__file__).parent.parent.parent
 DOCS = ROOT / "docs"
 FIGURES = DOCS / "figures"
 LSTM = (DOCS / "lstm.md").read_text(encoding="utf-8")
-PAGES = [LSTM, (DOCS / "scaling.md").read_text(encoding="utf-8")]
-BLOCKS = re.findall(r"^```python\n(.*?)^```", "\n".join(PAGES), re.DOTALL | re.MULTILINE)
-QUOTED = re.findall(r"^```python cells.py\n(.*?)^```", LSTM, re.DOTALL | re.MULTILINE)
-MADE = [DOCS / "lstm.md", DOCS / "gallery.md"]
+SCALING = (DOCS / "scaling.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"^```python\n(.*?)^```", LSTM + "\n" + SCALING, re.DOTALL | re.MULTILINE)
+QUOTATIONS = re.findall(r"^```python cells.py\n(.*?)^```", LSTM, re.DOTALL | re.MULTILINE)
+
+
+def headings(page):
+    """Anchors of a page's headings, as GitHub makes them."""
+    titles = re.findall(r"^#+ (.*)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles}
 
 
 @pytest.mark.parametrize("block", BLOCKS)
-def test_the_code_runs(block):
+def test_docs_python_block_runs(block):
     with jax.enable_x64(False):
         exec(block, {})
 
 
-def test_the_equations_are_those_of_the_library():
-    (quoted,) = QUOTED
-    assert quoted in (ROOT / "jaxlstm" / "cells.py").read_text(encoding="utf-8")
+def test_docs_have_python_blocks():
     assert len(BLOCKS) >= 5
 
 
-def test_every_number_is_the_one_that_was_measured():
+def test_docs_quoted_equations_match_cells():
+    (quotation,) = QUOTATIONS
+    assert quotation in (ROOT / "jaxlstm" / "cells.py").read_text(encoding="utf-8")
+
+
+def test_docs_numbers_match_recorded_values():
     numbers = json.loads((FIGURES / "numbers.json").read_text(encoding="utf-8"))
-    seen = set()
-    for page in MADE:
+    checked = set()
+    for page in (DOCS / "lstm.md", DOCS / "gallery.md"):
         for name, value in re.findall(r"<!-- (\w+) -->([^<]*)<!-- -->", page.read_text(encoding="utf-8")):
             assert value == numbers[name], f"{page.name}: {name}"
-            seen.add(name)
-    assert len(seen) > 15
+            checked.add(name)
+    assert len(checked) > 15
 
 
-def test_every_figure_is_there_and_shown():
+def test_docs_links_exist():
+    for page in [*DOCS.glob("*.md"), ROOT / "README.md", ROOT / "benchmarks" / "README.md", ROOT / "CHANGELOG.md"]:
+        for link, anchor in re.findall(r"\]\(([^):#]*)(?:#([^)]*))?\)", page.read_text(encoding="utf-8")):
+            target = (page.parent / link if link else page).resolve()
+            assert target.exists(), f"{page.name}: {link}"
+            assert not anchor or anchor in headings(target), f"{page.name}: {link}#{anchor}"
+
+
+def test_docs_show_every_figure():
     shown = set()
     for page in DOCS.glob("*.md"):
-        for link in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", page.read_text(encoding="utf-8")):
-            assert (DOCS / link).exists(), f"{page.name}: {link}"
-            shown.add((DOCS / link).resolve())
+        shown |= {(DOCS / link).resolve() for link in re.findall(r"\]\(([^)#:]+)\)", page.read_text(encoding="utf-8"))}
     assert {path.resolve() for path in FIGURES.glob("*.png")} <= shown

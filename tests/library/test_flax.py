@@ -1,5 +1,7 @@
-"""The Flax modules: the numbers of the network, in the hands of Flax."""
+"""The Flax modules compute what the network computes, inside Flax's own scans, transforms and optimizers."""
 
+import subprocess
+import sys
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -20,10 +22,10 @@ import jaxlstm.flax
 
 STEPS, BATCH, INPUT, HIDDEN = 6, 3, 4, 5
 LENGTHS = np.array([6, 4, 1])
-ONE = jaxlstm.LSTM(INPUT, HIDDEN, param_dtype="float64")
-DEEP = jaxlstm.LSTM(INPUT, HIDDEN, num_layers=2, bidirectional=True, proj_size=3, param_dtype="float64")
+SINGLE = jaxlstm.LSTM(INPUT, HIDDEN, param_dtype="float64")
+STACKED = jaxlstm.LSTM(INPUT, HIDDEN, num_layers=2, bidirectional=True, proj_size=3, param_dtype="float64")
 XS = np.random.default_rng(0).standard_normal((STEPS, BATCH, INPUT))
-INPUTS = XS.swapaxes(0, 1)
+INPUTS = XS.swapaxes(0, 1)  # batch-major, as Flax has them
 
 
 def random_params(lstm, seed=0):
@@ -32,353 +34,432 @@ def random_params(lstm, seed=0):
 
 def random_state(lstm):
     rng = np.random.default_rng(9)
-    return jax.tree.map(lambda a: jnp.asarray(rng.standard_normal(a.shape)), lstm.initial_state(BATCH))
+    return jax.tree.map(lambda a: jnp.asarray(rng.standard_normal(a.shape)), lstm.state_shapes((BATCH,)))
 
 
-def equal(a, b):
-    jax.tree.map(np.testing.assert_array_equal, a, b)
+def batch_major(ys):
+    return ys.swapaxes(0, 1)
 
 
-def close(a, b):
-    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
-        np.testing.assert_allclose(x, y, **tolerance(np.float64, 100))
+def assert_equal(actual, expected):
+    jax.tree.map(np.testing.assert_array_equal, actual, expected)
 
 
-class Nnx:
-    """The modules of nnx, driven by the tests that hold for both."""
+def assert_close(actual, expected):
+    for a, b in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(a, b, **tolerance(np.float64, 100))
 
-    framework = nnx
+
+class NnxApi:
+    """The modules of nnx behind the interface that the tests of both APIs use."""
 
     def network(self, lstm, params, **options):
         return jaxlstm.flax.LSTM(lstm, params=params, **options)
 
-    def cells(self, lstm, params):
-        """Our cell in Flax's scan, and Flax's own with the same weights."""
-        w = params.layers[0].forward
-        theirs = nnx.OptimizedLSTMCell(INPUT, HIDDEN, param_dtype=jnp.float64, rngs=nnx.Rngs(0))
-        theirs.dense_i.kernel[...] = w.w_x.T
-        theirs.dense_h.kernel[...] = w.w_h.T
-        theirs.dense_h.bias[...] = w.b
-        return nnx.RNN(jaxlstm.flax.LSTMCell(lstm, params=params)), nnx.RNN(theirs)
+    def rnn_of_cell(self, lstm, params):
+        """Returns `LSTMCell` in the `RNN` of Flax."""
+        return nnx.RNN(jaxlstm.flax.LSTMCell(lstm, params=params))
 
-    def both_ways(self, forward, backward):
+    def flax_rnn(self, params):
+        """Returns Flax's own cell in its `RNN`, with the same weights."""
+        weights = params.layers[0].forward
+        cell = nnx.OptimizedLSTMCell(INPUT, HIDDEN, param_dtype=jnp.float64, rngs=nnx.Rngs(0))
+        cell.dense_i.kernel[...] = weights.w_x.T
+        cell.dense_h.kernel[...] = weights.w_h.T
+        cell.dense_h.bias[...] = weights.b
+        return nnx.RNN(cell)
+
+    def bidirectional(self, forward, backward):
         return nnx.Bidirectional(forward, backward)
 
-    def run(self, module, *args, **options):
+    def apply(self, module, *args, **options):
         return module(*args, **options)
 
+    def jitted_apply(self, module, *args, **options):
+        """Applies the module in one compiled program; ``options`` other than arrays are static."""
+        arrays = {name: options.pop(name) for name in ("initial_carry", "seq_lengths") if name in options}
+        graph, state = nnx.split(module)
+        return jax.jit(lambda state, args, arrays: nnx.merge(graph, state)(*args, **arrays, **options))(
+            state, args, arrays
+        )
+
+    def step(self, module, state, x):
+        return module.step(state, x)
+
     def gradient(self, module, loss):
-        """With respect to the network's parameters."""
-        state = nnx.grad(lambda m: loss(lambda *args, **options: m(*args, **options)))(module)
-        leaves = jax.tree.leaves(nnx.to_pure_dict(state))
+        """Returns the gradient of ``loss(apply)`` with respect to the parameters, as a list."""
+        gradient = nnx.jit(nnx.grad(lambda m: loss(lambda *args, **options: m(*args, **options))))(module)
+        leaves = jax.tree.leaves(nnx.to_pure_dict(gradient))
         assert len(leaves) == len(jax.tree.leaves(nnx.state(module, nnx.Param)))
         return leaves
 
 
-class Bound(NamedTuple):
+class BoundModule(NamedTuple):
     """A linen module together with its variables."""
 
     module: nn.Module
     variables: dict[str, Any]
 
 
-class Linen:
-    """Those of linen."""
-
-    framework = nn
+class LinenApi:
+    """The modules of linen behind the same interface."""
 
     def network(self, lstm, params, **options):
         module = jaxlstm.flax.linen.LSTM(lstm, **options)
-        given = jax.eval_shape(partial(module.init, deterministic=True), jax.random.key(0), INPUTS)
-        assert jax.tree.structure(given["params"]["lstm"]) == jax.tree.structure(params)
-        return Bound(module, {"params": {"lstm": params}})
+        shapes = jax.eval_shape(partial(module.init, deterministic=True), jax.random.key(0), INPUTS)
+        assert jax.tree.structure(shapes["params"]["lstm"]) == jax.tree.structure(params)
+        return BoundModule(module, {"params": {"lstm": params}})
 
-    def cells(self, lstm, params):
-        ours = nn.RNN(jaxlstm.flax.linen.LSTMCell(lstm))
-        given = jax.eval_shape(ours.init, jax.random.key(0), INPUTS)
-        assert jax.tree.structure(given["params"]["cell"]["lstm"]) == jax.tree.structure(params)
-        w = params.layers[0].forward
-        theirs = {}
+    def rnn_of_cell(self, lstm, params):
+        module = nn.RNN(jaxlstm.flax.linen.LSTMCell(lstm))
+        shapes = jax.eval_shape(module.init, jax.random.key(0), INPUTS)
+        assert jax.tree.structure(shapes["params"]["cell"]["lstm"]) == jax.tree.structure(params)
+        return BoundModule(module, {"params": {"cell": {"lstm": params}}})
+
+    def flax_rnn(self, params):
+        weights = params.layers[0].forward
+        cell_params = {}
         for n, gate in enumerate("ifgo"):
             rows = slice(n * HIDDEN, (n + 1) * HIDDEN)
-            theirs[f"i{gate}"] = {"kernel": w.w_x[rows].T}
-            theirs[f"h{gate}"] = {"kernel": w.w_h[rows].T, "bias": w.b[rows]}
-        peer = nn.RNN(nn.OptimizedLSTMCell(HIDDEN, param_dtype=jnp.float64))
-        return (
-            Bound(ours, {"params": {"cell": {"lstm": params}}}),
-            Bound(peer, {"params": {"cell": theirs}}),
-        )
+            cell_params[f"i{gate}"] = {"kernel": weights.w_x[rows].T}
+            cell_params[f"h{gate}"] = {"kernel": weights.w_h[rows].T, "bias": weights.b[rows]}
+        module = nn.RNN(nn.OptimizedLSTMCell(HIDDEN, param_dtype=jnp.float64))
+        return BoundModule(module, {"params": {"cell": cell_params}})
 
-    def both_ways(self, forward, backward):
+    def bidirectional(self, forward, backward):
         module = nn.Bidirectional(forward.module.clone(), backward.module.clone())
         names = {"forward_rnn": forward.variables["params"], "backward_rnn": backward.variables["params"]}
-        return Bound(module, {"params": names})
+        return BoundModule(module, {"params": names})
 
-    def run(self, module, *args, **options):
-        return module.module.apply(module.variables, *args, **options)
+    def apply(self, bound, *args, **options):
+        return bound.module.apply(bound.variables, *args, **options)
 
-    def gradient(self, module, loss):
-        def of(variables):
-            return loss(lambda *args, **options: module.module.apply(variables, *args, **options))
+    def jitted_apply(self, bound, *args, **options):
+        arrays = {name: options.pop(name) for name in ("initial_carry", "seq_lengths") if name in options}
+        return jax.jit(lambda variables, args, arrays: bound.module.apply(variables, *args, **arrays, **options))(
+            bound.variables, args, arrays
+        )
 
-        return jax.tree.leaves(jax.grad(of)(module.variables))
+    def step(self, bound, state, x):
+        return bound.module.apply(bound.variables, state, x, method="step")
+
+    def gradient(self, bound, loss):
+        def loss_of_variables(variables):
+            return loss(lambda *args, **options: bound.module.apply(variables, *args, **options))
+
+        return jax.tree.leaves(jax.jit(jax.grad(loss_of_variables))(bound.variables))
 
 
-both = pytest.mark.parametrize("kind", [Nnx(), Linen()], ids=["nnx", "linen"])
+both_apis = pytest.mark.parametrize("api", [NnxApi(), LinenApi()], ids=["nnx", "linen"])
 
 
-@both
-def test_a_network_gives_the_numbers_of_the_configuration(kind):
-    params, state = random_params(DEEP), random_state(DEEP)
-    rnn = kind.network(DEEP, params)
-    ys, last = DEEP(params, XS, state, lengths=LENGTHS)
-    options = {"initial_carry": state, "seq_lengths": LENGTHS}
-    equal(kind.run(rnn, INPUTS, return_carry=True, **options), (last, ys.swapaxes(0, 1)))
-    equal(kind.run(rnn, XS, time_major=True, **options), ys)
-    params = random_params(ONE)
-    rnn = kind.network(ONE, params)
-    equal(kind.run(rnn, INPUTS), ONE(params, XS)[0].swapaxes(0, 1))
-    equal(kind.run(rnn, INPUTS[0]), ONE(params, XS[:, 0])[0])
+@both_apis
+def test_network_matches_lstm(api):
+    params, state = random_params(STACKED), random_state(STACKED)
+    module = api.network(STACKED, params)
     rng = np.random.default_rng(1)
-    marks = {"mask": rng.random((STEPS, BATCH)) < 0.7, "resets": rng.random((STEPS, BATCH)) < 0.3}
-    ys, _ = ONE(params, XS, **marks)
-    equal(kind.run(rnn, XS, time_major=True, **marks), ys)
-    equal(kind.run(rnn, INPUTS, **{name: a.T for name, a in marks.items()}), ys.swapaxes(0, 1))
+    step_arrays = {"mask": rng.random((STEPS, BATCH)) < 0.7, "resets": rng.random((STEPS, BATCH)) < 0.3}
+    ys, new_state = STACKED(params, XS, state, lengths=LENGTHS, **step_arrays)
+    options = {"initial_carry": state, "seq_lengths": LENGTHS}
+    assert_equal(api.apply(module, XS, time_major=True, **options, **step_arrays), ys)
+    transposed = {name: a.T for name, a in step_arrays.items()}
+    carry, outputs = api.apply(module, INPUTS, return_carry=True, **options, **transposed)
+    assert_equal((carry, outputs), (new_state, batch_major(ys)))
 
 
-@both
-@pytest.mark.parametrize("lengths", [pytest.param(None, marks=pytest.mark.slow), LENGTHS])
-def test_backward_in_time(kind, lengths):
-    params = random_params(ONE)
-    rnn = kind.network(ONE, params, reverse=True, time_major=True)
-    ys, _ = ONE(params, XS, lengths=lengths, reverse=True)
-    equal(kind.run(rnn, XS, seq_lengths=lengths, keep_order=True), ys)
-    if lengths is not None:  # of a dtype that has nothing below nought, and one of them past the end
-        over = np.where(lengths == np.max(lengths), STEPS + 2, lengths).astype(np.uint32)
-        whole = np.minimum(over, STEPS).astype(int)
-        equal(kind.run(rnn, XS, seq_lengths=over), kind.run(rnn, XS, seq_lengths=whole))
-    _, theirs = kind.cells(ONE, params)  # what they write behind a length is their own
-    taken = np.arange(STEPS)[:, None] < (STEPS if lengths is None else lengths)
-    wanted = kind.run(theirs, XS, seq_lengths=lengths, reverse=True, time_major=True)
-    close(kind.run(rnn, XS, seq_lengths=lengths), jnp.where(taken[..., None], wanted, 0))
+@both_apis
+@pytest.mark.parametrize("batch_shape", [(), (BATCH,)])
+def test_network_accepts_any_number_of_batch_axes(api, batch_shape):
+    params = random_params(SINGLE)
+    xs = XS if batch_shape else XS[:, 0]
+    ys, _ = SINGLE(params, xs)
+    assert_equal(api.apply(api.network(SINGLE, params), np.moveaxis(xs, 0, -2)), jnp.moveaxis(ys, 0, -2))
 
 
-@both
-def test_options_set_in_the_constructor(kind):
-    params = random_params(ONE)
-    rnn = kind.network(ONE, params, time_major=True, return_carry=True, reverse=True, keep_order=True)
-    ys, last = ONE(params, XS, reverse=True)
-    equal(kind.run(rnn, XS), (last, ys))
+@both_apis
+@pytest.mark.parametrize("lengths", [pytest.param(None, marks=pytest.mark.slow), LENGTHS], ids=["full", "lengths"])
+def test_reversed_network_matches_lstm_and_flax(api, lengths):
+    params = random_params(SINGLE)
+    module = api.network(SINGLE, params, reverse=True, time_major=True)
+    ys, _ = SINGLE(params, XS, lengths=lengths, reverse=True)
+    assert_equal(api.apply(module, XS, seq_lengths=lengths, keep_order=True), ys)
+    expected = api.jitted_apply(api.flax_rnn(params), XS, seq_lengths=lengths, reverse=True, time_major=True)
+    is_valid = np.arange(STEPS)[:, None] < (STEPS if lengths is None else lengths)  # Flax does not zero the padding
+    assert_close(api.apply(module, XS, seq_lengths=lengths), jnp.where(is_valid[..., None], expected, 0))
 
 
-@both
+@both_apis
+def test_reversed_network_accepts_unsigned_lengths_past_the_end(api):
+    module = api.network(SINGLE, random_params(SINGLE), reverse=True, time_major=True)
+    too_long = np.where(LENGTHS == STEPS, STEPS + 2, LENGTHS).astype(np.uint32)
+    assert_equal(api.apply(module, XS, seq_lengths=too_long), api.apply(module, XS, seq_lengths=LENGTHS))
+
+
+@both_apis
+def test_network_options_are_defaults_of_the_call(api):
+    params = random_params(SINGLE)
+    module = api.network(SINGLE, params, time_major=True, return_carry=True, reverse=True, keep_order=True)
+    ys, state = SINGLE(params, XS, reverse=True)
+    assert_equal(api.apply(module, XS), (state, ys))
+
+
+@both_apis
 @pytest.mark.parametrize(
     "options",
     [pytest.param({}, marks=pytest.mark.slow), {"seq_lengths": LENGTHS, "reverse": True, "keep_order": True}],
+    ids=["forward", "reversed"],
 )
-def test_a_cell_in_the_scan_of_flax_equals_flaxs_own(kind, options):
-    params, state = random_params(ONE), random_state(ONE)
-    ours, theirs = kind.cells(ONE, params)
-    carry = (state.c[0], state.h[0])
-    options = {"return_carry": True, **options}
-    close(kind.run(ours, INPUTS, **options), kind.run(theirs, INPUTS, **options))
-    last, ys = kind.run(ours, XS, initial_carry=carry, time_major=True, **options)
-    close((last, ys), kind.run(theirs, XS, initial_carry=carry, time_major=True, **options))
-    _, wanted = ONE(params, XS, state, lengths=options.get("seq_lengths"), reverse="reverse" in options)
-    close(last, (wanted.c[0], wanted.h[0]))
-
-
-@both
-def test_gradients_agree(kind):
-    params = random_params(ONE)
-    weight = np.random.default_rng(3).standard_normal((BATCH, STEPS, HIDDEN))
-
-    def loss(run):
-        return (run(INPUTS) * weight).sum()
-
-    def of_params(params):
-        return (ONE(params, XS)[0].swapaxes(0, 1) * weight).sum()
-
-    wanted = sorted(jax.tree.leaves(jax.grad(of_params)(params)), key=jnp.shape)
-    close(sorted(kind.gradient(kind.network(ONE, params), loss), key=jnp.shape), wanted)
-    ours, _ = kind.cells(ONE, params)
-    close(sorted(kind.gradient(ours, loss), key=jnp.shape), wanted)
+def test_cell_in_flax_rnn_matches_flax_cell(api, options):
+    params, state = random_params(SINGLE), random_state(SINGLE)
+    module, flax_module = api.rnn_of_cell(SINGLE, params), api.flax_rnn(params)
+    options = {"return_carry": True, "initial_carry": (state.c[0], state.h[0]), **options}
+    carry, ys = api.jitted_apply(module, XS, time_major=True, **options)
+    assert_close((carry, ys), api.jitted_apply(flax_module, XS, time_major=True, **options))
+    _, expected = SINGLE(params, XS, state, lengths=options.get("seq_lengths"), reverse="reverse" in options)
+    assert_close(carry, (expected.c[0], expected.h[0]))
 
 
 @pytest.mark.slow
-@both
-def test_both_directions_by_flax(kind):
-    """Flax's Bidirectional around networks, and around cells, is one network in two directions."""
-    whole = jaxlstm.LSTM(INPUT, HIDDEN, bidirectional=True, param_dtype="float64")
-    params = random_params(whole)
+@both_apis
+def test_cell_starts_from_the_default_carry_of_flax(api):
+    params = random_params(SINGLE)
+    module, flax_module = api.rnn_of_cell(SINGLE, params), api.flax_rnn(params)
+    options = {"return_carry": True, "seq_lengths": LENGTHS}
+    assert_close(api.jitted_apply(module, INPUTS, **options), api.jitted_apply(flax_module, INPUTS, **options))
+
+
+@both_apis
+def test_gradients_match_lstm(api):
+    params = random_params(SINGLE)
+    loss_weight = np.random.default_rng(3).standard_normal((BATCH, STEPS, HIDDEN))
+
+    def loss(apply):
+        return (apply(INPUTS) * loss_weight).sum()
+
+    def loss_of_params(params):
+        return (batch_major(SINGLE(params, XS)[0]) * loss_weight).sum()
+
+    expected = sorted(jax.tree.leaves(jax.jit(jax.grad(loss_of_params))(params)), key=jnp.shape)
+    for module in (api.network(SINGLE, params), api.rnn_of_cell(SINGLE, params)):
+        assert_close(sorted(api.gradient(module, loss), key=jnp.shape), expected)
+
+
+@pytest.mark.slow
+@both_apis
+def test_flax_bidirectional_matches_bidirectional_lstm(api):
+    lstm = jaxlstm.LSTM(INPUT, HIDDEN, bidirectional=True, param_dtype="float64")
+    params = random_params(lstm)
     forward, backward = (jaxlstm.Params((jaxlstm.Layer(w),)) for w in params.layers[0].directions)
-    ys, last = whole(params, XS, lengths=LENGTHS)
-    outputs = ys.swapaxes(0, 1)
-    networks = kind.both_ways(kind.network(ONE, forward), kind.network(ONE, backward))
-    carry, got = kind.run(networks, INPUTS, seq_lengths=LENGTHS, return_carry=True)
-    close(got, outputs)
-    close(jax.tree.map(lambda *a: jnp.concatenate(a), *carry), last)
-    taken = (np.arange(STEPS) < LENGTHS[:, None])[..., None]
-    cells = kind.both_ways(kind.cells(ONE, forward)[0], kind.cells(ONE, backward)[0])
-    carry, got = kind.run(cells, INPUTS, seq_lengths=LENGTHS, return_carry=True)
-    close(jnp.where(taken, got, 0), outputs)
-    close(carry, [(last.c[d], last.h[d]) for d in (0, 1)])
+    ys, state = lstm(params, XS, lengths=LENGTHS)
+    networks = api.bidirectional(api.network(SINGLE, forward), api.network(SINGLE, backward))
+    carry, outputs = api.apply(networks, INPUTS, seq_lengths=LENGTHS, return_carry=True)
+    assert_close(outputs, batch_major(ys))
+    assert_close(jax.tree.map(lambda *a: jnp.concatenate(a), *carry), state)
+    cells = api.bidirectional(api.rnn_of_cell(SINGLE, forward), api.rnn_of_cell(SINGLE, backward))
+    carry, outputs = api.jitted_apply(cells, INPUTS, seq_lengths=LENGTHS, return_carry=True)
+    is_valid = (np.arange(STEPS) < LENGTHS[:, None])[..., None]
+    assert_close(jnp.where(is_valid, outputs, 0), batch_major(ys))
+    assert_close(carry, [(state.c[d], state.h[d]) for d in (0, 1)])
 
 
-@both
-def test_one_step(kind):
-    params, state = random_params(ONE), random_state(ONE)
-    rnn = kind.network(ONE, params)
-    args = (state, XS[0])
-    got = rnn.step(*args) if isinstance(kind, Nnx) else rnn.module.apply(rnn.variables, *args, method="step")
-    equal(got, ONE.step(params, *args))
+@both_apis
+def test_network_step_matches_lstm_step(api):
+    params, state = random_params(SINGLE), random_state(SINGLE)
+    assert_equal(api.step(api.network(SINGLE, params), state, XS[0]), SINGLE.step(params, state, XS[0]))
 
 
-@both
-def test_a_cell_without_cell_state_carries_h_alone(kind):
+@both_apis
+def test_cell_without_cell_state_carries_h(api):
     lstm = jaxlstm.LSTM(INPUT, HIDDEN, cell="rnn", param_dtype="float64")
     params = random_params(lstm)
-    if isinstance(kind, Nnx):
-        rnn = nnx.RNN(jaxlstm.flax.LSTMCell(lstm, params=params))
-    else:
-        rnn = Bound(nn.RNN(jaxlstm.flax.linen.LSTMCell(lstm)), {"params": {"cell": {"lstm": params}}})
-    ys, last = lstm(params, XS)
-    close(kind.run(rnn, INPUTS, return_carry=True), (last.h[0], ys.swapaxes(0, 1)))
+    ys, state = lstm(params, XS)
+    actual = api.jitted_apply(api.rnn_of_cell(lstm, params), INPUTS, return_carry=True)
+    assert_close(actual, (state.h[0], batch_major(ys)))
 
 
-@both
-def test_regularisers_draw_from_the_stream_of_dropout(kind):
+@both_apis
+def test_regularizers_draw_from_dropout_stream(api):
     lstm = jaxlstm.LSTM(INPUT, HIDDEN, output_dropout=0.5, param_dtype="float64")
     params = random_params(lstm)
-    rnn = kind.network(lstm, params)
-    whole = kind.run(rnn, INPUTS, deterministic=True)
-    equal(whole, lstm(params, XS)[0].swapaxes(0, 1))
+    module = api.network(lstm, params)
+    deterministic = api.apply(module, INPUTS, deterministic=True)
+    assert_equal(deterministic, batch_major(lstm(params, XS)[0]))
 
-    def draws(seed):
-        rngs = nnx.Rngs(dropout=seed) if isinstance(kind, Nnx) else {"dropout": jax.random.key(seed)}
-        return kind.run(rnn, INPUTS, deterministic=False, rngs=rngs)
+    def apply_with_seed(seed):
+        rngs = nnx.Rngs(dropout=seed) if isinstance(api, NnxApi) else {"dropout": jax.random.key(seed)}
+        return api.apply(module, INPUTS, deterministic=False, rngs=rngs)
 
-    dropped = draws(1)
+    dropped = apply_with_seed(1)
     assert 0 < (dropped == 0).sum() < dropped.size
-    close(jnp.where(dropped == 0, 0, dropped / 2), jnp.where(dropped == 0, 0, whole))
-    equal(dropped, draws(1))
-    assert (dropped != draws(2)).any()
+    assert_close(jnp.where(dropped == 0, 0, dropped / 2), jnp.where(dropped == 0, 0, deterministic))
+    assert_equal(dropped, apply_with_seed(1))
+    assert (dropped != apply_with_seed(2)).any()
 
 
-def test_nnx_draws_from_its_own_stream_until_it_is_told_not_to():
+def test_nnx_network_draws_from_its_own_stream_until_deterministic():
     lstm = jaxlstm.LSTM(INPUT, HIDDEN, recurrent_dropout=0.5, param_dtype="float64")
     params = random_params(lstm)
-    rnn = jaxlstm.flax.LSTM(lstm, params=params, rngs=nnx.Rngs(dropout=1))
-    first, second = rnn(INPUTS), rnn(INPUTS)
+    module = jaxlstm.flax.LSTM(lstm, params=params, rngs=nnx.Rngs(dropout=1))
+    deterministic = batch_major(lstm(params, XS)[0])
+    first, second = module(INPUTS), module(INPUTS)
     assert (first != second).any()
     key = nnx.Rngs(dropout=1).dropout.fork()()
-    equal(first, lstm(params, XS, key=key)[0].swapaxes(0, 1))
-    equal(rnn(INPUTS, rngs=key), first)
-    twice = nnx.Bidirectional(rnn, jaxlstm.flax.LSTM(lstm, params=params, rngs=nnx.Rngs(dropout=2)))
-    assert (twice(INPUTS)[..., :HIDDEN] != twice(INPUTS)[..., :HIDDEN]).any()
-    rnn.eval()
-    equal(rnn(INPUTS), lstm(params, XS)[0].swapaxes(0, 1))
-    rnn.train()
-    assert (rnn(INPUTS) != first).any()
-    equal(nnx.view(rnn, deterministic=True)(INPUTS), lstm(params, XS)[0].swapaxes(0, 1))
-    # Bidirectional hands down a stream for carries that is the same in every module: nothing is drawn from it.
-    bare = jaxlstm.flax.LSTM(lstm, params=params)
-    with pytest.raises(ValueError, match="the regularisers need rngs"):
-        nnx.Bidirectional(bare, bare)(INPUTS)
-    equal(bare(INPUTS, deterministic=True), lstm(params, XS)[0].swapaxes(0, 1))
-    assert not nnx.state(jaxlstm.flax.LSTM(ONE, rngs=nnx.Rngs(0)), nnx.RngState)  # nothing to draw, no stream
+    assert_equal(first, batch_major(lstm(params, XS, key=key)[0]))
+    assert_equal(module(INPUTS, rngs=key), first)
+    module.eval()
+    assert_equal(module(INPUTS), deterministic)
+    module.train()
+    assert (module(INPUTS) != first).any()
+    assert_equal(nnx.view(module, deterministic=True)(INPUTS), deterministic)
+    assert not nnx.state(jaxlstm.flax.LSTM(SINGLE, params=random_params(SINGLE), rngs=nnx.Rngs(0)), nnx.RngState)
 
 
-def test_linen_must_be_told():
+def test_nnx_network_ignores_carry_stream_of_bidirectional():
+    """`nnx.Bidirectional` passes the same stream for carries to both modules; regularizers must not draw from it."""
+    lstm = jaxlstm.LSTM(INPUT, HIDDEN, recurrent_dropout=0.5, param_dtype="float64")
+    params = random_params(lstm)
+    forward, backward = (jaxlstm.flax.LSTM(lstm, params=params, rngs=nnx.Rngs(dropout=seed)) for seed in (1, 2))
+    module = nnx.Bidirectional(forward, backward)
+    assert (module(INPUTS)[..., :HIDDEN] != module(INPUTS)[..., :HIDDEN]).any()
+    without_stream = jaxlstm.flax.LSTM(lstm, params=params)
+    with pytest.raises(ValueError, match="regularizers need rngs"):
+        nnx.Bidirectional(without_stream, without_stream)(INPUTS)
+    assert_equal(without_stream(INPUTS, deterministic=True), batch_major(lstm(params, XS)[0]))
+
+
+def test_linen_network_requires_deterministic_or_dropout_stream():
     lstm = jaxlstm.LSTM(INPUT, HIDDEN, recurrent_dropout=0.5)
-    rnn = jaxlstm.flax.linen.LSTM(lstm)
+    module = jaxlstm.flax.linen.LSTM(lstm)
     with pytest.raises(ValueError, match="deterministic"):
-        rnn.init(jax.random.key(0), INPUTS)
+        jax.eval_shape(module.init, jax.random.key(0), INPUTS)
     with pytest.raises(flax.errors.InvalidRngError, match="dropout"):
-        rnn.apply({"params": {"lstm": random_params(lstm)}}, INPUTS, deterministic=False)
+        module.apply({"params": {"lstm": random_params(lstm)}}, INPUTS, deterministic=False)
 
 
-def test_nnx_splits_merges_and_trains():
-    rnn = jaxlstm.flax.LSTM(ONE, rngs=nnx.Rngs(0))
-    equal(jax.tree.leaves(rnn.params), jax.tree.leaves(ONE.init(nnx.Rngs(0).params())))
-    graph, state = nnx.split(rnn)
-    equal(nnx.merge(graph, state)(INPUTS), rnn(INPUTS))
-    equal(jax.jit(lambda state: nnx.merge(graph, state)(INPUTS))(state), rnn(INPUTS))
-    optimizer = nnx.Optimizer(rnn, optax.sgd(3.0), wrt=nnx.Param)
+def test_nnx_network_splits_merges_and_trains():
+    module = jaxlstm.flax.LSTM(SINGLE, rngs=nnx.Rngs(0))
+    assert_equal(jax.tree.leaves(module.params), jax.tree.leaves(SINGLE.init(nnx.Rngs(0).params())))
+    graph, state = nnx.split(module)
+    outputs = module(INPUTS)
+    assert_equal(nnx.merge(graph, state)(INPUTS), outputs)
+    assert_equal(jax.jit(lambda state: nnx.merge(graph, state)(INPUTS))(state), outputs)
+    optimizer = nnx.Optimizer(module, optax.sgd(3.0), wrt=nnx.Param)
 
     @nnx.jit
-    def step(rnn, optimizer):
-        loss, gradient = nnx.value_and_grad(lambda rnn: ((rnn(INPUTS) - 0.1) ** 2).mean())(rnn)
-        optimizer.update(rnn, gradient)
+    def train_step(module, optimizer):
+        loss, gradient = nnx.value_and_grad(lambda module: ((module(INPUTS) - 0.1) ** 2).mean())(module)
+        optimizer.update(module, gradient)
         return loss
 
-    losses = [float(step(rnn, optimizer)) for _ in range(20)]
+    losses = [float(train_step(module, optimizer)) for _ in range(20)]
     assert losses[-1] < 0.5 * losses[0]
 
 
-def test_a_learned_state_is_trained_through_the_scan_of_flax():
+def test_nnx_cell_trains_learned_state():
     lstm = jaxlstm.LSTM(INPUT, HIDDEN, learned_state=True, param_dtype="float64")
     params = random_params(lstm)
-    ys, _ = lstm(params, XS)
-    rnn = nnx.RNN(jaxlstm.flax.LSTMCell(lstm, params=params))
-    close(rnn(INPUTS), ys.swapaxes(0, 1))
-    gradient = nnx.grad(lambda rnn: rnn(INPUTS).sum())(rnn)
-    wanted = jax.grad(lambda params: lstm(params, XS)[0].sum())(params)
-    close(nnx.to_pure_dict(gradient)["cell"]["params"]["state"], wanted.state._asdict())
-    with pytest.raises(ValueError, match="learned_state=True needs the whole sequence"):
+    module = nnx.RNN(jaxlstm.flax.LSTMCell(lstm, params=params))
+
+    def loss(module):
+        outputs = module(INPUTS)
+        return outputs.sum(), outputs
+
+    def loss_of_params(params):
+        outputs = batch_major(lstm(params, XS)[0])
+        return outputs.sum(), outputs
+
+    gradient, outputs = nnx.jit(nnx.grad(loss, has_aux=True))(module)
+    expected_gradient, expected_outputs = jax.jit(jax.grad(loss_of_params, has_aux=True))(params)
+    assert_close(outputs, expected_outputs)
+    assert_close(nnx.to_pure_dict(gradient)["cell"]["params"]["state"], expected_gradient.state._asdict())
+
+
+def test_linen_cell_rejects_learned_state():
+    lstm = jaxlstm.LSTM(INPUT, HIDDEN, learned_state=True)
+    with pytest.raises(ValueError, match="learned_state=True is not available in linen's LSTMCell; use LSTM"):
         nn.RNN(jaxlstm.flax.linen.LSTMCell(lstm)).init(jax.random.key(0), INPUTS)
 
 
-def test_carries_that_are_drawn():
-    cell = jaxlstm.flax.LSTMCell(ONE, rngs=nnx.Rngs(0))
+def test_nnx_cell_draws_initial_carry():
+    cell = jaxlstm.flax.LSTMCell(SINGLE, params=random_params(SINGLE))
     c, h = cell.initialize_carry((BATCH, INPUT), nnx.Rngs(3), nnx.initializers.normal())
     assert c.shape == h.shape == (BATCH, HIDDEN)
     assert (c != h).all()
     with pytest.raises(ValueError, match="carry_init needs rngs"):
         cell.initialize_carry((BATCH, INPUT), carry_init=nnx.initializers.normal())
-    equal(cell.initialize_carry((INPUT,)), (np.zeros(HIDDEN), np.zeros(HIDDEN)))
+    assert_equal(cell.initialize_carry((INPUT,)), (np.zeros(HIDDEN), np.zeros(HIDDEN)))
 
 
+SHARDED = jaxlstm.LSTM(INPUT, 4, layer_norm=True, param_dtype="float64")
 SHARDING = {"w_x": ("model", None), "norm.c": ("model",)}
+EXPECTED_SPECS = PartitionSpec("model", None), PartitionSpec("model"), PartitionSpec()  # of w_x, norm.c and w_h
 
 
-def test_sharding():
-    lstm = jaxlstm.LSTM(INPUT, 4, layer_norm=True, param_dtype="float64")
-    params = random_params(lstm)
-    wanted = PartitionSpec("model", None), PartitionSpec("model"), PartitionSpec()
+def test_nnx_modules_are_sharded():
+    params = random_params(SHARDED)
     with jax.set_mesh(jax.make_mesh((2,), ("model",), axis_types=(AxisType.Auto,))):
-        rnn = jaxlstm.flax.LSTM(lstm, params=params, sharding=SHARDING)
-        cell = jaxlstm.flax.LSTMCell(lstm, params=params, sharding={"b": ("model",)})
-    for layer in nnx.get_partition_spec(nnx.state(rnn))["params"]["layers"].values():
-        w = layer["forward"]
-        assert (w["w_x"].get_value(), w["norm"]["c"].get_value()) == wanted[:2]
-        assert not w["w_h"].get_value()
-    w = rnn.params.layers[0].forward.w_x[...]
-    assert w.sharding.spec == wanted[0]
-    assert len(w.sharding.device_set) == 2
-    assert cell.params.layers[0].forward.b[...].sharding.spec == wanted[1]
-    wide = jaxlstm.flax.linen.LSTM(lstm, sharding=SHARDING)
-    boxes = jax.eval_shape(wide.init, jax.random.key(0), INPUTS)
-    for layer in nn.get_partition_spec(boxes)["params"]["lstm"].layers:
-        assert (layer.forward.w_x, layer.forward.norm.c, layer.forward.w_h) == wanted
-    boxed = jax.tree.unflatten(jax.tree.structure(boxes), jax.tree.leaves(params))
-    close(wide.apply(boxed, INPUTS), lstm(params, XS)[0].swapaxes(0, 1))
+        module = jaxlstm.flax.LSTM(SHARDED, params=params, sharding=SHARDING)
+        cell = jaxlstm.flax.LSTMCell(SHARDED, params=params, sharding={"b": ("model",)})
+    for layer in nnx.get_partition_spec(nnx.state(module))["params"]["layers"].values():
+        weights = layer["forward"]
+        assert (weights["w_x"].get_value(), weights["norm"]["c"].get_value()) == EXPECTED_SPECS[:2]
+        assert not weights["w_h"].get_value()
+    w_x = module.params.layers[0].forward.w_x[...]
+    assert w_x.sharding.spec == PartitionSpec("model", None)
+    assert len(w_x.sharding.device_set) == 2
+    assert cell.params.layers[0].forward.b[...].sharding.spec == PartitionSpec("model")
 
 
-def test_what_is_refused():
-    def refused(message, *args, error=ValueError, **options):
-        with pytest.raises(error, match=message):
-            jaxlstm.flax.LSTMCell(*args, **{"rngs": nnx.Rngs(0)} | options)
+def test_linen_network_is_sharded():
+    params = random_params(SHARDED)
+    module = jaxlstm.flax.linen.LSTM(SHARDED, sharding=SHARDING)
+    shapes = jax.eval_shape(module.init, jax.random.key(0), INPUTS)
+    for layer in nn.get_partition_spec(shapes)["params"]["lstm"].layers:
+        assert (layer.forward.w_x, layer.forward.norm.c, layer.forward.w_h) == EXPECTED_SPECS
+    variables = jax.tree.unflatten(jax.tree.structure(shapes), jax.tree.leaves(params))
+    assert_close(module.apply(variables, INPUTS), batch_major(SHARDED(params, XS)[0]))
 
-    refused("a cell is one layer in one direction, got num_layers=2", jaxlstm.LSTM(3, 4, num_layers=2))
-    refused("a cell is one layer in one direction, got bidirectional=True", jaxlstm.LSTM(3, 4, bidirectional=True))
-    refused("zoneout_h=0.1 needs the whole sequence", jaxlstm.LSTM(3, 4, zoneout_h=0.1))
-    refused("sharding names 'kernel'; the parameters are 'w_x', 'w_h', 'b'", ONE, sharding={"kernel": ("model",)})
-    refused("neither params nor rngs", ONE, rngs=None, error=TypeError)
-    with pytest.raises(ValueError, match="a cell is one layer"):
-        jaxlstm.flax.linen.LSTMCell(DEEP).init(jax.random.key(0), None, INPUTS)
-    rnn = jaxlstm.flax.LSTM(ONE, rngs=nnx.Rngs(0))
+
+@pytest.mark.parametrize(
+    ("lstm", "options", "message"),
+    [
+        (jaxlstm.LSTM(3, 4, num_layers=2), {}, "LSTMCell is one layer in one direction, got num_layers=2"),
+        (jaxlstm.LSTM(3, 4, bidirectional=True), {}, "LSTMCell is one layer in one direction, got bidirectional=True"),
+        (jaxlstm.LSTM(3, 4, zoneout_h=0.1), {}, "zoneout_h=0.1 needs the whole sequence; use LSTM"),
+        (
+            SINGLE,
+            {"sharding": {"kernel": ("model",)}},
+            "sharding names 'kernel'; expected names of parameters: 'w_x', 'w_h', 'b'",
+        ),
+    ],
+)
+def test_nnx_cell_rejects_unsupported_options(lstm, options, message):
+    with pytest.raises(ValueError, match=message):
+        jaxlstm.flax.LSTMCell(lstm, params=random_params(lstm), **options)
+
+
+def test_nnx_modules_need_params_or_rngs():
+    for module in (jaxlstm.flax.LSTM, jaxlstm.flax.LSTMCell):
+        with pytest.raises(TypeError, match="expected params or rngs, got neither"):
+            module(SINGLE)
+
+
+def test_linen_cell_rejects_unsupported_options():
+    with pytest.raises(ValueError, match="LSTMCell is one layer"):
+        jaxlstm.flax.linen.LSTMCell(STACKED).init(jax.random.key(0), None, INPUTS)
+
+
+def test_nnx_network_rejects_wrong_inputs():
+    module = jaxlstm.flax.LSTM(SINGLE, params=random_params(SINGLE))
     with pytest.raises(ValueError, match=r"inputs must have shape \(\*batch, T, 4\), got \[4\]"):
-        rnn(INPUTS[0, 0])
-    with pytest.raises(TypeError, match=r"state must be a jaxlstm.State\(h, c\), got tuple"):
-        rnn(INPUTS, initial_carry=(jnp.zeros((BATCH, HIDDEN)), jnp.zeros((BATCH, HIDDEN))))
+        module(INPUTS[0, 0])
+    with pytest.raises(TypeError, match="state must be"):
+        module(INPUTS, initial_carry=jnp.zeros((BATCH, HIDDEN)))
+
+
+def test_flax_not_installed_names_the_extra():
+    """Runs in a subprocess, because Flax is already imported in this one."""
+    code = "import sys; sys.modules['flax'] = None; import jaxlstm; import jaxlstm.flax"
+    process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    message = "ImportError: jaxlstm.flax needs flax, which is not installed: pip install 'jaxlstm[flax]'"
+    assert process.stderr.strip().splitlines()[-1] == message

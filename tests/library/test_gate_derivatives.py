@@ -1,4 +1,4 @@
-"""The derivative that is arranged by hand, against the gates that it is of."""
+"""The Jacobian of the gates written by hand, against `jax.jvp` and `jax.vjp` of the gates."""
 
 from itertools import product
 
@@ -6,49 +6,53 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import slow_but
 from tolerance import tolerance
 
 import jaxlstm
 from jaxlstm import cells
 from jaxlstm.recurrence import gate_derivatives
-from jaxlstm.recurrence.step import slabs
+from jaxlstm.recurrence.step import split_gates
 
-STEPS, ROWS, UNITS = 3, 5, 4
-FAST = [("lstm", True, 1), ("cifg", False, 0)]
+T, B, H = 3, 5, 4
+DEFAULT = [("lstm", True, 1), ("cifg", False, 0)]  # the others are slow tests
+CASES = [
+    pytest.param(*case, marks=() if case in DEFAULT else pytest.mark.slow)
+    for case in product(("lstm", "cifg"), (False, True), (0, 1))
+]
 
 
-@pytest.mark.parametrize(("name", "dropped", "axis"), slow_but(FAST, product(("lstm", "cifg"), (False, True), (0, 1))))
-def test_the_tangents_and_cotangents_are_those_of_the_gates(name, dropped, axis):
+@pytest.mark.parametrize(("name", "dropout", "axis"), CASES)
+def test_jacobian_equals_derivatives_of_gates(name, dropout, axis):
     cell, rng = cells.CELLS[name], np.random.default_rng(0)
-    step = [(UNITS, ROWS), (ROWS, UNITS)][axis]
-    wide = tuple(n * cell.num_gates if k == axis else n for k, n in enumerate(step))
-    z, dz = (jnp.asarray(2 * rng.standard_normal((STEPS, *wide))) for _ in range(2))
-    c, dc, ct_c, ct_h = (jnp.asarray(rng.standard_normal((STEPS, *step))) for _ in range(4))
-    keep = jnp.asarray(rng.choice([0, 1.25], (STEPS, *step))) if dropped else jnp.ones((STEPS, *step))
+    shape = [(H, B), (B, H)][axis]
+    z_shape = tuple(n * cell.num_gates if k == axis else n for k, n in enumerate(shape))
+    z, dz = (jnp.asarray(2 * rng.standard_normal((T, *z_shape))) for _ in range(2))
+    c, dc, ct_c, ct_h = (jnp.asarray(rng.standard_normal((T, *shape))) for _ in range(4))
+    scale = jnp.asarray(rng.choice([0, 1.25], (T, *shape))) if dropout else jnp.ones((T, *shape))
 
-    def gates(z, c, keep):
-        return cell.gates(slabs(z, cell.num_gates, axis), c, keep)
+    def gates(scale):
+        return lambda z, c: cell.gates(split_gates(z, cell.num_gates, axis), c, scale)
 
-    def arranged(p, dz, dc):
-        return gate_derivatives.step(p, dz, dc, axis)
+    def jvp(z, c, scale, dz, dc):
+        return jax.jvp(gates(scale), (z, c), (dz, dc))[1]
 
-    p = gate_derivatives.of(cell.gates, z, c, keep if dropped else 1.0, axis)
-    wanted = [
-        jax.vmap(lambda z, c, keep, *d: jax.jvp(lambda z, c: gates(z, c, keep), (z, c), d)[1])(z, c, keep, dz, dc)
-    ]
-    wanted += [
-        jax.vmap(lambda z, c, keep, *ct: jax.vjp(lambda z, c: gates(z, c, keep), z, c)[1](ct))(z, c, keep, ct_c, ct_h)
-    ]
-    found = [jax.vmap(arranged)(p, dz, dc)]
-    found += [
-        jax.vmap(lambda p, *ct: jax.linear_transpose(lambda *d: arranged(p, *d), dz[0], dc[0])(ct))(p, ct_c, ct_h)
-    ]
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, **tolerance(jnp.float64, 16)), found, wanted)
+    def vjp(z, c, scale, ct_c, ct_h):
+        return jax.vjp(gates(scale), z, c)[1]((ct_c, ct_h))
+
+    def apply(jacobian, dz, dc):
+        return gate_derivatives.apply_jacobian(jacobian, dz, dc, axis)
+
+    def transpose(jacobian, ct_c, ct_h):
+        return jax.linear_transpose(lambda dz, dc: apply(jacobian, dz, dc), dz[0], dc[0])((ct_c, ct_h))
+
+    jacobian = gate_derivatives.gate_jacobian(cell.gates, z, c, scale if dropout else 1.0, axis)
+    actual = jax.vmap(apply)(jacobian, dz, dc), jax.vmap(transpose)(jacobian, ct_c, ct_h)
+    expected = jax.vmap(jvp)(z, c, scale, dz, dc), jax.vmap(vjp)(z, c, scale, ct_c, ct_h)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, **tolerance(jnp.float64, 16)), actual, expected)
 
 
 @pytest.mark.parametrize(
-    ("options", "by_hand"),
+    ("options", "has_jacobian"),
     [
         ({}, True),
         pytest.param({"cell": "cifg"}, True, marks=pytest.mark.slow),
@@ -56,30 +60,35 @@ def test_the_tangents_and_cotangents_are_those_of_the_gates(name, dropped, axis)
         ({"layer_norm": True}, False),
     ],
 )
-def test_where_it_serves(options, by_hand, monkeypatch):
-    """With a wrong derivative by hand, the gradients of these are wrong, and those of no others."""
+def test_fused_uses_jacobian_of_supported_cells(options, has_jacobian, monkeypatch):
+    """Replaces the Jacobian by a wrong one, which changes the gradients of the networks that use it and no others."""
 
-    def slope(unroll):  # another program each time, of the same numbers
-        lstm = jaxlstm.LSTM(2, UNITS, implementation="fused", unroll=unroll, **options)
-        params, xs = lstm.init(jax.random.key(0)), jnp.ones((STEPS, ROWS, 2))
+    def gradient(unroll):  # another unroll is another program for the same numbers
+        lstm = jaxlstm.LSTM(2, H, implementation="fused", unroll=unroll, **options)
+        params, xs = lstm.init(jax.random.key(0)), jnp.ones((T, B, 2))
         return jax.grad(lambda xs: lstm(params, xs)[0].sum())(xs)
 
-    right, step = slope(1), gate_derivatives.step
-    monkeypatch.setattr(gate_derivatives, "step", lambda *args: jax.tree.map(lambda a: 2 * a, step(*args)))
-    assert bool(jnp.allclose(slope(2), right)) is not by_hand
+    expected, apply_jacobian = gradient(1), gate_derivatives.apply_jacobian
+    monkeypatch.setattr(
+        gate_derivatives, "apply_jacobian", lambda *args: jax.tree.map(lambda a: 2 * a, apply_jacobian(*args))
+    )
+    assert bool(jnp.allclose(gradient(2), expected)) is not has_jacobian
 
 
-def test_a_cell_of_your_own_keeps_its_own_derivative():
-    """Gates of the same name and number, but not the same function."""
+def test_fused_differentiates_custom_cell():
+    """Takes the derivative from the cell, not from the supported cell with the same name and number of gates."""
 
     def lstm(z, c):
         i, f, g, o = z
         c = f * c + i * g
         return c, o * c
 
-    assert lstm not in gate_derivatives.ARRANGED
-    layer = jaxlstm.LSTM(2, UNITS, cell=cells.Cell(lstm, num_gates=4), implementation="fused")
-    plain = jaxlstm.LSTM(2, UNITS, cell=cells.Cell(lstm, num_gates=4), implementation="scan")
-    params, xs = layer.init(jax.random.key(0)), jnp.ones((STEPS, ROWS, 2))
-    found, wanted = (jax.grad(lambda xs, f=f: f(params, xs)[0].sum())(xs) for f in (layer, plain))
-    np.testing.assert_allclose(found, wanted, **tolerance(found.dtype, STEPS * UNITS))
+    assert lstm not in gate_derivatives.SUPPORTED
+    params = jaxlstm.LSTM(2, H).init(jax.random.key(0))
+
+    def gradient(implementation):
+        network = jaxlstm.LSTM(2, H, cell=cells.Cell(lstm, num_gates=4), implementation=implementation)
+        return jax.grad(lambda xs: network(params, xs)[0].sum())(jnp.ones((T, B, 2)))
+
+    actual, expected = gradient("fused"), gradient("scan")
+    np.testing.assert_allclose(actual, expected, **tolerance(actual.dtype, T * H))

@@ -1,6 +1,7 @@
-"""What has to hold of any recurrence, whatever its weights."""
+"""Properties of any recurrence, for any weights."""
 
 import pickle
+from functools import lru_cache
 
 import cases
 import flax.serialization
@@ -12,128 +13,144 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
-from tolerance import tolerance
+from parity import assert_close
 
 import jaxlstm
+from jaxlstm.dropout import dropout_mask
 
-T, B, H = 6, 3, 5
-each = pytest.mark.parametrize("implementation", cases.IMPLEMENTATIONS)
-steps = hnp.arrays(bool, (T, B))
-
-
-def network(implementation, **options):
-    return jaxlstm.LSTM(4, H, param_dtype=jnp.float64, implementation=implementation, **options)
+NUM_STEPS, BATCH_SIZE, INPUT_SIZE, HIDDEN_SIZE = 6, 3, 2, 4
+every_backend = pytest.mark.parametrize("implementation", cases.BACKENDS)
+step_masks = hnp.arrays(bool, (NUM_STEPS, BATCH_SIZE))
 
 
-def material(lstm, seed=0):
-    rng = np.random.default_rng(seed)
+def network(implementation=None, **options):
+    return jaxlstm.LSTM(INPUT_SIZE, HIDDEN_SIZE, param_dtype=jnp.float64, implementation=implementation, **options)
+
+
+def random_args(lstm):
+    """Draws parameters, inputs and an initial state."""
+    rng = np.random.default_rng(0)
     params = cases.random_params(lstm, rng)
-    state = jax.tree.map(lambda a: rng.standard_normal(a.shape), lstm.initial_state((B,)))
-    return params, rng.standard_normal((T, B, 4)), state
+    state = jax.tree.map(lambda a: rng.standard_normal(a.shape), lstm.state_shapes((BATCH_SIZE,)))
+    return params, rng.standard_normal((NUM_STEPS, BATCH_SIZE, INPUT_SIZE)), state
 
 
-def same(a, b):
-    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
-        np.testing.assert_allclose(x, y, **tolerance(np.float64, T * H))
+def assert_same(a, b):
+    """Compares trees up to rounding in float64."""
+    assert_close(a, b, np.float64, NUM_STEPS * HIDDEN_SIZE)
 
 
-@each
-@pytest.mark.parametrize("reverse", [pytest.param(False, marks=pytest.mark.slow), True])
+def assert_identical(a, b):
+    """Compares trees bit for bit."""
+    assert jax.tree.structure(a) == jax.tree.structure(b)
+    jax.tree.map(np.testing.assert_array_equal, a, b)
+
+
+def row(tree, b):
+    """Selects one sequence of a state ``(L*D, B, .)``."""
+    return jax.tree.map(lambda a: a[:, b], tree)
+
+
+@every_backend
+@pytest.mark.parametrize("reverse", [False, True])
 @settings(max_examples=25, deadline=None)
-@given(mask=steps, resets=steps, cut=st.integers(0, T))
-def test_a_sequence_cut_in_two_with_the_state_carried_equals_one_run(implementation, reverse, mask, resets, cut):
-    lstm = network(implementation, num_layers=2)
-    params, xs, state = material(lstm)
-    whole, last = lstm(params, xs, state, mask=mask, resets=resets, reverse=reverse)
-    outputs = [np.zeros(0)] * 2
-    for n in (1, 0) if reverse else (0, 1):
-        piece = (slice(0, cut), slice(cut, T))[n]
-        options = {"mask": mask[piece], "resets": resets[piece], "reverse": reverse}
-        outputs[n], state = lstm(params, xs[piece], state, **options)
-    same((whole, last), (np.concatenate(outputs), state))
-
-
-@each
-@pytest.mark.parametrize("bidirectional", [pytest.param(False, marks=pytest.mark.slow), True])
-def test_a_packed_row_equals_its_sequences_run_apart(implementation, bidirectional):
-    lstm = network(implementation, bidirectional=bidirectional, num_layers=2)
-    params, xs, _ = material(lstm)
-    resets = np.zeros((T, B), bool)
-    resets[[0, 2, 5]] = True
-    packed, _ = lstm(params, xs, resets=resets)
-    apart = [lstm(params, xs[piece])[0] for piece in (slice(0, 2), slice(2, 5), slice(5, 6))]
-    same(packed, np.concatenate(apart))
-
-
-@each
-@settings(max_examples=25, deadline=None)
-@given(mask=steps, lengths=hnp.arrays(np.int32, (B,), elements=st.integers(0, T)))
-def test_what_lies_behind_a_mask_reaches_nothing(implementation, mask, lengths):
-    lstm = network(implementation, bidirectional=True, num_layers=2)
-    params, xs, state = material(lstm)
-    taken = mask & (np.arange(T)[:, None] < lengths)
-    poisoned = np.where(taken[..., None], xs, np.nan)
-
-    def loss(params, xs, state):
-        ys, last = lstm(params, xs, state, mask=mask, lengths=lengths)
-        return sum((a**2).sum() for a in jax.tree.leaves((ys, last))), (ys, last)
-
-    clean = jax.value_and_grad(loss, (0, 1, 2), has_aux=True)(params, xs, state)
-    dirty = jax.value_and_grad(loss, (0, 1, 2), has_aux=True)(params, poisoned, state)
-    for a, b in zip(jax.tree.leaves(clean), jax.tree.leaves(dirty), strict=True):
-        np.testing.assert_array_equal(a, b)
-    (_, (ys, last)), (_, slopes, _) = clean
-    assert not np.any(np.asarray(ys)[~taken])
-    assert not np.any(np.asarray(slopes)[~taken])
-    untouched = ~taken.any(0)
-    np.testing.assert_array_equal(np.asarray(last.c)[:, untouched], state.c[:, untouched])
-    np.testing.assert_array_equal(np.asarray(last.h)[:, untouched], state.h[:, untouched])
-
-
-@each
-def test_length_zero_returns_the_initial_state_even_over_a_reset(implementation):
-    lstm = network(implementation, bidirectional=True)
-    params, xs, state = material(lstm)
-    ys, last = lstm(params, xs, state, lengths=np.zeros(B, int), resets=np.ones((T, B), bool))
-    assert not np.any(ys)
-    jax.tree.map(np.testing.assert_array_equal, last, state)
-
-
-@each
-def test_reverse_equals_running_each_sequence_backward(implementation):
+@given(mask=step_masks, resets=step_masks, cut=st.sampled_from([0, 3, NUM_STEPS]))
+def test_sequence_cut_in_two_equals_whole(implementation, reverse, mask, resets, cut):
     lstm = network(implementation)
-    params, xs, state = material(lstm)
-    lengths = np.array([6, 3, 1])
+    params, xs, state = random_args(lstm)
+    whole = lstm(params, xs, state, mask=mask, resets=resets, reverse=reverse)
+    outputs = {}
+    for part in (slice(cut, None), slice(cut)) if reverse else (slice(cut), slice(cut, None)):
+        options = {"mask": mask[part], "resets": resets[part], "reverse": reverse}
+        outputs[part.start], state = lstm(params, xs[part], state, **options)
+    assert_same(whole, (jnp.concatenate([outputs[None], outputs[cut]]), state))
+
+
+@every_backend
+def test_packed_sequences_equal_separate_sequences(implementation):
+    lstm = network(implementation, bidirectional=True, num_layers=2)
+    params, xs, _ = random_args(lstm)
+    resets = np.zeros((NUM_STEPS, BATCH_SIZE), bool)
+    resets[[0, 1, 2, 3]] = True
+    packed, _ = lstm(params, xs, resets=resets)
+    separate = [lstm(params, xs[part])[0] for part in (slice(1), slice(1, 2), slice(2, 3), slice(3, 6))]
+    assert_same(packed, jnp.concatenate(separate))
+
+
+@lru_cache
+def loss_and_gradient(lstm):
+    """Compiles a loss over all results, the results and the gradient once for all masks."""
+
+    def loss(args, options):
+        ys, state = lstm(*args, **options)
+        return sum((a**2).sum() for a in jax.tree.leaves((ys, state))), (ys, state)
+
+    return jax.jit(jax.value_and_grad(loss, has_aux=True))
+
+
+@every_backend
+@settings(max_examples=25, deadline=None)
+@given(mask=step_masks, lengths=hnp.arrays(np.int32, (BATCH_SIZE,), elements=st.integers(0, NUM_STEPS)))
+def test_skipped_inputs_reach_no_output_or_gradient(implementation, mask, lengths):
+    lstm = network(implementation, bidirectional=True, num_layers=2)
+    params, xs, state = random_args(lstm)
+    step_mask = mask & (np.arange(NUM_STEPS)[:, None] < lengths)
+    options = {"mask": mask, "lengths": lengths}
+    expected = loss_and_gradient(lstm)((params, xs, state), options)
+    xs_with_nan = np.where(step_mask[..., None], xs, np.nan)
+    assert_identical(loss_and_gradient(lstm)((params, xs_with_nan, state), options), expected)
+    (_, (ys, last)), (_, xs_gradient, _) = expected
+    assert not np.any(np.asarray(ys)[~step_mask])
+    assert not np.any(np.asarray(xs_gradient)[~step_mask])
+    rows = ~step_mask.any(0)
+    assert_identical(row(last, rows), row(state, rows))
+
+
+@every_backend
+def test_length_zero_returns_initial_state_despite_resets(implementation):
+    lstm = network(implementation, bidirectional=True)
+    params, xs, state = random_args(lstm)
+    resets = np.ones((NUM_STEPS, BATCH_SIZE), bool)
+    ys, last = lstm(params, xs, state, lengths=np.zeros(BATCH_SIZE, int), resets=resets)
+    assert not np.any(ys)
+    assert_identical(last, state)
+
+
+@every_backend
+def test_reverse_equals_flipped_sequences(implementation):
+    lstm = network(implementation)
+    params, xs, state = random_args(lstm)
+    lengths = np.array([NUM_STEPS, 3, 0])
     ys, last = lstm(params, xs, state, lengths=lengths, reverse=True)
     for b, length in enumerate(lengths):
-        alone = jax.tree.map(lambda a: a[:, b], state)  # noqa: B023
-        flipped, end = lstm(params, xs[:length, b][::-1], alone)
-        same((ys[:length, b], jax.tree.map(lambda a: a[:, b], last)), (flipped[::-1], end))  # noqa: B023
+        flipped, last_of_row = lstm(params, xs[:length, b][::-1], row(state, b))
+        assert_same((ys[:length, b], row(last, b)), (flipped[::-1], last_of_row))
 
 
-@each
+@every_backend
 @pytest.mark.parametrize("options", [{}, {"proj_size": 2}, {"cell": "rnn"}, {"use_bias": False}])
-def test_steps_equal_the_sequence(implementation, options):
-    lstm = network(implementation, num_layers=2, **options)
-    params, xs, state = material(lstm)
-    ys, last = lstm(params, xs, state)
+def test_step_by_step_equals_sequence(implementation, options):
+    params, xs, state = random_args(network(num_layers=2, **options))
+    expected = network(implementation, num_layers=2, **options)(params, xs, state)
+    lstm = network(num_layers=2, **options)  # a step does not depend on the backend
     outputs = []
     for x in xs:
         state, y = lstm.step(params, state, x)
         outputs.append(y)
-    same((ys, last), (np.stack(outputs), state))
+    assert_same((jnp.stack(outputs), state), expected)
 
 
-@each
-def test_jit_and_eager_agree_and_the_configuration_is_a_static_argument(implementation):
-    lstm = network(implementation, num_layers=2)
-    params, xs, state = material(lstm)
-    same(jax.jit(lstm)(params, xs, state), lstm(params, xs, state))
-    same(jax.jit(lambda f, *a: f(*a), static_argnums=0)(lstm, params, xs, state), lstm(params, xs, state))
+@every_backend
+def test_jit_equals_eager_with_static_configuration(implementation):
+    lstm = network(implementation)
+    args = random_args(lstm)
+    expected = lstm(*args)
+    assert_same(jax.jit(lstm)(*args), expected)
+    assert_same(jax.jit(lambda lstm, *args: lstm(*args), static_argnums=0)(lstm, *args), expected)
 
 
-@each
-def test_one_compilation_per_shape(implementation):
+@every_backend
+def test_call_and_step_compile_once_per_shape(implementation):
     traced = []
 
     def gates(z, c):
@@ -141,115 +158,104 @@ def test_one_compilation_per_shape(implementation):
         return jaxlstm.cells.lstm(z, c)
 
     lstm = network(implementation, cell=jaxlstm.Cell(gates, num_gates=4, forget_gate=1))
-    params, xs, state = material(lstm)
-    step = jax.jit(jax.grad(lambda params, xs: lstm(params, xs, state)[0].sum()))
+    params, xs, state = random_args(lstm)
+    gradient = jax.jit(jax.grad(lambda params, xs: lstm(params, xs, state)[0].sum()))
     for call in (
         lambda xs: lstm(params, xs, state),
-        lambda xs: step(params, xs),
+        lambda xs: gradient(params, xs),
         lambda xs: lstm.step(params, state, xs[0]),
     ):
         call(xs)
-        before = len(traced)
+        num_traces = len(traced)
         call(xs + 1)
-        assert len(traced) == before
-        call(np.concatenate([xs, xs], 1)[:, :B] * 2)
-        assert len(traced) == before
+        assert len(traced) == num_traces
+        call(np.concatenate([xs, xs], 1)[:, :BATCH_SIZE] * 2)
+        assert len(traced) == num_traces
     lstm(params, xs[:-1], state)
-    assert len(traced) > before
+    assert len(traced) > num_traces
 
 
-@each
-def test_dropout_between_layers(implementation):
-    """Without a key none; with one, the outputs of each layer but the last are dropped and scaled, reproducibly."""
-    rate = 0.4
-    lstm = network(implementation, num_layers=2, dropout=rate)
-    params, xs, state = material(lstm)
-    quiet = network(implementation, num_layers=2)(params, xs, state)
-    jax.tree.map(np.testing.assert_array_equal, lstm(params, xs, state), quiet)
-    key = jax.random.key(5)
-    noisy = lstm(params, xs, state, key=key)
-    jax.tree.map(np.testing.assert_array_equal, lstm(params, xs, state, key=key), noisy)
-    assert np.any(np.asarray(lstm(params, xs, state, key=jax.random.key(6))[0]) != np.asarray(noisy[0]))
-    # A lower layer whose output is known makes the mask visible: the upper layer sees y * mask.
-    lower = network(implementation)
-    below, _ = lower(jaxlstm.Params(params.layers[:1]), xs, jax.tree.map(lambda a: a[:1], state))
-    slope = jax.grad(lambda y: lstm(params, y, state, key=key)[0].sum())(xs)
-    assert np.isfinite(slope).all()
-    mask = jaxlstm.dropout.dropout_mask(jax.random.fold_in(key, 1), rate, below.shape, below.dtype)
-    upper = jaxlstm.LSTM(H, H, param_dtype=jnp.float64, implementation=implementation)
-    ys, _ = upper(jaxlstm.Params(params.layers[1:]), below * mask, jax.tree.map(lambda a: a[1:], state))
-    same(ys, noisy[0])
-    # One layer has nothing between layers.
-    single = network(implementation, dropout=rate)
-    params, xs, state = material(single)
-    jax.tree.map(np.testing.assert_array_equal, single(params, xs, state, key=key), single(params, xs, state))
+@every_backend
+def test_dropout_has_no_effect_with_one_layer(implementation):
+    with pytest.warns(UserWarning, match="num_layers greater than 1"):
+        lstm = network(implementation, dropout=0.4)
+    args = random_args(lstm)
+    assert_identical(lstm(*args, key=jax.random.key(5)), lstm(*args))
 
 
-def test_keep_mask_drops_at_its_rate_and_keeps_the_mean():
+def test_dropout_mask_has_its_rate_and_scale():
     n, rate = 200_000, 0.3
-    mask = np.asarray(jaxlstm.dropout.dropout_mask(jax.random.key(0), rate, (n,), jnp.float64))
+    mask = np.asarray(dropout_mask(jax.random.key(0), rate, (n,), jnp.float64))
     assert set(np.unique(mask)) == {0.0, 1 / (1 - rate)}
-    # The share dropped of n independent elements: within five standard deviations.
+    # Five standard deviations of the share of zeros among n independent elements.
     assert abs((mask == 0).mean() - rate) < 5 * (rate * (1 - rate) / n) ** 0.5
 
 
-@each
-def test_remat_keeps_less(implementation):
-    """Of memory that grows with time, a chunk's share and the states between chunks are left."""
-    steps, batch, size = 1024, 2, 16
-    xs = jnp.ones((steps, batch, size), jnp.float32)
+@every_backend
+def test_remat_reduces_memory(implementation):
+    """Without remat memory grows with time; with it, one chunk and the states between chunks remain."""
+    xs = jax.ShapeDtypeStruct((1024, 2, 16), jnp.float32)
 
-    def temporary(remat):
-        lstm = jaxlstm.LSTM(size, size, remat=remat, implementation=implementation)
-        params = lstm.init(jax.random.key(0))
-        step = jax.jit(jax.grad(lambda p: (lstm(p, xs)[0] ** 2).sum()))
-        return step.lower(params).compile().memory_analysis().temp_size_in_bytes
+    def temporary_bytes(remat):
+        lstm = jaxlstm.LSTM(16, 16, remat=remat, implementation=implementation)
+        gradient = jax.jit(jax.grad(lambda params, xs: (lstm(params, xs)[0] ** 2).sum()))
+        return gradient.lower(lstm.param_shapes(), xs).compile().memory_analysis().temp_size_in_bytes
 
-    assert temporary(32) < temporary(None) / 2
+    assert temporary_bytes(32) < temporary_bytes(None) / 2
 
 
-@each
-def test_pytrees_survive(implementation):
-    lstm = network(implementation, num_layers=2, bidirectional=True, proj_size=2)
-    params, xs, state = material(lstm)
+def test_params_and_state_survive_serialization():
+    lstm = network(num_layers=2, bidirectional=True, proj_size=2)
+    params, _, state = random_args(lstm)
     for tree in (params, state):
-        again = pickle.loads(pickle.dumps(tree))
-        assert jax.tree.structure(again) == jax.tree.structure(tree)
-        jax.tree.map(np.testing.assert_array_equal, again, tree)
-        blank = jax.tree.map(np.zeros_like, tree)
-        again = flax.serialization.from_bytes(blank, flax.serialization.to_bytes(tree))
-        assert jax.tree.structure(again) == jax.tree.structure(tree)
-        jax.tree.map(np.testing.assert_array_equal, again, tree)
+        assert_identical(pickle.loads(pickle.dumps(tree)), tree)
+        zeros = jax.tree.map(np.zeros_like, tree)
+        assert_identical(flax.serialization.from_bytes(zeros, flax.serialization.to_bytes(tree)), tree)
+    assert pickle.loads(pickle.dumps(lstm)) == lstm
     names = {jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_flatten_with_path(params)[0]}
     assert ".layers[1].backward.w_h" in names
-    loss, gradient = jax.value_and_grad(lambda p: (lstm(p, xs, state)[0] ** 2).sum())(params)
-    with jax.numpy_dtype_promotion("standard"):  # Optax relies on it
-        optimizer = optax.adam(1e-2)
-        updates, _ = optimizer.update(gradient, optimizer.init(params), params)
-        params = optax.apply_updates(params, updates)
-    assert (lstm(params, xs, state)[0] ** 2).sum() < loss
-    assert pickle.loads(pickle.dumps(lstm)) == lstm
 
 
-@each
-def test_empty_sequences_and_batches(implementation):
+def test_optax_update_reduces_loss():
+    lstm = network(proj_size=2)
+    params, xs, state = random_args(lstm)
+    optimizer = optax.adam(1e-2)
+
+    @jax.jit
+    def loss_and_updated_params(params):
+        loss, gradient = jax.value_and_grad(lambda params: (lstm(params, xs, state)[0] ** 2).sum())(params)
+        with jax.numpy_dtype_promotion("standard"):  # Optax relies on it
+            updates, _ = optimizer.update(gradient, optimizer.init(params), params)
+            return loss, optax.apply_updates(params, updates)
+
+    loss, params = loss_and_updated_params(params)
+    assert loss_and_updated_params(params)[0] < loss
+
+
+@every_backend
+def test_empty_sequence_returns_initial_state(implementation):
     lstm = network(implementation, bidirectional=True)
-    params, xs, state = material(lstm)
+    params, xs, state = random_args(lstm)
     ys, last = lstm(params, xs[:0], state)
-    assert ys.shape == (0, B, 2 * H)
-    jax.tree.map(np.testing.assert_array_equal, last, state)
-    slopes = jax.grad(lambda p, s: lstm(p, xs[:0], s)[1].c.sum(), (0, 1))(params, state)
-    assert not any(np.any(leaf) for leaf in jax.tree.leaves(slopes[0]))
-    np.testing.assert_array_equal(slopes[1].c, 1)
+    assert ys.shape == (0, BATCH_SIZE, 2 * HIDDEN_SIZE)
+    assert_identical(last, state)
+    gradient, state_gradient = jax.grad(lambda p, s: lstm(p, xs[:0], s)[1].c.sum(), (0, 1))(params, state)
+    assert not any(np.any(a) for a in jax.tree.leaves(gradient))
+    np.testing.assert_array_equal(state_gradient.c, 1)
+
+
+@every_backend
+def test_empty_batch_returns_empty_arrays(implementation):
+    lstm = network(implementation, bidirectional=True)
+    params, xs, _ = random_args(lstm)
     ys, last = lstm(params, xs[:, :0])
-    assert ys.shape == (T, 0, 2 * H)
-    assert last.h.shape == (2, 0, H)
+    assert ys.shape == (NUM_STEPS, 0, 2 * HIDDEN_SIZE)
+    assert last.h.shape == (2, 0, HIDDEN_SIZE)
 
 
-def test_ensembles_of_parameters_are_mapped():
+def test_vmap_maps_ensemble_of_parameters():
     lstm = network("scan")
-    xs = material(lstm)[1]
-    params = jax.vmap(lstm.init)(jax.random.split(jax.random.key(0), 4))
+    xs = random_args(lstm)[1]
+    params = jax.jit(jax.vmap(lstm.init))(jax.random.split(jax.random.key(0), 4))
     ys, _ = jax.vmap(lstm, (0, None))(params, xs)
-    third = jax.tree.map(lambda a: a[2], params)
-    same(ys[2], lstm(third, xs)[0])
+    assert_same(ys[2], lstm(jax.tree.map(lambda a: a[2], params), xs)[0])

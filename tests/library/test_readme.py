@@ -1,16 +1,19 @@
-"""The code in the README runs."""
+"""Tests that the Python code in README.md runs and that its table of extras is complete."""
 
 import re
+import tomllib
 from pathlib import Path
 
 import jax
 import pytest
 
-BLOCKS = re.findall(r"```python\n(.*?)```", (Path(__file__).parent.parent.parent / "README.md").read_text(), re.DOTALL)
+ROOT = Path(__file__).parent.parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 
 
 @pytest.mark.parametrize("block", BLOCKS)
-def test_python(block):
+def test_readme_python_block_runs(block):
     names: dict = {}
     with jax.enable_x64(False):
         exec(block, names)
@@ -18,5 +21,12 @@ def test_python(block):
     assert names["ys"].shape[-1] == network.hidden_size
 
 
-def test_there_is_code():
-    assert len(BLOCKS) >= 2
+def test_readme_has_python_blocks():
+    assert len(BLOCKS) >= 5
+
+
+def test_readme_table_lists_every_extra():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    table = README.partition("| extra | for | packages |")[2].partition("\n\n")[0]
+    listed = {name for row in table.splitlines()[2:] for name in re.findall(r"`(\w+)`", row.split("|")[1])}
+    assert listed == set(project["optional-dependencies"])

@@ -1,30 +1,29 @@
-"""Parity with PyTorch: from recorded vectors everywhere, and live where it is installed."""
+"""Parity with PyTorch: from recorded vectors, and live where PyTorch is installed."""
 
 import importlib.util
 
-import cases
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch_cases
-from foreign import compare
+from framework_parity import assert_parity
 
 import jaxlstm
 from jaxlstm.interop import from_torch
 
 RECORDED = np.load(torch_cases.RECORDED)
-live = pytest.mark.skipif(importlib.util.find_spec("torch") is None, reason="torch is not installed")
-FAST = ("plain", "no bias", "packed everything", "rnn relu packed")
-FAST_LIVE = ("packed everything", "rnn relu packed")  # layers, directions, a projection, lengths, both kinds
+# Cases of the default tier: layers, directions, a projection and lengths; both modules; with and without bias.
+DEFAULT_CASES = ("no bias", "packed everything", "rnn relu packed")
+needs_torch = pytest.mark.skipif(importlib.util.find_spec("torch") is None, reason="torch is not installed")
 
 
-def recorded(name):
+def load_recorded(name):
     return {key.split("/")[1]: RECORDED[key] for key in RECORDED.files if key.startswith(f"{name}/")}
 
 
-def check(name, arrays, implementation):
+def assert_parity_with_torch(name, arrays, implementation):
     case = torch_cases.CASES[name]
-    kind = {"cell": "rnn", "activation": case["nonlinearity"]} if "nonlinearity" in case else {}
+    cell_options = {"cell": "rnn", "activation": case["nonlinearity"]} if "nonlinearity" in case else {}
     lstm = jaxlstm.LSTM(
         torch_cases.INPUT,
         torch_cases.HIDDEN,
@@ -34,24 +33,35 @@ def check(name, arrays, implementation):
         use_bias=case.get("bias", True),
         param_dtype=jnp.float64,
         implementation=implementation,
-        **kind,
+        **cell_options,
     )
     gradient = {key.removeprefix("grad."): value for key, value in arrays.items() if key.startswith("grad.")}
     lengths = np.array(torch_cases.LENGTHS) if case.get("packed") else None
-    compare(
-        lstm, lambda arrays: from_torch(lstm, arrays, prefix=""), arrays, gradient, arrays, biases=2, lengths=lengths
-    )
+
+    def to_params(state_dict):
+        return from_torch(lstm, state_dict, prefix="")
+
+    assert_parity(lstm, to_params, arrays, gradient, arrays, num_biases=2, lengths=lengths)
 
 
-@pytest.mark.parametrize("implementation", cases.IMPLEMENTATIONS)
-@pytest.mark.parametrize("name", cases.slow_but(FAST, torch_cases.CASES))
-def test_recorded(name, implementation):
-    check(name, recorded(name), implementation)
+@pytest.mark.parametrize("name", DEFAULT_CASES)
+def test_lstm_matches_recorded_torch(name):
+    assert_parity_with_torch(name, load_recorded(name), None)
 
 
-@live
-@pytest.mark.parametrize("name", cases.slow_but(FAST_LIVE, torch_cases.CASES))
-def test_live(name):
-    check(name, torch_cases.compute(name), None)
-    for key, value in torch_cases.compute(name).items():
-        np.testing.assert_allclose(value, recorded(name)[key], rtol=1e-10, atol=1e-12)
+@pytest.mark.slow
+@pytest.mark.parametrize("implementation", ["fused", "scan"])
+@pytest.mark.parametrize("name", torch_cases.CASES)
+def test_implementations_match_recorded_torch(name, implementation):
+    assert_parity_with_torch(name, load_recorded(name), implementation)
+
+
+@pytest.mark.slow
+@needs_torch
+@pytest.mark.parametrize("name", torch_cases.CASES)
+def test_lstm_matches_installed_torch(name):
+    arrays, recorded = torch_cases.compute(name), load_recorded(name)
+    assert_parity_with_torch(name, arrays, None)
+    assert arrays.keys() == recorded.keys()
+    for key, value in arrays.items():
+        np.testing.assert_allclose(value, recorded[key], rtol=1e-10, atol=1e-12)

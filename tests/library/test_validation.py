@@ -1,8 +1,9 @@
-"""Wrong input is one clear line: what was received and what was expected."""
+"""Errors for wrong options and arguments: one line with the received and the expected value."""
 
 import dataclasses
 import re
 
+import cases
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,14 +11,20 @@ import pytest
 
 import jaxlstm
 
+
+def zero_params(*sizes, **options):
+    """Returns parameters of another configuration."""
+    return jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), jaxlstm.LSTM(*sizes, **options).param_shapes())
+
+
 lstm = jaxlstm.LSTM(3, 4, num_layers=2)
-params = lstm.init(jax.random.key(0))
-xs = jnp.zeros((5, 2, 3), jnp.float32)
-state = lstm.initial_state((2,))
+params = jax.tree.map(jnp.asarray, cases.random_params(lstm, np.random.default_rng(0), np.float32))
+xs = jnp.ones((5, 2, 3), jnp.float32)
+state = jaxlstm.State(jnp.full((2, 2, 4), 0.5, jnp.float32), jnp.full((2, 2, 4), -1.0, jnp.float32))
 
 
 class Foreign:
-    """An array of a library whose dtypes are its own."""
+    """An array of a library with dtypes unknown to NumPy."""
 
     shape = (5, 2, 3)
     dtype = type("Dtype", (), {"__str__": lambda _: "f32"})()
@@ -26,8 +33,8 @@ class Foreign:
 PLAIN = jaxlstm.Cell(lambda z, c: (z[0] * c, z[1] * c), num_gates=2)
 
 
-def spoilt(**fields):
-    """A cell that the type checker of the tests would not let through."""
+def invalid_cell(**fields):
+    """Makes a cell that the run-time type checker of the tests would reject."""
     cell = dataclasses.replace(PLAIN)
     for name, value in fields.items():
         object.__setattr__(cell, name, value)
@@ -45,7 +52,7 @@ def spoilt(**fields):
         ({"remat": 0}, ValueError, "remat must be at least 1, got 0"),
         ({"bidirectional": 1}, TypeError, "bidirectional must be True or False, got 1"),
         ({"use_bias": "no"}, TypeError, "use_bias must be True or False, got 'no'"),
-        ({"dropout": 1.0}, ValueError, r"dropout must lie in [0, 1), got 1.0"),
+        ({"dropout": 1.0}, ValueError, r"dropout must be in [0, 1), got 1.0"),
         ({"dropout": "0.5"}, TypeError, r"dropout must be a number in [0, 1), got '0.5'"),
         ({"dtype": "float99"}, TypeError, "dtype must be a floating-point dtype, got 'float99'"),
         ({"dtype": jnp.int32}, TypeError, "dtype must be a floating-point dtype, got int32"),
@@ -54,7 +61,7 @@ def spoilt(**fields):
         ({"activation": "relu"}, ValueError, "activation='relu' belongs to cell='rnn', got cell='lstm'"),
         ({"cell": "rnn", "activation": "gelu"}, ValueError, "activation must be one of 'tanh', 'relu', 'sigmoid'"),
         ({"implementation": "fast"}, ValueError, "implementation must be one of"),
-        ({"zoneout_h": -0.1}, ValueError, "zoneout_h must lie in [0, 1), got -0.1"),
+        ({"zoneout_h": -0.1}, ValueError, "zoneout_h must be in [0, 1), got -0.1"),
         ({"weight_drop": None}, TypeError, "weight_drop must be a number in [0, 1), got None"),
         ({"layer_norm": 1}, TypeError, "layer_norm must be True or False, got 1"),
         ({"forget_bias": "1"}, TypeError, "forget_bias must be a number, got '1'"),
@@ -62,37 +69,53 @@ def spoilt(**fields):
         ({"forget_bias": 2.0, "use_bias": False}, ValueError, "forget_bias=2.0 needs a bias, got use_bias=False"),
         ({"chrono": 2}, ValueError, "chrono must be at least 3 and without forget_bias, got chrono=2"),
         ({"chrono": 9, "forget_bias": 0.0}, ValueError, "chrono must be at least 3 and without forget_bias"),
-        ({"cell": "rnn", "recurrent_dropout": 0.1}, ValueError, "recurrent_dropout=0.1 needs gates that take `keep`"),
-        ({"cell": "rnn", "zoneout_c": 0.1}, ValueError, "zoneout_c=0.1 needs a cell state, which cell='rnn' has not"),
-        ({"cell": "rnn", "forget_bias": 0.0}, ValueError, "forget_bias=0.0 needs a forget gate"),
-        ({"cell": "rnn", "chrono": 10}, ValueError, "chrono=10 needs a forget gate, which cell='rnn' has not"),
-        ({"cell": PLAIN, "layer_norm": True}, ValueError, "layer_norm=True needs gates that take `norm`"),
-        ({"cell": PLAIN, "recurrent_dropout": 0.5}, ValueError, "recurrent_dropout=0.5 needs gates that take `keep`"),
+        (
+            {"cell": "rnn", "recurrent_dropout": 0.1},
+            ValueError,
+            "recurrent_dropout=0.1 needs a cell with gates that take `candidate_scale`, got cell='rnn'",
+        ),
+        ({"cell": "rnn", "zoneout_c": 0.1}, ValueError, "zoneout_c=0.1 needs a cell with a cell state, got cell='rnn'"),
+        (
+            {"cell": "rnn", "forget_bias": 0.0},
+            ValueError,
+            "forget_bias=0.0 needs a cell with a forget gate, got cell='rnn'",
+        ),
+        ({"cell": "rnn", "chrono": 10}, ValueError, "chrono=10 needs a cell with a forget gate, got cell='rnn'"),
+        (
+            {"cell": PLAIN, "layer_norm": True},
+            ValueError,
+            "layer_norm=True needs a cell with gates that take `normalize`",
+        ),
+        (
+            {"cell": PLAIN, "recurrent_dropout": 0.5},
+            ValueError,
+            "recurrent_dropout=0.5 needs a cell with gates that take `candidate_scale`",
+        ),
         (
             {"cell": dataclasses.replace(PLAIN, forget_gate=2)},
             ValueError,
-            "forget_gate of the cell counts slabs of z from 0 to 1, got 2",
+            "forget_gate of the cell must be a slab of z, 0 to 1, got 2",
         ),
         (
             {"cell": dataclasses.replace(PLAIN, num_peepholes=1)},
             ValueError,
-            "the cell's gates do not take `w`, but num_peepholes is 1",
+            "the cell's gates do not take `peepholes`, but num_peepholes is 1",
         ),
         (
-            {"cell": spoilt(forget_gate=0.0)},
+            {"cell": invalid_cell(forget_gate=0.0)},
             ValueError,
-            "forget_gate of the cell counts slabs of z from 0 to 1, got 0.0",
+            "forget_gate of the cell must be a slab of z, 0 to 1, got 0.0",
         ),
         (
-            {"cell": jaxlstm.Cell(lambda z, c, w: (c, c), 1, num_peepholes=-2)},
+            {"cell": jaxlstm.Cell(lambda z, c, peepholes: (c, c), 1, num_peepholes=-2)},
             ValueError,
             "num_peepholes of the cell must be an integer of at least 0, got -2",
         ),
-        ({"cell": spoilt(gates=5)}, TypeError, "gates of the cell must be a function, got int 5"),
+        ({"cell": invalid_cell(gates=5)}, TypeError, "gates of the cell must be a function, got int 5"),
         ({"cell": dataclasses.replace(PLAIN, num_gates=0)}, ValueError, "num_gates of the cell must be at least 1"),
     ],
 )
-def test_configuration(options, error, message):
+def test_lstm_rejects_wrong_option(options, error, message):
     with pytest.raises(error, match=re.escape(message)):
         jaxlstm.LSTM(**{"input_size": 3, "hidden_size": 4, **options})
 
@@ -128,10 +151,12 @@ def call(**changes):
             TypeError,
             "xs must be an array of JAX or NumPy, got jax's ShapeDtypeStruct float32[5, 2, 3]",
         ),
-        (call(xs=[[1.0], [2.0, 3.0]]), TypeError, "xs must be an array, got list, which makes none: "),
-        (call(lengths=2**70), TypeError, f"lengths must be an array, got int {2**70}, which makes none: "),
-        (call(lengths=[5, None]), TypeError, "lengths must be an array, got list, which makes none: "),
-        (call(state=(state.h, state.c)), TypeError, "state must be a jaxlstm.State(h, c), got tuple"),
+        (call(xs=[[1.0], [2.0, 3.0]]), TypeError, "xs must be an array, got list: "),
+        (call(lengths=2**70), TypeError, f"lengths must be an array, got int {2**70}: "),
+        (call(lengths=[5, None]), TypeError, "lengths must be an array, got list: "),
+        (call(state=state.h), TypeError, "state must be a jaxlstm.State(h, c) or a tuple (h, c), got float32[2, 2, 4]"),
+        (call(state=(*state, state.c)), TypeError, "state must be a jaxlstm.State(h, c) or a tuple (h, c), got tuple"),
+        (call(state=(state.h[:1], state.c)), ValueError, "state.h must have shape [2, 2, 4], got [1, 2, 4]"),
         (call(state=state._replace(h=state.h[:1])), ValueError, "state.h must have shape [2, 2, 4], got [1, 2, 4]"),
         (call(state=state._replace(c=None)), ValueError, "state.c must be an array [2, 2, 4]; got NoneType"),
         (call(lengths=jnp.zeros(3, int)), ValueError, "lengths must have shape [2], got [3]"),
@@ -151,22 +176,22 @@ def call(**changes):
         ),
         (call(params=list(params)), TypeError, "params must be a jaxlstm.Params as made by init, got list"),
         (
-            call(params=jaxlstm.LSTM(3, 5, num_layers=2).init(jax.random.key(0))),
+            call(params=zero_params(3, 5, num_layers=2)),
             ValueError,
             "params.layers[0].forward.w_x must have shape [16, 3], got [20, 3]",
         ),
         (
-            call(params=jaxlstm.LSTM(3, 4).init(jax.random.key(0))),
+            call(params=zero_params(3, 4)),
             ValueError,
             "params.layers[1].forward.w_x is missing; expected shape [16, 4]",
         ),
         (
-            call(params=jaxlstm.LSTM(3, 4, num_layers=2, bidirectional=True).init(jax.random.key(0))),
+            call(params=zero_params(3, 4, num_layers=2, bidirectional=True)),
             ValueError,
             "params.layers[1].forward.w_x must have shape [16, 4], got [16, 8]",
         ),
         (
-            call(params=jaxlstm.LSTM(3, 4, num_layers=2, proj_size=4).init(jax.random.key(0))),
+            call(params=zero_params(3, 4, num_layers=2, proj_size=4)),
             ValueError,
             "params.layers[0].forward.w_p is not a parameter of this configuration, got float32[4, 4]",
         ),
@@ -186,7 +211,7 @@ def call(**changes):
         (
             lambda: jaxlstm.LSTM(3, 4, bidirectional=True).step(params, state, xs[0]),
             ValueError,
-            "step is for one direction",
+            "step runs one direction: a bidirectional network needs the whole sequence",
         ),
         (
             lambda: jaxlstm.LSTM(3, 4, cell="rnn").step(params, state, xs[0]),
@@ -196,34 +221,35 @@ def call(**changes):
         (lambda: lstm.initial_state((2, -1)), ValueError, "batch_shape must be sizes of at least 0, got (2, -1)"),
     ],
 )
-def test_calls(action, error, message):
+def test_lstm_rejects_wrong_argument(action, error, message):
     with pytest.raises(error, match=re.escape(message)) as caught:
         action()
     assert "\n" not in str(caught.value)
-    # The same line while tracing.
+    # The same message while tracing.
     with pytest.raises(error, match=re.escape(message)):
         jax.eval_shape(action)
 
 
-@pytest.mark.parametrize("network", [jaxlstm.LSTM(3, 4), jaxlstm.ConvLSTM(3, 4, (1,), kernel_size=1)])
+@pytest.mark.parametrize("network", [jaxlstm.LSTM(1, 1), jaxlstm.ConvLSTM(1, 1, 1, kernel_size=1)])
 @pytest.mark.parametrize("dtype", ["int8", "uint8", "int16", "uint32", "uint64", "int64"])
-def test_lengths_of_any_integer_dtype(network, dtype):
-    """Of a dtype that holds the lengths, and not always the number of steps."""
+def test_lengths_accept_any_integer_dtype(network, dtype):
+    """The dtype holds every length, but not always the number of steps."""
     lengths = np.array([100, 5, 0, np.iinfo(dtype).max], dtype)
-    steps = 70_000 if dtype == "int16" else 300
-    xs = jnp.ones((steps, 4, 3) if isinstance(network, jaxlstm.LSTM) else (steps, 4, 1, 3), jnp.float32)
-    ys, _ = network(network.init(jax.random.key(0)), xs, lengths=lengths)
-    taken = np.asarray(ys).reshape(steps, 4, 4).any(-1).sum(0)
-    np.testing.assert_array_equal(taken, np.minimum(lengths.astype(object), steps).astype(int))
+    num_steps = 70_000 if dtype == "int16" else 300
+    xs = jnp.ones((num_steps, 4, *network.feature_shape(1)), jnp.float32)
+    params = jax.tree.map(lambda a: jnp.ones(a.shape, a.dtype), network.param_shapes())
+    ys, _ = network(params, xs, lengths=lengths)
+    num_outputs = np.count_nonzero(np.asarray(ys).reshape(num_steps, 4), axis=0)
+    np.testing.assert_array_equal(num_outputs, np.minimum(lengths.astype(object), num_steps).astype(int))
 
 
-def test_a_vanilla_network_takes_no_cell_state():
+def test_cell_without_cell_state_rejects_one():
     rnn = jaxlstm.LSTM(3, 4, cell="rnn")
     with pytest.raises(ValueError, match=re.escape("state.c must be None: this cell has no cell state; got float32")):
-        rnn(rnn.init(jax.random.key(0)), xs, jaxlstm.State(jnp.zeros((1, 2, 4)), jnp.zeros((1, 2, 4), jnp.float32)))
+        rnn(zero_params(3, 4, cell="rnn"), xs, (jnp.zeros((1, 2, 4)), jnp.zeros((1, 2, 4), jnp.float32)))
 
 
-def test_float64_is_refused_where_jax_would_narrow_it():
+def test_float64_raises_without_x64():
     wide = jaxlstm.LSTM(3, 4, param_dtype=jnp.float64)
     jax.config.update("jax_enable_x64", False)
     try:
@@ -235,21 +261,58 @@ def test_float64_is_refused_where_jax_would_narrow_it():
         jax.config.update("jax_enable_x64", True)
 
 
-def test_what_is_merely_unusual_is_taken():
-    """Lists of lengths, states and inputs of another float type, narrower parameters, equal configurations."""
-    lstm(params, xs, lengths=[5, 0])
-    lstm(params, np.zeros((5, 2, 3)), jax.tree.map(lambda a: a.astype(jnp.bfloat16), state))
-    half = jax.tree.map(lambda a: a.astype(jnp.bfloat16), params)
-    assert lstm(half, xs)[1].h.dtype == jnp.float32
-    a, b = jaxlstm.LSTM(3, 4, dtype="bfloat16"), jaxlstm.LSTM(np.int64(3), 4, dtype=jnp.bfloat16)
+def test_lstm_accepts_numpy_scalars():
+    options = {
+        "num_layers": 2,
+        "bidirectional": True,
+        "layer_norm": False,
+        "dropout": 0.5,
+        "forget_bias": 2.0,
+        "remat": 3,
+    }
+    numpy_options = {
+        "num_layers": np.int32(2),
+        "bidirectional": np.True_,
+        "layer_norm": np.False_,
+        "dropout": np.float32(0.5),
+        "forget_bias": np.int64(2),
+        "remat": np.uint8(3),
+    }
+    a, b = jaxlstm.LSTM(3, 4, **options), jaxlstm.LSTM(np.int64(3), np.int16(4), **numpy_options)
     assert a == b
     assert hash(a) == hash(b)
+    assert b.bidirectional is True
+    assert isinstance(b.dropout, float)
+
+
+def test_configurations_with_equal_dtypes_are_equal():
+    a, b = jaxlstm.LSTM(3, 4, dtype="bfloat16"), jaxlstm.LSTM(3, 4, dtype=jnp.bfloat16)
+    assert a == b
+    assert hash(a) == hash(b)
+
+
+def test_call_accepts_lists_tuples_and_other_float_dtypes():
+    """Lengths as a list, a plain tuple as the state, wider inputs, and a narrower state and parameters."""
+    wanted = lstm(params, xs, state, lengths=np.array([5, 0]))
+    jax.tree.map(np.testing.assert_array_equal, lstm(params, xs, (state.h, state.c), lengths=[5, 0]), wanted)
+    narrow_params, narrow_state = jax.tree.map(lambda a: a.astype(jnp.bfloat16), (params, tuple(state)))
+    last = lstm(narrow_params, np.zeros((5, 2, 3)), narrow_state, lengths=[5, 0], reverse=np.False_)[1]
+    assert isinstance(last, jaxlstm.State)
+    assert last.h.dtype == last.c.dtype == jnp.float32
+
+
+def test_step_accepts_tuple_as_state():
+    wanted = lstm.step(params, state, xs[0])
+    jax.tree.map(np.testing.assert_array_equal, lstm.step(params, (state.h, state.c), xs[0]), wanted)
+
+
+def test_initial_state_accepts_int_as_batch_shape():
     assert lstm.initial_state(2).h.shape == lstm.initial_state((2,)).h.shape == (2, 2, 4)
 
 
-def test_a_learned_state_is_asked_for_with_params():
+def test_learned_state_needs_params():
     network = jaxlstm.LSTM(3, 4, learned_state=True)
     with pytest.raises(ValueError, match="initial_state needs params: learned_state=True"):
         network.initial_state(2)
     with pytest.raises(ValueError, match=re.escape("params.state.h is missing; expected shape [1, 4]")):
-        network(jaxlstm.LSTM(3, 4).init(jax.random.key(0)), xs)
+        network(zero_params(3, 4), xs)

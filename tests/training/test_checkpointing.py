@@ -1,6 +1,5 @@
-"""Runs that are stopped, killed and damaged, and go on."""
+"""Checkpoints, and runs that are stopped, killed or damaged and then resumed."""
 
-import io
 import json
 import multiprocessing
 import os
@@ -18,10 +17,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from rich.console import Console
-from test_train import ENVIRONMENT, ROOT, SMALL, TEXT, as_users_have_it, metrics, train
+from training_runs import ENVIRONMENT, ROOT, SMALL, TEXT, default_jax, read_metrics, read_summary, train
 
+from jaxlstm.training import cli, train_step
 from jaxlstm.training.checkpointing import CheckpointError, Checkpoints
-from jaxlstm.training.metrics import Report, keep_rows
+from jaxlstm.training.config import load_config
+from jaxlstm.training.metrics import Report, truncate_rows
+from jaxlstm.training.optimizer import make_optimizer
+from jaxlstm.training.run_directory import lock_run_dir
+from jaxlstm.training.tasks import TASKS
 
 ARRAYS = {"w": jnp.arange(12, dtype=jnp.float32).reshape(3, 4), "key": jax.random.key(3), "n": jnp.zeros((), jnp.int32)}
 
@@ -32,8 +36,8 @@ def zeros(state):
 
 @pytest.fixture
 def saved(tmp_path):
-    """Five checkpoints written, two of them left."""
-    checkpoints = Checkpoints(tmp_path / "checkpoints", keep=2)
+    """Five checkpoints written, the last two kept."""
+    checkpoints = Checkpoints(tmp_path / "checkpoints", max_to_keep=2)
     donate = jax.jit(lambda state: {**state, "w": state["w"] + 1}, donate_argnums=0)
     state = jax.tree.map(jnp.copy, ARRAYS)
     for step in range(5):
@@ -43,64 +47,67 @@ def saved(tmp_path):
     return checkpoints
 
 
-def test_a_checkpoint_is_what_the_state_was_though_the_state_was_donated(saved):
+def test_checkpoint_holds_the_state_before_it_was_donated(saved):
     assert saved.steps() == [3, 4]
-    assert saved.record() == (4, {"step": 4})
+    assert saved.latest_record() == (4, {"step": 4})
     again = saved.restore(zeros(ARRAYS))
     np.testing.assert_array_equal(again["w"], ARRAYS["w"] + 4)
     assert again["key"] == ARRAYS["key"]
-    # A new process finds the same, and a checkpoint that exists is left as it is.
-    other = Checkpoints(saved.folder, keep=2)
+    # A new process reads the same, and an existing checkpoint is not replaced.
+    other = Checkpoints(saved.folder, max_to_keep=2)
     other.save(4, zeros(ARRAYS), {"step": 0})
     other.wait()
     np.testing.assert_array_equal(other.restore(zeros(ARRAYS))["w"], ARRAYS["w"] + 4)
 
 
-def test_a_state_given_away_while_it_is_being_written_is_written_as_it_was(tmp_path):
-    """Without a copy: the writer's hold on the memory keeps the steps that follow from using it."""
-    checkpoints = Checkpoints(tmp_path, keep=9)
+def test_checkpoint_of_a_state_donated_during_the_write_is_unchanged(tmp_path):
+    """No copy is made: the references of the writer keep later steps from using the memory."""
+    checkpoints = Checkpoints(tmp_path, max_to_keep=9)
     step = jax.jit(lambda w: w + 1, donate_argnums=0)
     w = jnp.zeros(2**21, jnp.float32)
     for n in range(3):
         checkpoints.save(n, {"w": w}, {})
         for _ in range(4):
             before, w = w, step(w)
-        assert before.is_deleted()  # so steps do use the memory that they are given
+        assert before.is_deleted()  # so steps do use donated memory
         checkpoints.wait()
         np.testing.assert_array_equal(checkpoints.restore({"w": w})["w"], 4.0 * n)
 
 
-def damage_array(folder):
+def truncate_array(folder):
     path = max(folder.rglob("*"), key=lambda p: p.stat().st_size if p.is_file() and "ocdbt" in str(p) else 0)
     path.write_bytes(path.read_bytes()[:-1])
 
 
-def flip_array(folder):
+def flip_bit(folder):
     path = max(folder.rglob("*"), key=lambda p: p.stat().st_size if p.is_file() and "ocdbt" in str(p) else 0)
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
     path.write_bytes(content)
 
 
-def damage_manifest(folder):
+def truncate_manifest(folder):
     (folder / "manifest.json").write_text((folder / "manifest.json").read_text()[:-20])
 
 
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (damage_array, r"checkpoint .*/4 is damaged: .* is not as it was written; remove .*/4 to go on from"),
-        (flip_array, r"checkpoint .*/4 is damaged: .* is not as it was written; remove"),
+        (
+            truncate_array,
+            r"checkpoint .*/4 is damaged: .* differs from the file that was written; remove .*/4 to go on from",
+        ),
+        (flip_bit, r"checkpoint .*/4 is damaged: .* differs from the file that was written; remove"),
         (lambda folder: (folder / "_METADATA").unlink(), r"/4 is damaged: _METADATA: No such file"),
-        (damage_manifest, r"/4 is damaged: manifest.json is not whole"),
-        (lambda folder: (folder / "manifest.json").write_text("[]"), "manifest.json is not whole"),
+        (truncate_manifest, r"/4 is damaged: manifest.json is incomplete"),
+        (lambda folder: (folder / "manifest.json").write_text("[]"), "manifest.json is incomplete"),
         (
             lambda folder: (folder / "manifest.json").unlink(),
             r"/4 is not a checkpoint of a run: manifest.json: No such",
         ),
     ],
 )
-def test_a_damaged_checkpoint_says_so_and_the_one_before_it_serves(saved, damage, message, capfd):
+def test_damaged_checkpoint_is_named_and_the_previous_one_works(saved, damage, message, capfd):
     damage(saved.folder / "4")
     with pytest.raises(CheckpointError, match=message):
         saved.restore(zeros(ARRAYS))
@@ -109,7 +116,7 @@ def test_a_damaged_checkpoint_says_so_and_the_one_before_it_serves(saved, damage
     assert capfd.readouterr() == ("", "")
 
 
-def test_a_checkpoint_of_another_model(saved, tmp_path):
+def test_checkpoint_of_another_model_is_refused(saved, tmp_path):
     with pytest.raises(CheckpointError, match=r"of another model: w is float32\[3,4\], expected float32\[4,3\]"):
         saved.restore({**ARRAYS, "w": ARRAYS["w"].T})
     with pytest.raises(CheckpointError, match=r"of another model: b is absent, expected int32\[\]"):
@@ -118,13 +125,13 @@ def test_a_checkpoint_of_another_model(saved, tmp_path):
         Checkpoints(tmp_path / "none").restore(ARRAYS)
 
 
-def test_rows_after_the_checkpoint_are_dropped_a_torn_one_too(tmp_path):
+def test_truncate_rows_removes_rows_after_the_checkpoint(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 1}\n{"step": 2}\n{"ste')
-    assert keep_rows(path, 2) == [{"step": 1}, {"step": 2}]
+    assert truncate_rows(path, 2) == [{"step": 1}, {"step": 2}]
     assert path.read_text() == '{"step": 1}\n{"step": 2}\n'
     with pytest.raises(ValueError, match="is damaged: 2 lines, expected at least 3"):
-        keep_rows(path, 3)
+        truncate_rows(path, 3)
 
 
 OPTIONS = [
@@ -137,100 +144,97 @@ OPTIONS = [
     "15",
     "--log-every",
     "3",
-]  # a checkpoint in the middle of a row
+]  # checkpoints between two rows of the metrics
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory):
-    """A run of 40 steps in one go, its folder."""
-    folder = tmp_path_factory.mktemp("whole")
+def complete_run(tmp_path_factory):
+    """The directory of an uninterrupted run of 40 steps."""
+    folder = tmp_path_factory.mktemp("complete")
     (folder / "text.txt").write_text(TEXT, encoding="utf-8")
-    run(["--data", str(folder / "text.txt"), "--max-steps", "40", "--run-dir", str(folder / "run"), *OPTIONS])
+    train(["--data", str(folder / "text.txt"), "--max-steps", "40", "--run-dir", str(folder / "run"), *OPTIONS])
     return folder / "run"
 
 
-def run(arguments):
-    """`train.py` in this process; what it printed."""
-    console = Console(file=io.StringIO(), width=200)
-    try:
-        with as_users_have_it():
-            train.train(train.parse(arguments), console)
-    except SystemExit:
-        assert "SIGTERM received" in console.file.getvalue()
-    return console.file.getvalue()
-
-
-def outcome(folder):
-    rows = [{k: v for k, v in row.items() if "per_second" not in k} for row in metrics(folder)]
+def recorded(folder):
+    """Returns everything that a run writes, without times."""
+    rows = [{k: v for k, v in row.items() if "per_second" not in k} for row in read_metrics(folder)]
     manifest = json.loads((folder / "checkpoints" / "40" / "manifest.json").read_text())
     loop = {k: v for k, v in manifest["record"]["loop"].items() if "seconds" not in k}
     return rows, loop, (folder / "best.msgpack").read_bytes()
 
 
-def state(folder):
-    # Arrays without a template: as they were written.
-    with jax.numpy_dtype_promotion("standard"):
-        options, _ = train.configuration.of_run(folder, "")
-        task = train.TASKS[options.task].make(options)
-        optimizer = train.training.optimizer(1.0, warmup=0.0, weight_decay=0.0, clip=1.0)
+def final_state(folder):
+    """Returns the arrays of the latest checkpoint, without the PRNG key."""
+    with default_jax():
+        options, _ = load_config(folder, "")
+        task = TASKS[options.task].make(options)
+        optimizer = make_optimizer(1.0, warmup=0.0, weight_decay=0.0, clip=1.0)
         params = task.init(jax.random.key(0))
-        like = train.training.start(params, optimizer, task.carry(params), jax.random.key(0))
-        return jax.tree.leaves(Checkpoints(folder / "checkpoints").restore(like)._replace(key=0))
+        template = train_step.init_train_state(params, optimizer, task.init_carry(params), jax.random.key(0))
+        return jax.tree.leaves(Checkpoints(folder / "checkpoints").restore(template)._replace(key=0))
 
 
-def same(folder, whole):
-    assert outcome(folder) == outcome(whole)
-    for a, b in zip(state(folder), state(whole)):
+def assert_same_run(folder, expected):
+    assert recorded(folder) == recorded(expected)
+    for a, b in zip(final_state(folder), final_state(expected)):
         np.testing.assert_array_equal(a, b)
 
 
-def interrupted(monkeypatch, at, what):
-    """``what`` happens when the row of step ``at`` is reported."""
-    report = Report.train
+def call_at_row(monkeypatch, at, function):
+    """Calls a function when the training row of step ``at`` is recorded."""
+    training_row = Report.training_row
 
-    def reported(self, step, *rest):
-        report(self, step, *rest)
+    def patched(self, step, *rest):
+        training_row(self, step, *rest)
         if step == at:
-            what()
+            function()
 
-    monkeypatch.setattr(Report, "train", reported)
+    monkeypatch.setattr(Report, "training_row", patched)
 
 
 @pytest.mark.slow
-def test_a_run_that_is_stopped_and_then_crashes_ends_bit_for_bit_as_one_in_one_go(whole, tmp_path, monkeypatch):
-    arguments = ["--data", str(whole.parent / "text.txt"), "--max-steps", "40", "--run-dir", str(tmp_path / "run")]
+def test_resume_after_a_stop_and_a_crash_is_exact(complete_run, tmp_path, monkeypatch):
+    arguments = [
+        "--data",
+        str(complete_run.parent / "text.txt"),
+        "--max-steps",
+        "40",
+        "--run-dir",
+        str(tmp_path / "run"),
+    ]
 
     def crash():
         raise RuntimeError("power cut")
 
     with monkeypatch.context() as patch:
-        interrupted(patch, 12, lambda: os.kill(os.getpid(), signal.SIGTERM))
-        printed = run([*arguments, *OPTIONS])
+        call_at_row(patch, 12, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        printed = train([*arguments, *OPTIONS])
     assert f"SIGTERM received; stopped after step 12; saved: python train.py --resume {tmp_path / 'run'}\n" in printed
     with monkeypatch.context() as patch:
-        interrupted(patch, 27, crash)
+        call_at_row(patch, 27, crash)
         with pytest.raises(RuntimeError, match="power cut"):
-            run(["--resume", str(tmp_path / "run")])
-    assert metrics(tmp_path / "run")[-1]["step"] == 27
-    # What came after the checkpoint is lost, and nothing else.
-    assert "resumed after step 25" in run(["--resume", str(tmp_path / "run")])
-    same(tmp_path / "run", whole)
-    assert json.loads((tmp_path / "run" / "summary.json").read_text())["steps"] == 40
+            train(["--resume", str(tmp_path / "run")])
+    assert read_metrics(tmp_path / "run")[-1]["step"] == 27
+    # Only the steps after the last checkpoint are repeated.
+    assert "resumed after step 25" in train(["--resume", str(tmp_path / "run")])
+    assert_same_run(tmp_path / "run", complete_run)
+    assert read_summary(tmp_path / "run")["steps"] == 40
 
 
-def test_a_run_goes_on_with_its_own_options_and_data(whole, tmp_path):
-    shutil.copytree(whole, tmp_path / "run")
+def test_resume_needs_the_options_and_data_of_the_run(complete_run, tmp_path):
+    shutil.copytree(complete_run, tmp_path / "run")
     for option, message in (
         (["--hidden", "32"], "goes on with the options of that run: --hidden is 16, expected 32"),
         (["--task", "charlm", "--seed", "3"], "--seed is 0, expected 3"),
         (["--run-dir", "other"], "goes on in that folder, and has no use for --run-dir other"),
     ):
         with pytest.raises(ValueError, match=message):
-            train.parse(["--resume", str(tmp_path / "run"), *option])
-    options = train.parse(["--resume", str(tmp_path / "run"), "--max-steps", "50", "--valid-every", "7"])
+            cli.parse(["--resume", str(tmp_path / "run"), *option])
+    options = cli.parse(["--resume", str(tmp_path / "run"), "--max-steps", "50", "--valid-every", "7"])
     assert (options.max_steps, options.valid_every, options.hidden) == (50, 7, 16)
-    said = "nothing is left to do: step 40 is the last one by --max-steps 40\n"
-    assert said in run(["--resume", str(tmp_path / "run"), "--max-seconds", "100"])
+    message = "nothing is left to do: step 40 is the last one by --max-steps 40\n"
+    assert message in train(["--resume", str(tmp_path / "run"), "--max-seconds", "100"])
     path = tmp_path / "run" / "checkpoints" / "40" / "manifest.json"
     manifest = json.loads(path.read_text())
     for record, message in (
@@ -240,62 +244,62 @@ def test_a_run_goes_on_with_its_own_options_and_data(whole, tmp_path):
             manifest["record"] | {"options": {**manifest["record"]["options"], "hidden": 8}},
             "--hidden is 8, expected 16",
         ),
-        ({"step": 3}, "is not one of train.py: KeyError"),
+        ({"step": 3}, "was not written by train.py: KeyError"),
     ):
         path.write_text(json.dumps(manifest | {"record": record}))
         with pytest.raises(CheckpointError, match=message):
-            run(["--resume", str(tmp_path / "run")])
+            train(["--resume", str(tmp_path / "run")])
     with pytest.raises(ValueError, match=r"--resume .* is not the folder of a run"):
-        train.parse(["--resume", str(tmp_path)])
+        cli.parse(["--resume", str(tmp_path)])
 
 
-def test_the_clock_goes_on_counting(whole, tmp_path):
-    shutil.copytree(whole, tmp_path / "run")
+def test_resume_continues_the_clock(complete_run, tmp_path):
+    shutil.copytree(complete_run, tmp_path / "run")
     path = tmp_path / "run" / "checkpoints" / "40" / "manifest.json"
     manifest = json.loads(path.read_text())
-    assert 0 < manifest["record"]["loop"]["seconds"] < json.loads((whole / "summary.json").read_text())["wall_seconds"]
+    assert 0 < manifest["record"]["loop"]["seconds"] < read_summary(complete_run)["wall_seconds"]
     manifest["record"]["loop"]["seconds"] = 3600.0
     path.write_text(json.dumps(manifest))
-    run(["--resume", str(tmp_path / "run"), "--max-steps", "1000", "--max-seconds", "3000"])
-    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    train(["--resume", str(tmp_path / "run"), "--max-steps", "1000", "--max-seconds", "3000"])
+    summary = read_summary(tmp_path / "run")
     assert summary["steps"] == 41
     assert summary["wall_seconds"] > 3600
 
 
 @pytest.mark.slow
-def test_steps_that_are_not_finite_are_counted_in_the_metrics_and_end_the_run_in_the_end(whole, tmp_path, monkeypatch):
-    """A recurrent state that is NaN at steps 9 and 10, and another time from step 9 on."""
-    arguments = ["--data", str(whole.parent / "text.txt"), "--max-steps", "40", *OPTIONS, "--max-skipped", "5"]
-    make = train.training.make_step
+def test_non_finite_steps_are_counted_and_end_the_run_after_max_skipped(complete_run, tmp_path, monkeypatch):
+    """The recurrent state is NaN at steps 9 and 10, and in a second run from step 9 on."""
+    arguments = ["--data", str(complete_run.parent / "text.txt"), "--max-steps", "40", *OPTIONS, "--max-skipped", "5"]
+    make_step = train_step.make_step
 
-    def poisoned(until):
-        def make_step(loss, optimizer):
-            step, taken = make(loss, optimizer), iter(range(1, 100))
+    def with_nan_until(last):
+        def make(loss, optimizer):
+            step, numbers = make_step(loss, optimizer), iter(range(1, 100))
 
-            def wrong(state, batch, progress):
-                n = next(taken)
-                carry = jax.tree.map(lambda a: a * (jnp.nan if 9 <= n <= until else 1), state.carry)
-                state, outcome = step(state._replace(carry=carry), batch, progress)
-                return state._replace(carry=jax.tree.map(jnp.nan_to_num, state.carry)), outcome
+            def step_with_nan(state, batch, progress):
+                n = next(numbers)
+                carry = jax.tree.map(lambda a: a * (jnp.nan if 9 <= n <= last else 1), state.carry)
+                state, step_metrics = step(state._replace(carry=carry), batch, progress)
+                return state._replace(carry=jax.tree.map(jnp.nan_to_num, state.carry)), step_metrics
 
-            return wrong
+            return step_with_nan
 
-        return make_step
+        return make
 
-    monkeypatch.setattr(train.training, "make_step", poisoned(10))
-    printed = run([*arguments, "--run-dir", str(tmp_path / "two")])
-    rows = [row for row in metrics(tmp_path / "two") if row["split"] == "train"]
+    monkeypatch.setattr(train_step, "make_step", with_nan_until(10))
+    printed = train([*arguments, "--run-dir", str(tmp_path / "two")])
+    rows = [row for row in read_metrics(tmp_path / "two") if row["split"] == "train"]
     assert [row["skipped"] for row in rows] == [0, 0, 1, *[2] * 11]
     assert all(np.isfinite(row["loss"]) for row in rows)
     assert printed.count("  2 skipped") == 11
-    monkeypatch.setattr(train.training, "make_step", poisoned(100))
+    monkeypatch.setattr(train_step, "make_step", with_nan_until(100))
     with pytest.raises(FloatingPointError, match="was not finite at 5 steps in a row, up to step 13;"):
-        run([*arguments, "--run-dir", str(tmp_path / "all")])
-    assert [row["loss"] is None for row in metrics(tmp_path / "all")] == [False, False, False, True]
+        train([*arguments, "--run-dir", str(tmp_path / "all")])
+    assert [row["loss"] is None for row in read_metrics(tmp_path / "all")] == [False, False, False, True]
     assert sorted(p.name for p in (tmp_path / "all" / "checkpoints").iterdir()) == ["10", "5"]
 
 
-def test_a_full_disk_is_seen_before_anything_is_written(saved, monkeypatch):
+def test_checkpoint_on_a_full_disk_is_refused_before_writing(saved, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**9, 10**9 - 1000, 1000))
     before = {p: p.read_bytes() for p in saved.folder.rglob("*") if p.is_file()}
     with pytest.raises(CheckpointError, match=r"the disk is full: 1,000 bytes are free, 1,048,\d+ needed"):
@@ -305,72 +309,71 @@ def test_a_full_disk_is_seen_before_anything_is_written(saved, monkeypatch):
 
 
 @pytest.mark.slow
-def test_a_write_that_fails_midway_is_one_line_and_leaves_what_was_there(whole, tmp_path):
-    """Files end, as on a full disk, after so many KiB: arrays of a checkpoint, parameters, the configuration."""
-    # A checkpoint's arrays, 31 KiB here, are spread over two files or more, never the same way twice: a limit far below
-    # half of them, yet above every other file written at these steps.
+def test_failed_write_prints_one_line_and_keeps_existing_files(complete_run, tmp_path):
+    """Files are limited to a few KiB, too small for a checkpoint's arrays, the parameters, or the configuration."""
+    # The 31 KiB of arrays are spread over two or more files, differently each time: the first limit is far below half
+    # of them, yet above every other file written at these steps.
     for kibibytes, message in (
         (6, r"cannot write a checkpoint to \S+/run\d+/checkpoints: .*/41\.orbax-checkpoint-tmp.*: File too large.*"),
         (8, r"cannot write run\d+/best\.msgpack: File too large"),
         (1, r"cannot write run\d+/config\.json: File too large"),
     ):
         folder = tmp_path / f"run{kibibytes}"
-        shutil.copytree(whole, folder)
+        shutil.copytree(complete_run, folder)
         before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
         often = "--max-steps 60 --save-every 2 --valid-every 1" if kibibytes == 8 else "--max-steps 60 --save-every 2"
         limited = f"ulimit -f {kibibytes}; exec {sys.executable} {ROOT / 'train.py'} --resume {folder.name} {often}"
         done = subprocess.run(
             ["bash", "-c", limited],
             cwd=tmp_path,
-            env=ENVIRONMENT | {"XDG_CACHE_HOME": str(tmp_path / f"cache{kibibytes}")},  # its files are cut short too
+            env=ENVIRONMENT | {"XDG_CACHE_HOME": str(tmp_path / f"cache{kibibytes}")},  # also limited
             capture_output=True,
             text=True,
             timeout=240,
         )
         assert done.returncode == 1
         assert re.fullmatch(rf"train\.py: {message}\n", done.stderr), done.stderr
-        again = {"metrics.jsonl", "config.json"} if kibibytes > 1 else {"metrics.jsonl"}  # are written once more
+        again = {"metrics.jsonl", "config.json"} if kibibytes > 1 else {"metrics.jsonl"}  # are rewritten
         for path, content in before.items():
             assert path.name in again or path.read_bytes() == content, path
         assert not list(folder.glob("*.partial"))
 
 
-def test_one_process_at_a_time_in_a_folder(whole):
+def test_run_directory_is_locked_by_one_process(complete_run):
     message = r"another process is training in .*/run: .*/run/lock is locked"
-    with train.alone_in(whole), pytest.raises(ValueError, match=message):
-        run(["--resume", str(whole)])
-    with train.alone_in(whole):  # it was let go of
+    with lock_run_dir(complete_run), pytest.raises(ValueError, match=message):
+        train(["--resume", str(complete_run)])
+    with lock_run_dir(complete_run):  # released
         pass
 
 
-def test_a_row_that_cannot_be_written_is_named(tmp_path):
+def test_report_names_a_file_that_cannot_be_written(tmp_path):
     report = Report(tmp_path, Console(quiet=True), "words", str)
-    report._metrics.close()
-    report._metrics = Path("/dev/full").open("w")  # noqa: SIM115
+    report._file.close()
+    report._file = Path("/dev/full").open("w")  # noqa: SIM115
     with pytest.raises(OSError, match=r"cannot write .*metrics\.jsonl: No space left on device"), report:
-        report.diagnosis(1, {"a": 1.0})
+        report.diagnosis_row(1, {"a": 1.0})
 
 
-def train_in(folder, arguments):
-    """The command, in a process of its own that has imported it already."""
+def train_in_child(folder, arguments):
+    """Runs the command; called in a forked process that has imported it already."""
     os.chdir(folder)
     out = os.open("out.txt", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(out, 1), os.dup2(out, 2)
     os.environ["XDG_CACHE_HOME"] = str(folder)
-    sys.argv = ["train.py", *arguments]
-    train.main()
+    cli.train_main(arguments, "train.py")
 
 
 def kill_at_random(folder, kills, *, save_every=4):
-    """Kill a run again and again: at its start, and at and between its checkpoints. Returns what it went on from."""
-    draw = random.Random(0)
+    """Kills a run repeatedly: at its start, and during and between its checkpoints. Returns the steps of resuming."""
+    rng = random.Random(0)
     (folder / "text.txt").write_text(TEXT, encoding="utf-8")
     new = ["--data", "text.txt", "--run-dir", "run", "--max-steps", "1000000", "--save-every", str(save_every)]
     new += ["--hidden", "16", "--embedding", "8", "--batch", "4", "--window", "16"]
     new += ["--log-every", "1", "--valid-every", "1000000", "--diagnose", "0"]
     metrics, out = folder / "run" / "metrics.jsonl", folder / "out.txt"
     processes = multiprocessing.get_context("forkserver")
-    processes.set_forkserver_preload(["train"])
+    processes.set_forkserver_preload(["jaxlstm.training.cli"])
     resumed = []
     for n in range(kills):
         lines = metrics.read_text().splitlines(True) if metrics.exists() else []
@@ -378,30 +381,30 @@ def kill_at_random(folder, kills, *, save_every=4):
         assert steps == list(range(1, len(steps) + 1))
         out.write_text("")
         started = (folder / "run" / "config.json").exists()
-        process = processes.Process(target=train_in, args=(folder, ["--resume", "run"] if started else new))
+        process = processes.Process(target=train_in_child, args=(folder, ["--resume", "run"] if started else new))
         process.start()
         began = time.monotonic()
-        early = n > 0 and draw.random() < 0.1  # while it starts
+        early = n > 0 and rng.random() < 0.1  # while it starts
         while not early and not re.search("^step", out.read_text(), re.MULTILINE):
             assert process.exitcode is None, out.read_text()
             assert time.monotonic() < began + 120
             time.sleep(0.01)
-        time.sleep(draw.uniform(0, 3.0 if early else 0.5))
+        time.sleep(rng.uniform(0, 3.0 if early else 0.5))
         process.kill()
         process.join()
-        said = out.read_text()
-        assert process.exitcode == -signal.SIGKILL, said
-        if "characters" in said:
-            after = re.search(r"resumed after step ([\d,]+)$", said, re.MULTILINE)
+        printed = out.read_text()
+        assert process.exitcode == -signal.SIGKILL, printed
+        if "characters" in printed:
+            after = re.search(r"resumed after step ([\d,]+)$", printed, re.MULTILINE)
             resumed.append(int(after[1].replace(",", "")) if after else 0)
             assert len(steps) - resumed[-1] <= save_every
     return resumed
 
 
 @pytest.mark.slow
-def test_a_run_survives_being_killed(tmp_path):
-    """A handful of kills; ``JAXLSTM_KILLS=100`` makes it a hundred. What it goes on from is whole, or it would not."""
+def test_run_resumes_after_being_killed(tmp_path):
+    """Kills the run 5 times, or ``JAXLSTM_KILLS`` times; resuming checks that each checkpoint is complete."""
     steps = kill_at_random(tmp_path, int(os.environ.get("JAXLSTM_KILLS", "5")))
     assert steps == sorted(steps)
     assert steps[-1] > 0
-    print(f"went on after steps {steps}")
+    print(f"resumed after steps {steps}")

@@ -1,4 +1,4 @@
-"""Freed memory that stays with the process."""
+"""Freed memory is kept by the process."""
 
 import json
 import platform
@@ -12,30 +12,30 @@ from jaxlstm.training import malloc
 PROGRAM = """
 import json, resource
 from concurrent.futures import ThreadPoolExecutor
-from jaxlstm import memory
+from jaxlstm.training import malloc
 
-def touched():
+def fetched_bytes():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     b"x" * 2**26
     return (resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before) * resource.getpagesize()
 
-print(json.dumps([touched(), touched(), malloc.keep_freed(), touched(), touched()]))
+print(json.dumps([fetched_bytes(), fetched_bytes(), malloc.keep_freed_memory(), fetched_bytes(), fetched_bytes()]))
 with ThreadPoolExecutor(1) as pool:
-    print(json.dumps([pool.submit(touched).result() for _ in range(3)]))
+    print(json.dumps([pool.submit(fetched_bytes).result() for _ in range(3)]))
 """
 
 
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="of the GNU C library")
-def test_freed_memory_is_not_fetched_again():
-    found = subprocess.run([sys.executable, "-c", PROGRAM], capture_output=True, text=True, check=True)
-    (first, second, kept, third, fourth), elsewhere = map(json.loads, found.stdout.splitlines())
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="needs the GNU C library")
+def test_keep_freed_memory_avoids_page_faults():
+    done = subprocess.run([sys.executable, "-c", PROGRAM], capture_output=True, text=True, check=True)
+    (first, second, kept, third, fourth), in_thread = map(json.loads, done.stdout.splitlines())
     assert kept is True
-    # Pages of 64 MiB, unless the system hands out huge ones, which count as one each.
+    # Pages of 64 MiB; huge pages count as one page fault each.
     assert min(first, second, third) > 2**26 // 1024
     assert fourth < third / 8
-    assert elsewhere[2] < third / 8  # in another thread, as XLA's are
+    assert in_thread[2] < third / 8  # XLA allocates in threads
 
 
-def test_other_systems_have_no_such_choice(monkeypatch):
+def test_keep_freed_memory_reports_systems_without_mallopt(monkeypatch):
     monkeypatch.setattr(sys, "platform", "darwin")
-    assert malloc.keep_freed() is False
+    assert malloc.keep_freed_memory() is False

@@ -1,4 +1,4 @@
-"""Training over many devices and many processes: the same numbers as on one device."""
+"""Training on several devices and processes gives the numbers of one device."""
 
 import json
 import re
@@ -8,95 +8,84 @@ import sys
 
 import numpy as np
 import pytest
-from test_train import ENVIRONMENT, ROOT, TEXT, metrics, process
+from training_runs import ENVIRONMENT, ROOT, TEXT, read_metrics, run_process
 
 from jaxlstm.training import sharding
 
 SMALL = [
-    "--hidden",
-    "16",
-    "--embedding",
-    "8",
-    "--batch",
-    "8",
-    "--window",
-    "16",
-    "--dropout",
-    "0.2",
-    "--valid-every",
-    "10",
-]
+    "--hidden", "16", "--embedding", "8", "--batch", "8", "--window", "16", "--dropout", "0.2", "--valid-every", "10",
+]  # fmt: skip
 RUN = ["--data", "text.txt", "--max-steps", "20", "--log-every", "5", "--save-every", "5", *SMALL]
 
 
 @pytest.mark.slow
-def test_units_and_rows_over_eight_devices():
-    """Outputs, states and gradients; one exchange a step, forward and backward."""
+def test_tensor_parallel_on_eight_devices():
+    """Outputs, states and gradients agree, with one collective per step, forward and backward."""
     program = [sys.executable, str(ROOT / "tests" / "mesh_program.py")]
     done = subprocess.run(program, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
-    (plain, projection), rows = (json.loads(line.replace("'", '"')) for line in done.stdout.strip().splitlines())
+    (plain, projection), split_batch = (json.loads(line.replace("'", '"')) for line in done.stdout.strip().splitlines())
     assert plain == [["all-gather"], ["reduce-scatter"]]
     assert projection == [["all-reduce"], ["all-reduce"]]
-    assert rows == [[], []]  # of the fused recurrence over rows alone
+    assert split_batch == [[], []]  # the fused recurrence with only the batch split
 
 
-def test_the_mesh_as_it_is_typed():
-    assert sharding.axes("data=4,model=2") == {"data": 4, "model": 2}
-    assert sharding.axes("model=3") == {"data": 1, "model": 3}
+def test_parse_mesh():
+    assert sharding.parse_mesh("data=4,model=2") == {"data": 4, "model": 2}
+    assert sharding.parse_mesh("model=3") == {"data": 1, "model": 3}
     for wrong in ("data", "data=0", "rows=2", "data=2,data=2", "data=2,,", "data=-1"):
         with pytest.raises(ValueError, match="--mesh takes axes and sizes such as data=4,model=2, got"):
-            sharding.axes(wrong)
+            sharding.parse_mesh(wrong)
 
 
 def losses(folder):
-    return [row["loss"] for row in metrics(folder)]
+    return [row["loss"] for row in read_metrics(folder)]
 
 
 @pytest.mark.slow
-def test_a_run_over_eight_devices_and_one_over_two_processes_are_a_run_on_one(tmp_path):
+def test_runs_on_eight_devices_and_in_two_processes_equal_a_run_on_one(tmp_path):
     (tmp_path / "text.txt").write_text(TEXT, encoding="utf-8")
-    process(*RUN, "--run-dir", "one", cwd=tmp_path)
-    process(*RUN, "--run-dir", "eight", "--mesh", "data=4,model=2", cwd=tmp_path)
+    run_process(*RUN, "--run-dir", "one", cwd=tmp_path)
+    run_process(*RUN, "--run-dir", "eight", "--mesh", "data=4,model=2", cwd=tmp_path)
     np.testing.assert_allclose(losses(tmp_path / "eight"), losses(tmp_path / "one"), rtol=1e-4)
-    two(tmp_path, *RUN, "--run-dir", "two", "--mesh", "data=2,model=2")
+    run_two_processes(tmp_path, *RUN, "--run-dir", "two", "--mesh", "data=2,model=2")
     np.testing.assert_allclose(losses(tmp_path / "two"), losses(tmp_path / "one"), rtol=1e-4)
     assert sorted(path.name for path in (tmp_path / "two" / "checkpoints").iterdir()) == ["16", "18", "20"]
-    # What two processes have saved one goes on with, on another mesh.
-    done = process("--resume", "two", "--max-steps", "25", "--mesh", "data=2", cwd=tmp_path)
+    # One process resumes the run of two, on another mesh.
+    done = run_process("--resume", "two", "--max-steps", "25", "--mesh", "data=2", cwd=tmp_path)
     assert "resumed after step 20" in done.stdout
-    assert metrics(tmp_path / "two")[-1]["step"] == 25
-    # And two go on with what they saved.
-    two(tmp_path, "--resume", "two", "--max-steps", "30", "--mesh", "data=2,model=2")
-    assert metrics(tmp_path / "two")[-1]["step"] == 30
+    assert read_metrics(tmp_path / "two")[-1]["step"] == 25
+    # Two processes resume their own run.
+    run_two_processes(tmp_path, "--resume", "two", "--max-steps", "30", "--mesh", "data=2,model=2")
+    assert read_metrics(tmp_path / "two")[-1]["step"] == 30
 
 
-def two(folder, *arguments):
-    """The command in two processes that speak over loopback."""
+def run_two_processes(folder, *arguments):
+    """Runs the command in two processes connected over loopback."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    together = ["--coordinator", f"127.0.0.1:{port}", "--processes", "2"]
+    connection = ["--coordinator", f"127.0.0.1:{port}", "--processes", "2"]
     processes = [
         subprocess.Popen(
-            [sys.executable, str(ROOT / "train.py"), *arguments, *together, "--process", str(n)],
+            [sys.executable, str(ROOT / "train.py"), *arguments, *connection, "--process", str(n)],
             cwd=folder, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
         )
         for n in range(2)
     ]  # fmt: skip
     try:
         printed = [process.communicate(timeout=240)[0] for process in processes]
-    finally:  # one that waits for another that is gone waits for ever
+    finally:  # a process waits forever for another one that died
         for process in processes:
             process.kill()
             process.communicate()
     assert [process.returncode for process in processes] == [0, 0], printed
     assert "resumed" in printed[0] or "step     20" in printed[0]
-    assert not re.search("^step", printed[1], re.MULTILINE)  # which XLA's warnings, of some versions, do not begin with
+    assert not re.search("^step", printed[1], re.MULTILINE)  # other output may be warnings of XLA
 
 
 @pytest.mark.slow
-def test_a_cluster_is_asked_who_is_who(tmp_path):
+def test_coordinator_auto_asks_the_cluster(tmp_path):
     (tmp_path / "text.txt").write_text(TEXT, encoding="utf-8")
     slurm = {"JOB_ID": "65001", "STEP_NODELIST": "localhost", "NTASKS": "1", "PROCID": "0", "LOCALID": "0"}
     few = ["--data", "text.txt", "--max-steps", "2", *SMALL, "--coordinator", "auto", "--run-dir"]

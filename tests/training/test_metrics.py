@@ -1,4 +1,4 @@
-"""What a run shows besides its lines: TensorBoard, a profile."""
+"""Output of a run: metrics file, progress line, TensorBoard, profile."""
 
 import gzip
 import io
@@ -7,40 +7,39 @@ import json
 import pytest
 from rich.console import Console
 from rich.text import Text
-from test_checkpoints import OPTIONS, run
-from test_train import TEXT, metrics
+from training_runs import SMALL, TEXT, read_metrics, train
 
-from jaxlstm.training.metrics import Report, say
+from jaxlstm.training.metrics import Report, print_line
 
 
 @pytest.mark.slow
-def test_tensorboard_shows_what_the_metrics_hold_after_a_resume_too(tmp_path):
+def test_tensorboard_shows_the_metrics_of_a_resumed_run(tmp_path):
     accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     (tmp_path / "text.txt").write_text(TEXT, encoding="utf-8")
-    folder = tmp_path / "run"
-    arguments = ["--data", str(tmp_path / "text.txt"), "--run-dir", str(folder), *OPTIONS, "--tensorboard"]
-    run([*arguments, "--max-steps", "20", "--profile", "2"])
-    trace = next((folder / "profile").rglob("perfetto_trace.json.gz"))
+    run_dir = tmp_path / "run"
+    options = "--dropout 0.3 --save-every 10 --valid-every 15 --log-every 3 --tensorboard --max-steps 20 --profile 2"
+    train(["--data", tmp_path / "text.txt", "--run-dir", run_dir, *SMALL, *options.split()])
+    trace = next((run_dir / "profile").rglob("perfetto_trace.json.gz"))
     assert json.loads(gzip.decompress(trace.read_bytes()))["traceEvents"]
-    run(["--resume", str(folder), "--max-steps", "30"])
-    board = accumulator.EventAccumulator(str(folder / "tensorboard"))
+    train(["--resume", run_dir, "--max-steps", "30"])
+    board = accumulator.EventAccumulator(str(run_dir / "tensorboard"))
     board.Reload()
     for split in ("train", "valid"):
-        wanted = [(row["step"], row["loss"]) for row in metrics(folder) if row["split"] == split]
+        expected = [(row["step"], row["loss"]) for row in read_metrics(run_dir) if row["split"] == split]
         shown = [(event.step, event.value) for event in board.Scalars(f"{split}/loss")]
-        assert shown == [(step, pytest.approx(loss, rel=1e-6)) for step, loss in wanted]
+        assert shown == [(step, pytest.approx(loss, rel=1e-6)) for step, loss in expected]
 
 
 @pytest.mark.parametrize("width", [50, 80, 120])
-def test_the_time_left_is_seen_in_any_terminal(tmp_path, width):
-    """It is what the bar is for, and the figures, which are also in the metrics, are what gives way."""
+def test_report_shows_the_remaining_time_at_any_width(tmp_path, width):
+    """The figures, which are also in the metrics, are shortened instead."""
     console = Console(file=io.StringIO(), width=width, force_terminal=True, legacy_windows=False)
     report = Report(tmp_path, console, "characters", lambda loss: f"{loss:.4f} nats  {1.44 * loss:.4f} bits/char")
-    report.begin(0.0)
+    report.start_clock(0.0)
     with report:
-        report.train(3120, 0.9517, 45646, 0.5, 0)
-        report.valid(3120, {"loss": 0.8443}, 1e6, best=True, sample="")
-        report.train(3140, 0.9517, 45646, 0.6, 0)
+        report.training_row(3120, 0.9517, 45646.0, 0.5, 0)
+        report.validation_row(3120, {"loss": 0.8443}, 1e6, is_best=True, sample="")
+        report.training_row(3140, 0.9517, 45646.0, 0.6, 0)
     last = Text.from_ansi(console.file.getvalue()).plain.split("\n")[-2]
     assert last.startswith("step  3,140  loss 0.9517 nats")
     assert last.endswith(":00 left")
@@ -48,7 +47,7 @@ def test_the_time_left_is_seen_in_any_terminal(tmp_path, width):
     assert ("valid 0.8443" in last) == (width >= 120)
 
 
-def test_a_line_is_shown_as_it_is():
+def test_print_line_prints_text_literally():
     console = Console(file=io.StringIO(), width=20)
-    say(console, "runs/a[/x] :x: [b]not bold[/b], and longer than the line")
+    print_line(console, "runs/a[/x] :x: [b]not bold[/b], and longer than the line")
     assert console.file.getvalue() == "runs/a[/x] :x: [b]not bold[/b], and longer than the line\n"

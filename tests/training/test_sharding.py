@@ -1,4 +1,4 @@
-"""A batch over two devices: the same numbers as on one."""
+"""An LSTM with its batch on two devices gives the numbers of one device."""
 
 import cases
 import jax
@@ -10,11 +10,11 @@ from tolerance import tolerance
 import jaxlstm
 
 
-# Newton's method refuses shard_map; a kernel runs on each device by itself, for which `test_pallas` has its own test.
+# Newton's method does not support shard_map; the kernels have a test for it in tests/experimental.
 @pytest.mark.parametrize("implementation", ["fused", pytest.param("scan", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit, "shard_map"])
-@pytest.mark.parametrize("given_state", [True, pytest.param(False, marks=pytest.mark.slow)])
-def test_batch_over_two_devices(given_state, axis_type, implementation):
+@pytest.mark.parametrize("with_state", [True, pytest.param(False, marks=pytest.mark.slow)])
+def test_lstm_with_batch_on_two_devices(with_state, axis_type, implementation):
     configuration = "two layers bidirectional projection"
     case = cases.make(configuration, "everything")
     lstm = jaxlstm.LSTM(
@@ -24,19 +24,19 @@ def test_batch_over_two_devices(given_state, axis_type, implementation):
     def loss(params, xs, state, options, cotangents):
         return cases.loss(*lstm(params, xs, state, **options), cotangents)
 
-    def at(axis):
+    def split_axis(axis):
         return PartitionSpec(*[None] * axis, "data")
 
-    state = case.state if given_state else None
+    state = case.state if with_state else None
     arguments = jax.device_get((case.params, case.xs, state, case.options, case.cotangents))
     specs = (
         jax.tree.map(lambda _: PartitionSpec(), case.params),
-        at(1),
-        jax.tree.map(lambda _: at(1), state),
-        {name: (at(0) if name == "lengths" else at(1)) for name in case.options},
-        jax.tree.map(lambda _: at(1), case.cotangents),
+        split_axis(1),
+        jax.tree.map(lambda _: split_axis(1), state),
+        {name: (split_axis(0) if name == "lengths" else split_axis(1)) for name in case.options},
+        jax.tree.map(lambda _: split_axis(1), case.cotangents),
     )
-    wanted = jax.grad(loss, (0, 1))(*arguments)
+    expected = jax.grad(loss, (0, 1))(*arguments)
     explicit = axis_type is AxisType.Explicit
     mesh = jax.make_mesh((2,), ("data",), axis_types=(AxisType.Explicit if explicit else AxisType.Auto,))
     with jax.set_mesh(mesh):
@@ -46,17 +46,17 @@ def test_batch_over_two_devices(given_state, axis_type, implementation):
             total = jax.shard_map(lambda *a: jax.lax.psum(loss(*a), "data"), in_specs=specs, out_specs=PartitionSpec())
         actual = jax.jit(jax.grad(total, (0, 1)))(*placed)
     bounds = tolerance(np.float64, case.xs.size)
-    for a, b in zip(jax.tree.leaves(actual), jax.tree.leaves(wanted)):
+    for a, b in zip(jax.tree.leaves(actual), jax.tree.leaves(expected)):
         np.testing.assert_allclose(np.asarray(a), np.asarray(b), **bounds)
 
 
 @pytest.mark.parametrize("implementation", ["fused", pytest.param("scan", marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
     "varying",
-    cases.slow_but(["params"], ["params", "lengths", "mask", "resets", "key", "state", "xs"]),
+    ["params", *(pytest.param(n, marks=pytest.mark.slow) for n in ("lengths", "mask", "resets", "key", "state", "xs"))],
 )
-def test_within_shard_map_any_argument_may_differ_between_devices(varying, implementation):
-    """An ensemble over devices, say: two networks, each on its own device, and data that both have."""
+def test_shard_map_of_any_single_argument(varying, implementation):
+    """One argument differs between devices, such as the parameters of an ensemble; the others are replicated."""
     lstm = jaxlstm.LSTM(3, 5, param_dtype="float64", num_layers=2, zoneout_h=0.3, implementation=implementation)
     rng = np.random.default_rng(0)
     both = {
@@ -68,28 +68,28 @@ def test_within_shard_map_any_argument_may_differ_between_devices(varying, imple
         "key": jax.random.split(jax.random.key(1)),
         "state": jax.tree.map(lambda a: rng.normal(size=(2, *a.shape)), lstm.initial_state(4)),
     }
-    one = jax.tree.map(lambda a: a[0], both)
+    replicated = jax.tree.map(lambda a: a[0], both)
 
-    def slopes(given):
-        given = one | {name: given[name] for name in given}
+    def gradients(arguments):
+        arguments = replicated | arguments
 
         def loss(params, xs, state):
-            marks = {name: given[name] for name in ("lengths", "mask", "resets", "key")}
-            ys, last = lstm(params, xs, state, **marks)
+            kwargs = {name: arguments[name] for name in ("lengths", "mask", "resets", "key")}
+            ys, last = lstm(params, xs, state, **kwargs)
             return (ys**2).sum() + (last.c**3).sum()
 
-        return jax.grad(loss, (0, 1, 2))(given["params"], given["xs"], given["state"])
+        return jax.grad(loss, (0, 1, 2))(arguments["params"], arguments["xs"], arguments["state"])
 
-    def mapped(given):
-        return jax.tree.map(lambda a: a[None], slopes(jax.tree.map(lambda a: a[0], given)))
+    def per_device(arguments):
+        return jax.tree.map(lambda a: a[None], gradients(jax.tree.map(lambda a: a[0], arguments)))
 
-    given = {varying: both[varying]}
+    arguments = {varying: both[varying]}
     mesh = jax.make_mesh((2,), ("data",), axis_types=(AxisType.Auto,))
-    rows = PartitionSpec("data")
-    actual = jax.jit(jax.shard_map(mapped, mesh=mesh, in_specs=(rows,), out_specs=rows))(given)
-    wanted = jax.vmap(slopes)(given)
-    # Of what both have, the derivative within shard_map is that of the sum over devices.
-    for name, a, b in zip(("params", "xs", "state"), actual, wanted):
+    split = PartitionSpec("data")
+    actual = jax.jit(jax.shard_map(per_device, mesh=mesh, in_specs=(split,), out_specs=split))(arguments)
+    expected = jax.vmap(gradients)(arguments)
+    # Within shard_map, the derivative by a replicated argument is summed over devices.
+    for name, a, b in zip(("params", "xs", "state"), actual, expected):
         for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b)):
-            whole = y if name in given else np.broadcast_to(y.sum(0), y.shape)
-            np.testing.assert_allclose(x, whole, **tolerance(np.float64, one["xs"].size))
+            total = y if name in arguments else np.broadcast_to(y.sum(0), y.shape)
+            np.testing.assert_allclose(x, total, **tolerance(np.float64, replicated["xs"].size))

@@ -1,1 +1,1 @@
-"""The recurrence as Pallas kernels, one module per compiler and chip."""
+"""Experimental: the recurrence as Pallas kernels for TPUs and Hopper GPUs, one module per compiler and chip."""

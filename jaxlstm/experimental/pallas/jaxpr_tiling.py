@@ -1,8 +1,8 @@
-"""An elementwise function, written for one unit of one sequence, carried out on whole tiles of units and sequences.
+"""Evaluates an elementwise function, traced for one unit of one sequence, on tiles of units and sequences.
 
-The registers of a GPU hold tiles ``(units, rows)`` and know no axis besides, but the gates of a cell lie along one. So
-a function is traced on the arrays of a single unit in a single row of the batch, a handful of numbers, and in its
-program each of these numbers stands for a tile: moving them about costs nothing, and arithmetic is done tile by tile.
+The registers of a GPU hold tiles ``(units, rows)`` without further axes, but the gates of a cell are stacked along an
+axis. Therefore a function is traced on the few numbers of a single unit in a single batch row, and a tile takes the
+place of each number. Operations that only move numbers cost nothing, and arithmetic is done tile by tile.
 """
 
 from collections.abc import Callable, Sequence
@@ -12,8 +12,8 @@ import numpy as np
 from jax import Array, lax
 from jax.extend.core import Literal
 
-# Operations of Pallas on GPUs that are taken number by number.
-PER_NUMBER = (
+# Elementwise operations that Pallas lowers on GPUs.
+ELEMENTWISE = (
     *("abs", "add", "and", "clamp", "convert_element_type", "cos", "div", "eq", "erf", "exp", "exp2", "ge", "gt"),
     *("integer_pow", "le", "log", "logistic", "lt", "max", "min", "mul", "ne", "neg", "not", "one_minus_square", "or"),
     *("rem", "round", "rsqrt", "select_n", "sign", "sin", "square", "sub", "tanh", "xor"),
@@ -21,61 +21,78 @@ PER_NUMBER = (
 CALLS = ("jit", "pjit", "custom_jvp_call", "custom_vjp_call", "closed_call", "checkpoint", "remat2")
 
 
-def carry_out(program: Any, tile: tuple[int, int], arguments: Sequence[Sequence[Array]]) -> list[list[Array]]:
-    """What a program returns, with a tile in place of each number.
+def eval_on_tiles(closed_jaxpr: Any, tile_shape: tuple[int, int], args: Sequence[Sequence[Array]]) -> list[list[Array]]:
+    """Evaluates a jaxpr with a tile in place of each number.
 
     Args:
-      program: from `jax.make_jaxpr`.
-      tile: the shape of a tile.
-      arguments: the tiles of each argument, last axis fastest.
+      closed_jaxpr: from `jax.make_jaxpr`.
+      tile_shape: the shape of a tile.
+      args: the tiles of each argument, in C order.
 
     Returns:
-      the tiles of each result, likewise.
+      the tiles of each result, in C order.
 
     Raises:
-      ValueError: for an operation that is not elementwise, with its name.
+      ValueError: for an operation that is not elementwise.
     """
-    tiles: list[Any] = []  # all there are; an array of the program is an array of numbers of these
+    evaluator = _TileEvaluator(tile_shape)
+    inputs = [evaluator.add(tiles, v.aval.shape) for tiles, v in zip(args, closed_jaxpr.jaxpr.invars)]
+    results = evaluator.eval_jaxpr(closed_jaxpr, inputs)
+    return [[evaluator.tiles[n] for n in indices.flat] for indices in results]
 
-    def put(values: Sequence[Any], shape: tuple[int, ...]) -> np.ndarray:
-        tiles.extend(values)
-        return np.arange(len(tiles) - len(values), len(tiles)).reshape(shape)
 
-    def constant(value: Any, aval: Any) -> np.ndarray:
+class _TileEvaluator:
+    """A list of tiles, and the operations of a jaxpr on NumPy arrays of indices into it."""
+
+    def __init__(self, tile_shape: tuple[int, int]) -> None:
+        self.tile_shape = tile_shape
+        self.tiles: list[Array] = []
+
+    def add(self, tiles: Sequence[Array], shape: tuple[int, ...]) -> np.ndarray:
+        """Appends tiles; returns their indices."""
+        start = len(self.tiles)
+        self.tiles.extend(tiles)
+        return np.arange(start, len(self.tiles)).reshape(shape)
+
+    def add_constant(self, value: Any, aval: Any) -> np.ndarray:
+        """Appends constant tiles; returns their indices."""
         numbers = np.asarray(value, aval.dtype)
-        return put([lax.full(tile, number.item(), aval.dtype) for number in numbers.ravel()], aval.shape)
+        tiles = [lax.full(self.tile_shape, number.item(), aval.dtype) for number in numbers.ravel()]
+        return self.add(tiles, aval.shape)
 
-    def evaluate(program: Any, *inputs: np.ndarray) -> list[np.ndarray]:
+    def eval_jaxpr(self, program: Any, inputs: Sequence[np.ndarray]) -> list[np.ndarray]:
+        """Evaluates an open or closed jaxpr."""
         jaxpr = getattr(program, "jaxpr", program)
-        consts = [constant(c, v.aval) for c, v in zip(getattr(program, "consts", ()), jaxpr.constvars)]
-        known = dict(zip((*jaxpr.constvars, *jaxpr.invars), (*consts, *inputs)))
+        consts = [self.add_constant(c, v.aval) for c, v in zip(getattr(program, "consts", ()), jaxpr.constvars)]
+        env = dict(zip((*jaxpr.constvars, *jaxpr.invars), (*consts, *inputs)))
 
         def read(v: Any) -> np.ndarray:
-            return constant(v.val, v.aval) if isinstance(v, Literal) else known[v]
+            return self.add_constant(v.val, v.aval) if isinstance(v, Literal) else env[v]
 
         for equation in jaxpr.eqns:
-            known.update(zip(equation.outvars, apply(equation, list(map(read, equation.invars)))))
-        return list(map(read, jaxpr.outvars))
+            env.update(zip(equation.outvars, self.eval_equation(equation, [read(v) for v in equation.invars])))
+        return [read(v) for v in jaxpr.outvars]
 
-    def apply(equation: Any, operands: list[np.ndarray]) -> list[np.ndarray]:
+    def eval_equation(self, equation: Any, operands: list[np.ndarray]) -> list[np.ndarray]:
+        """Evaluates one equation."""
         name, params = equation.primitive.name, equation.params
         if name in CALLS:
-            return evaluate(params["jaxpr"] if "jaxpr" in params else params["call_jaxpr"], *operands)
+            return self.eval_jaxpr(params["jaxpr"] if "jaxpr" in params else params["call_jaxpr"], operands)
         if name in MOVES:
             moved = MOVES[name](params, *operands)
             return list(moved) if equation.primitive.multiple_results else [moved]
-        if name == "add_any":  # what a transposed program adds with
+        if name == "add_any":  # the addition of cotangents
             primitive, params = lax.add_p, {}
-        elif name in PER_NUMBER:
+        elif name in ELEMENTWISE:
             primitive = equation.primitive
         else:
-            raise ValueError(f"gates inside a kernel for Hopper GPUs are elementwise, got the operation {name!r}")
+            raise ValueError(
+                f"implementation='pallas' needs an elementwise cell on a Hopper GPU, got the operation {name!r}"
+            )
         operands = list(np.broadcast_arrays(*operands))
-        values = [primitive.bind(*(tiles[n] for n in each), **params) for each in zip(*(a.flat for a in operands))]
-        return [put(values, operands[0].shape)]
-
-    inputs = [put(each, v.aval.shape) for each, v in zip(arguments, program.jaxpr.invars)]
-    return [[tiles[n] for n in numbers.flat] for numbers in evaluate(program, *inputs)]
+        indices = zip(*(a.flat for a in operands))
+        tiles = [primitive.bind(*(self.tiles[n] for n in each), **params) for each in indices]
+        return [self.add(tiles, operands[0].shape)]
 
 
 def _broadcast(params: Any, a: np.ndarray) -> np.ndarray:
@@ -95,10 +112,11 @@ def _pad(params: Any, a: np.ndarray, value: np.ndarray) -> np.ndarray:
 
 
 def _slice(params: Any, a: np.ndarray) -> np.ndarray:
-    return a[tuple(map(slice, params["start_indices"], params["limit_indices"], params["strides"] or [1] * a.ndim))]
+    strides = params["strides"] or [1] * a.ndim
+    return a[tuple(slice(*each) for each in zip(params["start_indices"], params["limit_indices"], strides))]
 
 
-# What only moves numbers about, in NumPy, on the numbers of tiles.
+# Operations that only move numbers, as NumPy functions of the indices of tiles.
 MOVES: dict[str, Callable[..., Any]] = {
     "broadcast_in_dim": _broadcast,
     "copy": lambda params, a: a,

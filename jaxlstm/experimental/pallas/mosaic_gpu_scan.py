@@ -1,17 +1,17 @@
-"""A scan over time as a kernel for Hopper GPUs: the matrix it multiplies by stays in shared memory all along.
+"""A scan over time as a kernel for Hopper GPUs whose recurrent matrix stays in shared memory.
 
-Each of the blocks that share a matrix has some of the hidden units, and with them their rows of it. In a step it
-multiplies these by what all blocks have sent in the step before, with `wgmma`, whose sums lie in registers. There it
-does the rest of the step, with a tile of units and sequences in place of each number
-(`jaxlstm.experimental.pallas.jaxpr_tiling`), and sends its share of what the next step needs. The batch is split over
-several such sets of blocks, which know nothing of one another.
+A group of blocks shares a matrix. Each block has some of the hidden units and their rows of the matrix. In a step it
+multiplies its rows by the messages that all blocks sent in the previous step, with `wgmma`, which accumulates in
+registers. The rest of the step is computed in registers, with a tile of units and batch rows in place of each number
+(`jaxlstm.experimental.pallas.jaxpr_tiling`). Then the block sends the message of its units to the next step. The batch
+is split over several independent groups.
 
-What is sent goes through global memory, and so through the L2 cache: a block writes its share, waits for the others,
-and reads all of it. Every step has a place of its own there; nobody waits until all have read before writing on.
+Messages go through global memory, and so through the L2 cache: a block writes its part, waits for the other blocks, and
+reads all parts. The mailbox has a separate slot for each step, so that no block has to wait until the others have read.
 
-What the blocks are, how their rows of the matrix lie, and how they wait, is said by a `Form` and a kind of `Block`: the
-blocks of a cluster in `jaxlstm.experimental.pallas.mosaic_gpu_cluster`, those of a whole GPU in
-`jaxlstm.experimental.pallas.mosaic_gpu_grid`.
+A `KernelSpec` and a subclass of `BlockProgram` say how blocks form a group, how they store their rows of the matrix,
+and how they wait for one another: `jaxlstm.experimental.pallas.mosaic_gpu_cluster` for the blocks of a cluster,
+`jaxlstm.experimental.pallas.mosaic_gpu_grid` for the blocks of a whole GPU.
 """
 
 import inspect
@@ -23,385 +23,428 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
-from jaxlstm.experimental.pallas import jaxpr_tiling, mosaic_tpu_scan
+from jaxlstm.experimental.pallas import jaxpr_tiling
+from jaxlstm.experimental.pallas.target import gpu_interpret_params
 
-ROWS = (16, 32)  # of the batch in one set of blocks: fewer have no place in swizzled memory, more not in registers
-SHARED_MEMORY = 227 * 1024  # bytes, of a block
-RESERVED = 3 * 1024  # of these, for barriers and what the compiler wants
+GROUP_ROWS = (16, 32)  # batch rows of a group: fewer do not fit swizzled memory, more do not fit into registers
+SHARED_MEMORY = 227 * 1024  # bytes per block
+RESERVED = 3 * 1024  # bytes of these for barriers and the compiler
 
-# (resident, products, carry, now) -> (carry, sent, out), for one unit in one row: trees of arrays (..., 1, 1), those of
-# resident (..., 1)
+# (resident, products, carry, inputs_t) -> (carry, messages, outputs_t) for one unit of one batch row: trees of arrays
+# (..., 1, 1), resident arrays (..., 1)
 Body = Callable[[Any, Any, Any, Any], tuple[Any, Any, Any]]
 
 
-class Product(NamedTuple):
-    """The product of a step, as one block takes it: of ``down`` by ``across`` matrices ``(height, depth)``, and of
-    ``across`` matrices ``(depth, width)`` that were sent.
-    """
+class MatmulSpec(NamedTuple):
+    """The matrix product of one block in one step: ``num_m x num_k`` resident tiles by ``num_k`` received tiles."""
 
-    down: int
-    across: int
-    height: int
-    depth: int
-    width: int
-    slots: int  # of the matrices that were sent, as many as a block holds at once
+    num_m: int
+    num_k: int
+    tile_m: int  # a resident tile is (tile_m, tile_k)
+    tile_k: int  # a received tile is (tile_k, tile_n)
+    tile_n: int
+    num_buffers: int  # of received tiles in shared memory
 
 
-class Form(NamedTuple):
-    """What is known of a kernel when it is compiled."""
+class KernelSpec(NamedTuple):
+    """Compile-time sizes of a kernel."""
 
-    parts: int  # of the product that a step asks for: matrices one under the other
-    pieces: int  # of what is sent: as many matrices are side by side
-    blocks: int  # that share the units
-    mine: int  # units of one block
-    rows: int  # of the batch, in one set of blocks
-    steps: int  # of time
+    num_products: int  # products that a step computes
+    num_messages: int  # messages that a step sends, one per hidden unit and batch row each
+    num_blocks: int  # of a group
+    block_units: int  # hidden units of a block
+    group_rows: int  # batch rows of a group
+    num_steps: int
     reverse: bool  # whether time runs backward
-    product: Product
+    matmul: MatmulSpec
 
     @property
-    def units(self) -> int:
-        """Hidden units, those added to fill up the last block counted."""
-        return self.blocks * self.mine
+    def padded_units(self) -> int:
+        """Hidden units, including those that fill up the last block."""
+        return self.num_blocks * self.block_units
 
     @property
-    def shares(self) -> int:
-        """Arrays ``(mine, width)`` in which a block sends."""
-        return self.product.across * self.product.depth // self.units
+    def message_arrays(self) -> int:
+        """Arrays ``(block_units, tile_n)`` that a block writes into the mailbox in each step."""
+        return self.matmul.num_k * self.matmul.tile_k // self.padded_units
 
     @property
-    def tile(self) -> tuple[int, int]:
-        """What stands for a number of the body."""
-        return self.mine, self.rows
+    def tile_shape(self) -> tuple[int, int]:
+        """Shape of the tile that takes the place of each number of the body."""
+        return self.block_units, self.group_rows
 
-    def time(self, n: Any) -> Any:
-        """Where in time the n-th step is."""
-        return self.steps - 1 - n if self.reverse else n
+    def time_index(self, n: Any) -> Any:
+        """Returns the index in time of the n-th step taken."""
+        return self.num_steps - 1 - n if self.reverse else n
 
-    def place(self, n: Any) -> Any:
-        """Where what was sent before the n-th step is, among ``steps + 1`` places."""
-        return self.steps - n if self.reverse else n
+    def slot(self, n: Any) -> Any:
+        """Returns the index, of ``num_steps + 1``, of the mailbox slot that the n-th step taken reads."""
+        return self.num_steps - n if self.reverse else n
 
 
 def scan(
-    form_of: Callable[[int, int, int, int], Form],
-    kind: type["Block"],
+    make_spec: Callable[[int, int, int, int], KernelSpec],
+    program_type: type["BlockProgram"],
     body: Body,
     matrix: Array,
-    sent: Array,
+    messages: Array,
     resident: Any,
     carry: Any,
     over_time: Any,
 ) -> tuple[Any, Array, Any]:
-    """A scan over time whose steps are elementwise, but for a product by one and the same matrix.
+    """Scans over time with steps that are elementwise except for a product by a constant matrix.
 
-    A step, ``products[m] = sum_e matrix[m, e] sent[e]`` and then
-    ``carry, sent, out = body(resident, products, carry, now)``, is taken for every row of the batch.
+    A step computes ``products[m] = sum_e matrix[m, e] messages[e]`` and then
+    ``carry, messages, outputs_t = body(resident, products, carry, inputs_t)`` for every batch row.
 
     Args:
-      form_of: from M, E, H and T to what the kernel is compiled for.
-      kind: of the blocks.
-      body: the elementwise part of a step, for one unit in one row.
+      make_spec: from M, E, H and T to the sizes of the kernel.
+      program_type: the program of a block.
+      body: the elementwise part of a step, for one unit of one batch row.
       matrix: ``(M, E, H, H)`` bfloat16.
-      sent: ``(E, B, H)``, what goes into the product of the first step; it is rounded to bfloat16.
+      messages: ``(E, B, H)``, the operand of the product in the first step; cast to bfloat16.
       resident: tree of arrays ``(..., H)`` that every step reads.
       carry: tree of arrays ``(B, H)``, float32.
-      over_time: tree of arrays ``(T, ..., B, H)``, or ``(T, ..., B, 1)`` of what is the same for all units; float32
-        or bool.
+      over_time: tree of arrays ``(T, ..., B, H)``, or ``(T, ..., B, 1)`` if equal for all units; float32 or bool.
 
     Returns:
-      the carry after the last step; what was sent after each step, ``(T, E, B, H)`` bfloat16; and ``out``, with a
-      leading axis of time.
+      the carry after the last step; the messages after each step, ``(T, E, B, H)`` bfloat16; and the outputs, with a
+      leading time axis.
 
     Raises:
-      ValueError: if ``body`` does not return a number for each unit in each row.
+      ValueError: if ``body`` does not return one number for each unit of each row.
     """
-    parts, pieces, units, _ = matrix.shape
-    form, batch = form_of(parts, pieces, units, len(jax.tree.leaves(over_time)[0])), sent.shape[1]
-    sets = max(1, -(-batch // form.rows))
-    program, shapes = _for_one_unit(form, body, resident, carry, over_time)
+    num_products, num_messages, units, _ = matrix.shape
+    spec = make_spec(num_products, num_messages, units, len(jax.tree.leaves(over_time)[0]))
+    batch_size = messages.shape[1]
+    num_groups = max(1, -(-batch_size // spec.group_rows))
+    jaxpr, shapes = _trace_for_one_unit(spec, body, resident, carry, over_time)
+    extra_units, extra_rows = spec.padded_units - units, num_groups * spec.group_rows - batch_size
 
-    def lay(a: Array) -> Array:
-        more_units = 0 if a.shape[-1] == 1 < units else form.units - units
-        return _laid_out(a, more_units, sets * form.rows - batch)
+    def to_kernel(a: Array) -> Array:
+        return _to_kernel_layout(a, 0 if a.shape[-1] == 1 < units else extra_units, extra_rows)
 
-    padded = jnp.pad(matrix, [(0, 0), (0, 0), *[(0, form.units - units)] * 2])
+    padded = jnp.pad(matrix, [(0, 0), (0, 0), (0, extra_units), (0, extra_units)])
     operands = (
-        kind.matrices(form, padded).reshape(-1, form.product.depth).astype(jnp.bfloat16),
-        lay(sent.astype(jnp.bfloat16)),
-        [jnp.pad(a, [*[(0, 0)] * (a.ndim - 1), (0, form.units - units)]) for a in jax.tree.leaves(resident)],
-        list(map(lay, jax.tree.leaves(carry))),
-        list(map(lay, jax.tree.leaves(over_time))),
+        program_type.split_matrix(spec, padded).reshape(-1, spec.matmul.tile_k).astype(jnp.bfloat16),
+        to_kernel(messages.astype(jnp.bfloat16)),
+        [jnp.pad(a, [*[(0, 0)] * (a.ndim - 1), (0, extra_units)]) for a in jax.tree.leaves(resident)],
+        [to_kernel(a) for a in jax.tree.leaves(carry)],
+        [to_kernel(a) for a in jax.tree.leaves(over_time)],
     )
-    places, last, out = _call(form, kind, program, sets, operands, jax.tree.leaves(shapes[2]))
+    mailbox, last, outputs = _call(spec, program_type, jaxpr, num_groups, operands, jax.tree.leaves(shapes[2]))
 
-    def back(like: Any, arrays: Sequence[Array]) -> Any:
-        turned = [jnp.swapaxes(a, -1, -2)[..., :batch, :units] for a in arrays]
-        return jax.tree.unflatten(jax.tree.structure(like), turned)
+    def from_kernel(a: Array) -> Array:
+        return jnp.swapaxes(a, -1, -2)[..., :batch_size, :units]
 
-    # Each share has the pieces in it side by side, once for each set of blocks.
-    places = places.reshape(form.steps + 1, form.shares, form.units, sets, form.pieces // form.shares, form.rows)
-    places = jnp.moveaxis(places, 4, 2).reshape(form.steps + 1, form.pieces, form.units, sets * form.rows)
-    return back(carry, last), back(0, [places[:-1] if form.reverse else places[1:]]), back(shapes[2], out)
+    def unflatten(like: Any, arrays: Sequence[Array]) -> Any:
+        return jax.tree.unflatten(jax.tree.structure(like), [from_kernel(a) for a in arrays])
+
+    slots = _split_mailbox(spec, mailbox, num_groups)
+    sent = from_kernel(slots[:-1] if spec.reverse else slots[1:])
+    return unflatten(carry, last), sent, unflatten(shapes[2], outputs)
 
 
-def _for_one_unit(form: Form, body: Body, resident: Any, carry: Any, over_time: Any) -> tuple[Any, Any]:
-    """The program of ``body`` for one unit in one row, and the shapes of what it returns."""
+def _trace_for_one_unit(spec: KernelSpec, body: Body, resident: Any, carry: Any, over_time: Any) -> tuple[Any, Any]:
+    """Returns the jaxpr of ``body`` for one unit of one batch row, and the shapes of its results."""
 
-    def one(shape: Sequence[int], dtype: Any) -> jax.ShapeDtypeStruct:
+    def aval(shape: Sequence[int], dtype: Any) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(tuple(shape), dtype)
 
-    start = jax.tree.map(lambda a: one((1, 1), a.dtype), carry)
-    program, shapes = jax.make_jaxpr(body, return_shape=True)(
-        jax.tree.map(lambda a: one((*a.shape[:-1], 1), a.dtype), resident),
-        one((form.parts, 1, 1), jnp.float32),
-        start,
-        jax.tree.map(lambda a: one((*a.shape[1:-2], 1, 1), a.dtype), over_time),
+    carry_aval = jax.tree.map(lambda a: aval((1, 1), a.dtype), carry)
+    jaxpr, shapes = jax.make_jaxpr(body, return_shape=True)(
+        jax.tree.map(lambda a: aval((*a.shape[:-1], 1), a.dtype), resident),
+        aval((spec.num_products, 1, 1), jnp.float32),
+        carry_aval,
+        jax.tree.map(lambda a: aval((*a.shape[1:-2], 1, 1), a.dtype), over_time),
     )
-    found = [a.shape for a in jax.tree.leaves(shapes[:2])]
-    wanted = [*((1, 1) for _ in jax.tree.leaves(start)), (form.pieces, 1, 1)]
-    if found != wanted:
+    received = [a.shape for a in jax.tree.leaves(shapes[:2])]
+    expected = [*((1, 1) for _ in jax.tree.leaves(carry_aval)), (spec.num_messages, 1, 1)]
+    if received != expected:
         raise ValueError(
-            "gates inside a kernel for Hopper GPUs are elementwise: for one unit of one sequence arrays of the shapes "
-            f"{wanted} were expected, got {found}"
+            "implementation='pallas' needs an elementwise cell on a Hopper GPU: for one unit of one sequence it must "
+            f"return arrays of the shapes {expected}, got {received}"
         )
-    return program, shapes
+    return jaxpr, shapes
 
 
-def _laid_out(a: Array, more_units: int, more_rows: int) -> Array:
-    """``(..., B, H)`` as the kernel reads it: ``(..., H, B)``, filled up with zeros, and without bool."""
-    a = jnp.pad(jnp.swapaxes(a, -1, -2), [*[(0, 0)] * (a.ndim - 2), (0, more_units), (0, more_rows)])
+def _to_kernel_layout(a: Array, extra_units: int, extra_rows: int) -> Array:
+    """Transposes ``(..., B, H)`` to ``(..., H, B)``, pads it with zeros, and converts booleans to float32."""
+    a = jnp.pad(jnp.swapaxes(a, -1, -2), [*[(0, 0)] * (a.ndim - 2), (0, extra_units), (0, extra_rows)])
     return a.astype(jnp.float32) if a.dtype == jnp.bool_ else a
 
 
-def _call(form: Form, kind: type["Block"], program: Any, sets: int, operands: Any, out: Sequence[Any]) -> Any:
-    """The kernel, on arrays laid out for it."""
+def _split_mailbox(spec: KernelSpec, mailbox: Array, num_groups: int) -> Array:
+    """Returns the messages in each slot of the mailbox, ``(T + 1, E, H, B)``."""
+    arrays, units = spec.message_arrays, spec.padded_units
+    # The columns of an array are the groups, within a group the messages in this array, within a message the rows.
+    mailbox = mailbox.reshape(
+        spec.num_steps + 1, arrays, units, num_groups, spec.num_messages // arrays, spec.group_rows
+    )
+    mailbox = jnp.moveaxis(mailbox, 4, 2)
+    return mailbox.reshape(spec.num_steps + 1, spec.num_messages, units, num_groups * spec.group_rows)
+
+
+def _call(
+    spec: KernelSpec,
+    program_type: type["BlockProgram"],
+    jaxpr: Any,
+    num_groups: int,
+    operands: Any,
+    output_avals: Sequence[Any],
+) -> Any:
+    """Runs the kernel on operands in its layout; returns the mailbox, the carry and the outputs."""
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
-    product, columns = form.product, sets * form.rows
-    result = (
-        jax.ShapeDtypeStruct(((form.steps + 1) * form.shares * form.units, sets * product.width), jnp.bfloat16),
+    matmul, columns = spec.matmul, num_groups * spec.group_rows
+    mailbox_rows = (spec.num_steps + 1) * spec.message_arrays * spec.padded_units
+    out_type = (
+        jax.ShapeDtypeStruct((mailbox_rows, num_groups * matmul.tile_n), jnp.bfloat16),
         [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in operands[3]],
-        [jax.ShapeDtypeStruct((form.steps, *a.shape[:-2], form.units, columns), a.dtype) for a in out],
+        [
+            jax.ShapeDtypeStruct((spec.num_steps, *a.shape[:-2], spec.padded_units, columns), a.dtype)
+            for a in output_avals
+        ],
     )
-    matrices = product.down * product.across
-    scratch = [
-        plgpu.SMEM((matrices, product.height, product.depth), jnp.bfloat16),
-        plgpu.SMEM((product.slots, product.depth, product.width), jnp.bfloat16),  # what all blocks have sent
-        plgpu.Barrier(num_arrivals=matrices),
-        plgpu.Barrier(num_barriers=product.slots),
-        *kind.scratch(form),
+    resident_tiles = matmul.num_m * matmul.num_k
+    scratch_types = [
+        plgpu.SMEM((resident_tiles, matmul.tile_m, matmul.tile_k), jnp.bfloat16),
+        plgpu.SMEM((matmul.num_buffers, matmul.tile_k, matmul.tile_n), jnp.bfloat16),
+        plgpu.Barrier(num_arrivals=resident_tiles),
+        plgpu.Barrier(num_barriers=matmul.num_buffers),
+        *program_type.scratch_types(spec),
     ]
     return plgpu.kernel(
-        lambda *refs: kind(form, program, *refs).run(),
-        out_type=result,
-        scratch_types=scratch,
-        **kind.axes(form, sets),
+        lambda *refs: program_type(spec, jaxpr, *refs).take_all_steps(),
+        out_type=out_type,
+        scratch_types=scratch_types,
+        **program_type.grid(spec, num_groups),
         compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Warpgroup),
         kernel_name="lstm",
-        interpret=interpreted(),
+        interpret=gpu_interpret_params(),
     )(*operands)
 
 
-class Block:
-    """A block at work, one of a cluster."""
+class BlockProgram:
+    """The program of one block, whose group is a cluster. The grid overrides the methods after `load_inputs`."""
 
-    @staticmethod
-    def matrices(form: Form, matrix: Array) -> Array:
-        """``(M, E, H, H)`` in the order ``(blocks, down, across, height, depth)``."""
-        return jnp.moveaxis(matrix.reshape(form.parts, form.pieces, form.blocks, form.mine, form.units), 2, 0)
-
-    @staticmethod
-    def scratch(form: Form) -> list[Any]:
-        """What a block needs besides, for `take`: for what it sends, and to wait at."""
-        from jax.experimental.pallas import mosaic_gpu as plgpu
-
-        return [plgpu.SMEM((form.pieces, form.mine, form.rows), jnp.bfloat16), *meeting(form)]
-
-    @staticmethod
-    def axes(form: Form, sets: int) -> dict[str, Any]:
-        """Of the kernel: "rows", over the sets of blocks, and "units", over the blocks of one."""
-        return {"grid": (sets,), "grid_names": ("rows",), "cluster": (form.blocks,), "cluster_names": ("units",)}
-
-    def __init__(self, form: Form, program: Any, *refs: Any) -> None:
+    def __init__(self, spec: KernelSpec, jaxpr: Any, *refs: Any) -> None:
         from jax.experimental import pallas as pl
 
-        self.form, self.program = form, program
-        # In global memory what is given, and what is returned; in shared memory; barriers.
-        self.matrix, self.first, self.resident, self.before, self.over_time = refs[:5]
-        self.places, self.last, self.out = refs[5:8]
-        self.resting, self.received, self.resting_there, self.received_there = refs[8:12]
-        self.take(*refs[12:])
-        self.block, self.set = lax.axis_index("units"), lax.axis_index("rows")
-        self.units = pl.ds(self.block * form.mine, form.mine)
-        self.rows = pl.ds(self.set * form.rows, form.rows)
-        self.sent = pl.ds(self.set * form.product.width, form.product.width)
+        self.spec, self.jaxpr = spec, jaxpr
+        # Operands and results in global memory, then tiles and barriers in shared memory.
+        self.matrix, self.first_messages, self.resident, self.initial, self.over_time = refs[:5]
+        self.mailbox, self.last, self.outputs = refs[5:8]
+        self.resident_tiles, self.received_tiles, self.resident_barrier, self.received_barrier = refs[8:12]
+        self.bind_scratch(*refs[12:])
+        self.block, self.group = lax.axis_index("units"), lax.axis_index("rows")
+        self.units = pl.ds(self.block * spec.block_units, spec.block_units)
+        self.rows = pl.ds(self.group * spec.group_rows, spec.group_rows)
+        self.columns = pl.ds(self.group * spec.matmul.tile_n, spec.matmul.tile_n)
 
-    def run(self) -> None:
-        """All steps."""
-        from jax.experimental import pallas as pl
+    def take_all_steps(self) -> None:
+        """Loads the resident arrays, sends the first messages, takes all steps and stores the carry."""
         from jax.experimental.pallas import mosaic_gpu as plgpu
 
-        form = self.form
-        matrices, height = form.product.down * form.product.across, form.product.height
-        for n in range(matrices):
-            mine = pl.ds((self.block * matrices + n) * height, height)
-            plgpu.copy_gmem_to_smem(self.matrix.at[mine], self.resting.at[n], self.resting_there)
-        self.send([self.load(self.first.at[e, self.units, self.rows]) for e in range(form.pieces)], np.int32(0))
-        self.wait(np.int32(0))
-        self.stays = [
-            [self.load(ref.at[*i, self.units], over=1) for i in np.ndindex(*ref.shape[:-1])] for ref in self.resident
+        spec = self.spec
+        self.load_matrix()
+        messages = [self.load_tile(self.first_messages.at[e, self.units, self.rows]) for e in range(spec.num_messages)]
+        self.send(messages, np.int32(0))
+        self.wait_for_messages(np.int32(0))
+        resident = [
+            [self.load_tile(ref.at[*i, self.units], repeat_axis=1) for i in np.ndindex(*ref.shape[:-1])]
+            for ref in self.resident
         ]
-        carry = [self.load(ref.at[self.units, self.rows]) for ref in self.before]
-        plgpu.barrier_wait(self.resting_there)
-        carry = lax.fori_loop(np.int32(0), np.int32(form.steps), self.step, carry)
+        carry = [self.load_tile(ref.at[self.units, self.rows]) for ref in self.initial]
+        plgpu.barrier_wait(self.resident_barrier)
+
+        def take_step(n: Array, carry: list[Array]) -> list[Array]:
+            return self.take_step(n, resident, carry)
+
+        carry = lax.fori_loop(np.int32(0), np.int32(spec.num_steps), take_step, carry)
         for ref, a in zip(self.last, carry):
             store(ref.at[self.units, self.rows], a)
 
-    def step(self, n: Array, carry: list[Array]) -> list[Array]:
-        """The n-th step: from the carry before it to that after it."""
-        for piece in range(self.form.product.slots):
-            self.fetch(n, piece)
-        now = self.now(n)  # comes while the product is waited for
-        arguments = [
-            *([self.over_a_tile(a, 0) for a in each] for each in self.stays),
-            self.products(self.sums(n)),
+    def take_step(self, n: Array, resident: list[list[Array]], carry: list[Array]) -> list[Array]:
+        """Takes the n-th step; returns the new carry."""
+        for k in range(self.spec.matmul.num_buffers):
+            self.fetch(n, k)
+        inputs = self.load_inputs(n)  # loaded while the received tiles are in flight
+        args = [
+            *([self.broadcast_to_tile(a, 0) for a in tiles] for tiles in resident),
+            self.split_products(self.accumulate(n)),
             *([a] for a in carry),
-            *([self.over_a_tile(a, 1) if a.ndim == 1 else a for a in each] for each in now),
+            *([self.broadcast_to_tile(a, 1) if a.ndim == 1 else a for a in tiles] for tiles in inputs),
         ]
-        arguments = [
-            [a != 0 for a in each] if like.dtype == jnp.bool_ else each
-            for each, like in zip(arguments, self.program.in_avals)
+        args = [
+            [a != 0 for a in tiles] if aval.dtype == jnp.bool_ else tiles
+            for tiles, aval in zip(args, self.jaxpr.in_avals)
         ]
-        results = jaxpr_tiling.carry_out(self.program, self.form.tile, arguments)
-        carry, (sent, *out) = [a for (a,) in results[: len(carry)]], results[len(carry) :]
-        for ref, values in zip(self.out, out):
-            for index, a in zip(np.ndindex(*ref.shape[1:-2]), values):
-                store(ref.at[self.form.time(n), *index, self.units, self.rows], a)
-        self.send(sent, n + 1)
-        self.wait(n + 1)
+        results = jaxpr_tiling.eval_on_tiles(self.jaxpr, self.spec.tile_shape, args)
+        carry, (messages, *outputs) = [a for (a,) in results[: len(carry)]], results[len(carry) :]
+        for ref, tiles in zip(self.outputs, outputs):
+            for index, a in zip(np.ndindex(*ref.shape[1:-2]), tiles):
+                store(ref.at[self.spec.time_index(n), *index, self.units, self.rows], a)
+        self.send(messages, n + 1)
+        self.wait_for_messages(n + 1)
         return carry
 
-    def fetch(self, n: Array, piece: int) -> None:
-        """One of the matrices that all blocks have sent before the n-th step, on its way into its slot."""
+    def load_matrix(self) -> None:
+        """Starts the copies of this block's tiles of the matrix into shared memory."""
         from jax.experimental import pallas as pl
         from jax.experimental.pallas import mosaic_gpu as plgpu
 
-        product, slot = self.form.product, piece % self.form.product.slots
-        place = pl.ds((self.form.place(n) * product.across + piece) * product.depth, product.depth)
-        plgpu.copy_gmem_to_smem(self.places.at[place, self.sent], self.received.at[slot], self.received_there.at[slot])
+        matmul = self.spec.matmul
+        num_tiles = matmul.num_m * matmul.num_k
+        for n in range(num_tiles):
+            tile = pl.ds((self.block * num_tiles + n) * matmul.tile_m, matmul.tile_m)
+            plgpu.copy_gmem_to_smem(self.matrix.at[tile], self.resident_tiles.at[n], self.resident_barrier)
 
-    def sums(self, n: Array) -> list[Array]:
-        """``down`` products of this block's matrices and of what was sent, the first of it already on its way."""
+    def fetch(self, n: Array, k: int) -> None:
+        """Starts the copy of the k-th tile of messages to the n-th step into its buffer."""
         from jax.experimental import pallas as pl
         from jax.experimental.pallas import mosaic_gpu as plgpu
 
-        product = self.form.product
+        matmul, buffer = self.spec.matmul, k % self.spec.matmul.num_buffers
+        tile = pl.ds((self.spec.slot(n) * matmul.num_k + k) * matmul.tile_k, matmul.tile_k)
+        source, barrier = self.mailbox.at[tile, self.columns], self.received_barrier.at[buffer]
+        plgpu.copy_gmem_to_smem(source, self.received_tiles.at[buffer], barrier)
 
-        def multiply(*sums: Any) -> list[Array]:
-            for piece in range(product.across):
-                slot = piece % product.slots
-                plgpu.barrier_wait(self.received_there.at[slot])
-                for part, total in enumerate(sums):
-                    plgpu.wgmma(total, self.resting.at[part * product.across + piece], self.received.at[slot])
-                if piece + product.slots < product.across:
-                    plgpu.wgmma_wait(0)  # for the slot to be free
-                    self.fetch(n, piece + product.slots)
-            return [total[...] for total in sums]
+    def accumulate(self, n: Array) -> list[Array]:
+        """Returns the ``num_m`` products of this block, given that the first copies are under way."""
+        from jax.experimental import pallas as pl
+        from jax.experimental.pallas import mosaic_gpu as plgpu
 
-        sums = [plgpu.WGMMAAccumulatorRef((product.height, product.width))] * product.down
-        return pl.run_scoped(multiply, *sums)
+        matmul = self.spec.matmul
 
-    def now(self, n: Any) -> list[list[Array]]:
-        """What is read of the n-th step: tiles, or of what is the same for all units a row of one."""
-        time = self.form.time(n)
+        def multiply(*accumulators: Any) -> list[Array]:
+            for k in range(matmul.num_k):
+                buffer = k % matmul.num_buffers
+                plgpu.barrier_wait(self.received_barrier.at[buffer])
+                for m, accumulator in enumerate(accumulators):
+                    left, right = self.resident_tiles.at[m * matmul.num_k + k], self.received_tiles.at[buffer]
+                    plgpu.wgmma(accumulator, left, right)
+                if k + matmul.num_buffers < matmul.num_k:
+                    plgpu.wgmma_wait(0)  # until the buffer is free
+                    self.fetch(n, k + matmul.num_buffers)
+            return [accumulator[...] for accumulator in accumulators]
 
-        def read(ref: Any) -> list[Array]:
-            units, over = (0, 0) if ref.shape[-2] == 1 else (self.units, None)
+        accumulators = [plgpu.WGMMAAccumulatorRef((matmul.tile_m, matmul.tile_n))] * matmul.num_m
+        return pl.run_scoped(multiply, *accumulators)
+
+    def load_inputs(self, n: Any) -> list[list[Array]]:
+        """Loads the inputs of the n-th step: tiles, or vectors over the rows if they are equal for all units."""
+        time = self.spec.time_index(n)
+
+        def load(ref: Any) -> list[Array]:
+            units, repeat_axis = (0, 0) if ref.shape[-2] == 1 else (self.units, None)
             leading = np.ndindex(*ref.shape[1:-2])
-            return [self.load(ref.at[time, *index, units, self.rows], over=over) for index in leading]
+            return [self.load_tile(ref.at[time, *i, units, self.rows], repeat_axis=repeat_axis) for i in leading]
 
-        return list(map(read, self.over_time))
+        return [load(ref) for ref in self.over_time]
 
-    def load(self, ref: Any, *, over: int | None = None) -> Array:
-        """From memory into registers, laid out as a tile; a vector as if repeated ``over`` an axis."""
+    def load_tile(self, ref: Any, *, repeat_axis: int | None = None) -> Array:
+        """Loads a tile into registers, or a vector in the layout of a tile reduced over ``repeat_axis``."""
         from jax.experimental.pallas import mosaic_gpu as plgpu
 
-        if interpreted():  # the same; the interpreter of JAX 0.10 knows no other
+        if gpu_interpret_params():  # the interpreter of JAX 0.10 has no `plgpu.load`
             return ref[...]
-        layout = self.layout() if over is None else self.layout().reduce((over,))
-        index = [()] if "idx" in inspect.signature(plgpu.load).parameters else []  # of JAX 0.10
-        return plgpu.load(ref, *index, layout=layout, optimized=False)  # in pieces of 8 bytes
+        layout = self.tile_layout() if repeat_axis is None else self.tile_layout().reduce((repeat_axis,))
+        index = [()] if "idx" in inspect.signature(plgpu.load).parameters else []  # JAX 0.10 requires an index
+        return plgpu.load(ref, *index, layout=layout, optimized=False)  # unoptimized: 8 bytes per access
 
-    def over_a_tile(self, a: Array, axis: int) -> Array:
-        """A vector along one axis of a tile, repeated over the other."""
+    def broadcast_to_tile(self, a: Array, axis: int) -> Array:
+        """Repeats a vector along one axis of a tile over the other."""
         from jax.experimental.pallas import mosaic_gpu as plgpu
 
-        a = lax.broadcast_in_dim(a, self.form.tile, (axis,))
-        return a if interpreted() else plgpu.layout_cast(a, self.layout())  # which JAX 0.10 does not find by itself
+        a = lax.broadcast_in_dim(a, self.spec.tile_shape, (axis,))
+        # JAX 0.10 does not infer the layout.
+        return a if gpu_interpret_params() else plgpu.layout_cast(a, self.tile_layout())
 
-    # What follows is another for another kind of blocks.
+    @staticmethod
+    def split_matrix(spec: KernelSpec, matrix: Array) -> Array:
+        """Returns ``(M, E, H, H)`` in the order ``(num_blocks, num_m, num_k, tile_m, tile_k)``."""
+        by_block = (spec.num_products, spec.num_messages, spec.num_blocks, spec.block_units, spec.padded_units)
+        return jnp.moveaxis(matrix.reshape(by_block), 2, 0)
 
-    def take(self, *refs: Any) -> None:
-        """Refs of `scratch`."""
-        self.share, *self.meeting = refs
+    @staticmethod
+    def scratch_types(spec: KernelSpec) -> list[Any]:
+        """Returns the scratch memory for `bind_scratch`: the messages of this block, and barriers."""
+        from jax.experimental.pallas import mosaic_gpu as plgpu
 
-    def layout(self) -> Any:
-        """Of a tile, in registers: that of the sums."""
+        messages = plgpu.SMEM((spec.num_messages, spec.block_units, spec.group_rows), jnp.bfloat16)
+        return [messages, *cluster_barriers(spec)]
+
+    @staticmethod
+    def grid(spec: KernelSpec, num_groups: int) -> dict[str, Any]:
+        """Returns the axes of the kernel: "rows" over the groups, "units" over the blocks of a group."""
+        return {
+            "grid": (num_groups,),
+            "grid_names": ("rows",),
+            "cluster": (spec.num_blocks,),
+            "cluster_names": ("units",),
+        }
+
+    def bind_scratch(self, *refs: Any) -> None:
+        """Stores the refs of `scratch_types`."""
+        self.outbox, *self.barriers = refs
+
+    def tile_layout(self) -> Any:
+        """Returns the layout of a tile in registers, which is the layout of a wgmma accumulator."""
         from jax.experimental.pallas import mosaic_gpu as plgpu
 
         return plgpu.Layout.WGMMA
 
-    def products(self, sums: list[Array]) -> list[Array]:
-        """A tile for each part of the product."""
-        return sums
+    def split_products(self, accumulators: list[Array]) -> list[Array]:
+        """Returns one tile per product of the step."""
+        return accumulators
 
-    def send(self, sent: Sequence[Array], n: Any) -> None:
-        """This block's share of what goes into the n-th step, and word of it, without waiting for the others."""
+    def send(self, messages: Sequence[Array], n: Any) -> None:
+        """Writes this block's messages to the n-th step into the mailbox and signals it, without waiting."""
         from jax.experimental import pallas as pl
         from jax.experimental.pallas import mosaic_gpu as plgpu
 
-        form = self.form
-        for piece, a in enumerate(sent):
-            self.share[piece] = a.astype(jnp.bfloat16)
+        spec = self.spec
+        for e, a in enumerate(messages):
+            self.outbox[e] = a.astype(jnp.bfloat16)
         plgpu.commit_smem()
-        for piece in range(form.pieces):
-            mine = pl.ds((form.place(n) * form.pieces + piece) * form.units + self.block * form.mine, form.mine)
-            plgpu.copy_smem_to_gmem(self.share.at[piece], self.places.at[mine, self.sent])
+        for e in range(spec.num_messages):
+            first = (spec.slot(n) * spec.num_messages + e) * spec.padded_units + self.block * spec.block_units
+            plgpu.copy_smem_to_gmem(self.outbox.at[e], self.mailbox.at[pl.ds(first, spec.block_units), self.columns])
         plgpu.wait_smem_to_gmem(0)
-        for barrier in self.meeting:
-            plgpu.barrier_arrive(barrier.at[n % 2])
+        self.arrive(n)
 
-    def wait(self, n: Any) -> None:
-        """Until all shares of what goes into the n-th step are there."""
+    def arrive(self, n: Any) -> None:
+        """Signals the barrier of the n-th step."""
         from jax.experimental.pallas import mosaic_gpu as plgpu
 
-        for barrier in self.meeting:
+        for barrier in self.barriers:
+            plgpu.barrier_arrive(barrier.at[n % 2])
+
+    def wait_for_messages(self, n: Any) -> None:
+        """Waits until all messages to the n-th step are in the mailbox."""
+        from jax.experimental.pallas import mosaic_gpu as plgpu
+
+        for barrier in self.barriers:
             plgpu.barrier_wait(barrier.at[n % 2])
 
 
-def meeting(form: Form) -> list[Any]:
-    """What the blocks of a cluster wait at: nothing for a single one, else two barriers that are used in turn.
+def cluster_barriers(spec: KernelSpec) -> list[Any]:
+    """Returns the barriers of a cluster: none for a single block, else two that are used in turn.
 
-    Before a block comes to one of them again, all have left it.
+    Two suffice: all blocks have left a barrier before any block arrives at it again.
     """
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
-    return [plgpu.ClusterBarrier(collective_axes=("units",), num_barriers=2)] if form.blocks > 1 else []
+    return [plgpu.ClusterBarrier(collective_axes=("units",), num_barriers=2)] if spec.num_blocks > 1 else []
 
 
 def store(ref: Any, a: Array) -> None:
-    """From registers into global memory."""
+    """Stores a tile from registers into global memory."""
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
     store = getattr(plgpu, "store", None)
-    if interpreted() or store is None:  # as in JAX 0.10
+    if gpu_interpret_params() or store is None:  # JAX 0.10 has no `plgpu.store`
         ref[...] = a
     else:
         store(ref, a, optimized=False)
-
-
-def interpreted() -> Any:
-    """Parameters of the interpreter, or False for none."""
-    made_for = mosaic_tpu_scan.making_for.value
-    return (isinstance(made_for, mosaic_tpu_scan.Hopper) and made_for.interpreted) or False

@@ -1,14 +1,13 @@
-"""The recurrences of `jaxlstm.experimental.pallas.api` as kernels for Hopper GPUs, each a `blocks.scan`.
+"""The recurrences of `jaxlstm.experimental.pallas.api` as kernels for Hopper GPUs, each a `mosaic_gpu_scan.scan`.
 
-The blocks that share the weights are those of a cluster or, where they do not fit into one, of the grid. Forward they
-send h, for a tangent that of h, and multiply by their rows of ``W_h``. Backward they send the slopes of z, and multiply
-by their rows of the transpose. The rest of a step is elementwise: the cell's ``gates``, or their derivative, and what
-the mask, resets and regularisers make of it.
+The blocks that share the weights form a cluster or, if the weights do not fit into one, a grid. Forward they send h, or
+its tangent, and multiply by their rows of ``W_h``. Backward they send the cotangents of z, and multiply by their rows
+of the transpose. The rest of a step is elementwise: the cell or its derivative, masks, restarts and regularizers.
 
-The numbers have been seen in the interpreter that Pallas has for these kernels, with blocks that wait for one another,
-and both have been compiled for an H100, down to machine code, on a host without a GPU. They have never run on one. Not
-their speed alone is unknown, but whether what a block has written, and waited for, is there for the others beyond the
-barrier: an interpreter takes that for granted, and of the grid it has not seen the semaphore either.
+Pallas's interpreter checked the numbers, with blocks that wait for one another. Clusters and grids were compiled to
+machine code for an H100 on a host without a GPU. They have never run on a GPU. Their speed is unknown, and so is
+whether the messages of a block are visible to the others after the barrier: the interpreter takes that for granted, and
+it does not execute the semaphore of the grid.
 """
 
 from collections.abc import Callable
@@ -19,170 +18,180 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from jaxlstm.experimental.pallas import mosaic_gpu_cluster, mosaic_gpu_grid, mosaic_gpu_scan, mosaic_tpu_scan
+from jaxlstm.experimental.pallas import mosaic_gpu_cluster, mosaic_gpu_grid, mosaic_gpu_scan
 from jaxlstm.experimental.pallas.step import (
-    Given,
-    Marks,
-    Path,
-    Static,
-    elementwise,
-    keep,
-    products,
+    DifferentiableInputs,
+    KernelConfig,
+    StepMasks,
+    Trajectory,
+    apply_cell,
+    matmul,
+    pre_activations,
     restart,
-    starts,
-    times,
+    states_before_steps,
+    without_matrices,
+    zoneout_and_hold,
 )
+from jaxlstm.experimental.pallas.target import kernel_target
 from jaxlstm.params import State, Weights
 
 
-def made_for() -> bool:
-    """Whether kernels are made for a GPU: the one at hand, or as `kernel.making_for` says."""
-    said = mosaic_tpu_scan.making_for.value
-    return isinstance(said, mosaic_tpu_scan.Hopper) or (said is None and jax.default_backend() == "gpu")
-
-
-def check(static: Static, w: Weights) -> None:
-    """Refuse, by name, what the kernel for Hopper GPUs cannot do.
+def configure(config: KernelConfig, weights: Weights, masks: StepMasks, batch_size: int) -> KernelConfig:
+    """Chooses the blocks that share the weights, a cluster if they fit into one, and the batch rows of a group.
 
     Raises:
-      ValueError: with what was received.
+      ValueError: for another GPU, an unsupported option or dtype, or if the weights do not fit.
     """
-    if mosaic_tpu_scan.making_for.value is None:
-        device = jax.devices()[0]
-        capability = str(getattr(device, "compute_capability", "none"))
-        if not capability.startswith("9."):
-            raise ValueError(
-                "implementation='pallas' is a kernel for TPUs and Hopper GPUs, of compute capability 9.x; got a "
-                f"{device.device_kind} of compute capability {capability}"
-            )
-    if static.dtype != jnp.bfloat16 or static.sums != jnp.float32:
-        raise ValueError(
-            "implementation='pallas' takes dtype=bfloat16 with sums in float32 on a Hopper GPU, got products in "
-            f"{static.dtype} and sums in {static.sums}; float32 would be products in TF32, which are not taken unasked"
-        )
-    lacking = {"layer normalisation": w.norm is not None, "a projection": w.w_p is not None}
-    for what, present in lacking.items():
-        if present:
-            raise ValueError(f"implementation='pallas' does not take {what} on a Hopper GPU")
-
-
-def spread_out(static: Static, units: int, batch: int) -> Static:
-    """With what the weights are spread over: a cluster if they fit into one, else the grid.
-
-    Raises:
-      ValueError: if they fit into neither.
-    """
-    gates = static.cell.num_gates
-    rows = mosaic_gpu_cluster.rows_that_fit(gates, units, batch)
+    del masks
+    _check_device()
+    _check_options(config, weights)
+    sizes = (config.cell.num_gates, weights.w_h.shape[-1], batch_size)
+    rows = mosaic_gpu_cluster.rows_that_fit(*sizes)
     if rows is not None:
-        return static._replace(spread="cluster", rows=rows)
-    return static._replace(spread="grid", rows=mosaic_gpu_grid.rows_that_fit(gates, units, batch))
+        return config._replace(weights_sharing="cluster", block_rows=rows)
+    return config._replace(weights_sharing="grid", block_rows=mosaic_gpu_grid.rows_that_fit(*sizes))
 
 
-def outputs(static: Static, given: Given, marks: Marks) -> tuple[State, Array]:
-    """The last state and ``(T, B, H)`` outputs; where no step is taken, the held h."""
-    last, sent, out = _forward(static, given, marks, lambda after: None if marks.fresh is None else _h(static, after))
-    return last, sent[:, 0] if out is None else out
+def _check_device() -> None:
+    if kernel_target.value is not None:
+        return
+    device = jax.devices()[0]
+    capability = str(getattr(device, "compute_capability", "none"))
+    if not capability.startswith("9."):
+        raise ValueError(
+            "implementation='pallas' is a kernel for TPUs and Hopper GPUs, of compute capability 9.x; got a "
+            f"{device.device_kind} of compute capability {capability}"
+        )
 
 
-def path(static: Static, given: Given, marks: Marks) -> Path:
-    """The states of all steps."""
-    return Path(given.begin, _forward(static, given, marks, lambda after: after)[2])
+def _check_options(config: KernelConfig, weights: Weights) -> None:
+    if config.dtype != jnp.bfloat16 or config.accum_dtype != jnp.float32:
+        raise ValueError(
+            "implementation='pallas' needs dtype=bfloat16 and sums in float32 on a Hopper GPU, got products in "
+            f"{config.dtype} and sums in {config.accum_dtype}; products in float32 would be rounded to TF32"
+        )
+    option = "layer normalization" if weights.norm is not None else "a projection" if weights.w_p is not None else None
+    if option is not None:
+        raise ValueError(f"implementation='pallas' does not support {option} on a Hopper GPU; 'fused' and 'scan' do")
 
 
-def _h(static: Static, after: State) -> Array:
-    return after.h.astype(static.dtype)
+def compute_outputs(config: KernelConfig, inputs: DifferentiableInputs, masks: StepMasks) -> tuple[State, Array]:
+    """Returns the final state and the outputs ``(T, B, H)``."""
+    if masks.restarts is None:  # the messages are the outputs
+        state, sent, _ = _scan_steps(config, inputs, masks, lambda state: None)
+        return state, sent[:, 0]
+    state, _, outputs = _scan_steps(config, inputs, masks, lambda state: state.h.astype(config.dtype))
+    return state, outputs
 
 
-def _forward(static: Static, given: Given, marks: Marks, out: Any) -> tuple[State, Array, Any]:
-    """The steps, and of each what ``out`` makes of the state after it."""
-
-    def body(resident: Any, z_h: Array, start: State, now: Any) -> tuple[State, Array, Any]:
-        w, fresh = resident
-        x, marks, restarts = now
-        after = _after(static, w, x + z_h, marks, start)
-        start = restart(restarts, fresh, after)
-        return start, start.h[None], out(after)
-
-    first, following = _restarts(static, marks)
-    begin = restart(first, given.fresh, given.begin)
-    resident = (Weights(None, None, w_c=given.weights.w_c), given.fresh)  # pyright: ignore[reportArgumentType]
-    w_h = jnp.swapaxes(given.weights.w_h, -1, -2)[:, None]
-    return _scan(static)(body, w_h, begin.h[None], resident, begin, (given.x, marks, following))
+def compute_trajectory(config: KernelConfig, inputs: DifferentiableInputs, masks: StepMasks) -> Trajectory:
+    """Returns the states of all steps."""
+    return Trajectory(inputs.state, _scan_steps(config, inputs, masks, lambda state: state)[2])
 
 
-def solve(static: Static, given: Given, marks: Marks, path: Path, b: Path) -> Path:
-    """``ds`` of the path's tangent equation, from its right-hand side."""
-    start = starts(static, given, marks, path)
-    z = _pre_activations(static, given, start)
+def _scan_steps(
+    config: KernelConfig, inputs: DifferentiableInputs, masks: StepMasks, output: Callable[[State], Any]
+) -> tuple[State, Array, Any]:
+    """Takes all steps; emits ``output(state)`` after each."""
 
-    def body(w: Weights, dz: Array, d_start: State, now: Any) -> tuple[State, Array, State]:
-        z, c, marks, restarts, b = now
-        # h itself is kept or not, in a linear way: its value has no part in the tangent.
-        start = State(jnp.zeros_like(d_start.h), c)
-        d_after = jax.jvp(lambda z, start: _after(static, w, z, marks, start), (z, start), (dz, d_start))[1]
-        after = jax.tree.map(jnp.add, d_after, b)
-        d_start = restart(restarts, None, after)
-        return d_start, d_start.h[None], after
+    def body(resident: Any, z_h: Array, state: State, inputs_t: Any) -> tuple[State, Array, Any]:
+        weights, restart_state = resident
+        z_x, masks_t = inputs_t
+        new_state = _transition(config, weights, z_x + z_h, masks_t, state)
+        state = restart(masks_t.restarts, restart_state, new_state)
+        return state, state.h[None], output(new_state)
 
-    first, following = _restarts(static, marks)
-    begin = restart(first, None, b.begin)
-    resident = Weights(None, None, w_c=given.weights.w_c)  # pyright: ignore[reportArgumentType]
-    w_h = jnp.swapaxes(given.weights.w_h, -1, -2)[:, None]
-    over_time = (z, start.c, marks, following, b.after)
-    return Path(b.begin, _scan(static)(body, w_h, begin.h[None], resident, begin, over_time)[2])
+    first, following = _restarts_after_steps(masks)
+    state = restart(first, inputs.restart_state, inputs.state)
+    resident = (without_matrices(inputs.weights), inputs.restart_state)
+    scan, matrix = _scan(config), _forward_matrix(inputs.weights)
+    return scan(body, matrix, state.h[None], resident, state, (inputs.z_x, following))
 
 
-def solve_transposed(static: Static, given: Given, marks: Marks, path: Path, b: Path) -> Path:
-    """The transpose of `solve`."""
-    start = starts(static, given, marks, path)
-    z = _pre_activations(static, given, start)
+def solve_tangents(
+    config: KernelConfig, inputs: DifferentiableInputs, masks: StepMasks, trajectory: Trajectory, rhs: Trajectory
+) -> Trajectory:
+    """Solves the tangent equation of `jaxlstm.experimental.pallas.api` for ``ds``, given its right-hand side."""
+    states = states_before_steps(inputs, masks, trajectory)
+    z = _all_pre_activations(config, inputs, states)
 
-    def body(w: Weights, dh: Array, held: State, now: Any) -> tuple[State, Array, State]:
-        z, c, marks, restarts, b = now
-        d_start = restart(restarts, None, State(held.h + dh[0], held.c))  # of the step that follows
-        after = jax.tree.map(jnp.add, d_start, b)
-        d, held = jax.linear_transpose(lambda after, start: keep(static, marks, after, start), after, after)(after)
-        dz, dc = jax.vjp(lambda z, c: elementwise(static, marks.noise, w, z, None, c), z, c)[1]((d.c, d.h))
-        return State(held.h, None if dc is None else held.c + dc), dz, after
+    def body(weights: Weights, d_z: Array, d_state: State, inputs_t: Any) -> tuple[State, Array, State]:
+        z, c, masks_t, rhs_t = inputs_t
+        # The step is linear in h itself, by zoneout and skipped steps: its tangent does not depend on the value of h.
+        state = State(jnp.zeros_like(d_state.h), c)
+        transition = partial(_transition, config, weights)
+        d_new = jax.jvp(lambda z, state: transition(z, masks_t, state), (z, state), (d_z, d_state))[1]
+        d_new = jax.tree.map(jnp.add, d_new, rhs_t)
+        d_state = restart(masks_t.restarts, None, d_new)
+        return d_state, d_state.h[None], d_new
 
-    first, following = _restarts(static, marks)
-    resident = Weights(None, None, w_c=given.weights.w_c)  # pyright: ignore[reportArgumentType]
-    zeros = jax.tree.map(jnp.zeros_like, b.begin)
-    over_time = (z, start.c, marks, following, b.after)
-    w = given.weights.w_h[None]
-    held, dz, after = _scan(static, backward=True)(body, w, jnp.zeros_like(z[0]), resident, zeros, over_time)
-    dz = dz[-1 if static.reverse else 0]
-    dh = jnp.stack(list(map(partial(times, static), dz, jnp.swapaxes(given.weights.w_h, -1, -2)))).sum(0)
-    begin = restart(first, None, State(held.h + dh, held.c))
-    return Path(jax.tree.map(jnp.add, begin, b.begin), after)
-
-
-def _after(static: Static, w: Weights, z: Array, marks: Marks, start: State) -> State:
-    """The state after a step."""
-    c, h = elementwise(static, marks.noise, w, z, None, start.c)
-    return keep(static, marks, State(h, c), start)
+    first, following = _restarts_after_steps(masks)
+    d_state = restart(first, None, rhs.initial)
+    over_time = (z, states.c, following, rhs.states)
+    scan, matrix = _scan(config), _forward_matrix(inputs.weights)
+    d_states = scan(body, matrix, d_state.h[None], without_matrices(inputs.weights), d_state, over_time)[2]
+    return Trajectory(rhs.initial, d_states)
 
 
-def _pre_activations(static: Static, given: Given, start: State) -> Array:
-    """``z (T, G, B, H)`` of all steps, from the states they are taken from."""
-    return jax.vmap(lambda x, h: products(static, given.weights, x, h)[0])(given.x, start.h)
+def solve_cotangents(
+    config: KernelConfig, inputs: DifferentiableInputs, masks: StepMasks, trajectory: Trajectory, ct: Trajectory
+) -> Trajectory:
+    """Solves the transposed equation: accumulates the cotangents ``ct`` of the trajectory backward in time."""
+    states = states_before_steps(inputs, masks, trajectory)
+    z = _all_pre_activations(config, inputs, states)
+
+    def body(weights: Weights, ct_h: Array, ct_old: State, inputs_t: Any) -> tuple[State, Array, State]:
+        z, c, masks_t, ct_t = inputs_t
+        ct_state = restart(masks_t.restarts, None, State(ct_old.h + ct_h[0], ct_old.c))
+        ct_state = jax.tree.map(jnp.add, ct_state, ct_t)
+        hold = partial(zoneout_and_hold, config, masks_t)  # linear in both states
+        ct_new, ct_old = jax.linear_transpose(hold, ct_state, ct_state)(ct_state)
+        cell = partial(apply_cell, config, masks_t.regularizer_masks, weights)
+        ct_z, ct_c = jax.vjp(lambda z, c: cell(z, None, c), z, c)[1]((ct_new.c, ct_new.h))
+        return State(ct_old.h, None if ct_c is None else ct_old.c + ct_c), ct_z, ct_state
+
+    first, following = _restarts_after_steps(masks)
+    zeros = jax.tree.map(jnp.zeros_like, ct.initial)
+    over_time = (z, states.c, following, ct.states)
+    scan, w_h = _scan(config, reverse=True), inputs.weights.w_h
+    resident, messages = without_matrices(inputs.weights), jnp.zeros_like(z[0])
+    ct_old, ct_z, ct_states = scan(body, w_h[None], messages, resident, zeros, over_time)
+    products = [matmul(config, *pair) for pair in zip(ct_z[0], jnp.swapaxes(w_h, -1, -2))]
+    ct_initial = restart(first, None, State(ct_old.h + jnp.stack(products).sum(0), ct_old.c))
+    return Trajectory(jax.tree.map(jnp.add, ct_initial, ct.initial), ct_states)
 
 
-def _restarts(static: Static, marks: Marks) -> tuple[Array | None, Array | None]:
-    """Where a fresh start comes before the first step, ``(B, 1)``, and where before the step that follows each."""
-    if marks.fresh is None:
-        return None, None
-    none = jnp.zeros_like(marks.fresh[:1])
-    if static.reverse:
-        return marks.fresh[-1], jnp.concatenate([none, marks.fresh[:-1]])
-    return marks.fresh[0], jnp.concatenate([marks.fresh[1:], none])
+def _transition(config: KernelConfig, weights: Weights, z: Array, masks: StepMasks, state: State) -> State:
+    """Returns the state after a step, from its pre-activations."""
+    c, h = apply_cell(config, masks.regularizer_masks, weights, z, None, state.c)
+    return zoneout_and_hold(config, masks, State(h, c), state)
 
 
-def _scan(static: Static, *, backward: bool = False) -> Callable[..., tuple[Any, Array, Any]]:
-    """`blocks.scan`, in the order of the steps or ``backward``."""
-    form, kind = {
-        "cluster": (mosaic_gpu_cluster.form, mosaic_gpu_scan.Block),
-        "grid": (mosaic_gpu_grid.form, mosaic_gpu_grid.Block),
-    }[static.spread]
-    return partial(mosaic_gpu_scan.scan, partial(form, rows=static.rows, reverse=static.reverse ^ backward), kind)
+def _all_pre_activations(config: KernelConfig, inputs: DifferentiableInputs, states: State) -> Array:
+    """Returns ``z (T, G, B, H)`` of all steps, from the states before them."""
+    return jax.vmap(lambda z_x, h: pre_activations(config, inputs.weights, z_x, h)[0])(inputs.z_x, states.h)
+
+
+def _forward_matrix(weights: Weights) -> Array:
+    """Returns ``W_h`` as the matrix ``(G, 1, H, H)`` of `mosaic_gpu_scan.scan`."""
+    return jnp.swapaxes(weights.w_h, -1, -2)[:, None]
+
+
+def _restarts_after_steps(masks: StepMasks) -> tuple[Array | None, StepMasks]:
+    """Returns the restarts before the first step, ``(B, 1)``, and masks whose restarts come after each step.
+
+    A kernel restarts the state at the end of a step, because the messages carry the restarted h.
+    """
+    if masks.restarts is None:
+        return None, masks
+    after = jnp.concatenate([masks.restarts[1:], jnp.zeros_like(masks.restarts[:1])])
+    return masks.restarts[0], masks._replace(restarts=after)
+
+
+def _scan(config: KernelConfig, *, reverse: bool = False) -> Callable[..., tuple[Any, Array, Any]]:
+    """Returns `mosaic_gpu_scan.scan` on the blocks that share the weights."""
+    if config.weights_sharing == "cluster":
+        kernel_spec, program_type = mosaic_gpu_cluster.kernel_spec, mosaic_gpu_scan.BlockProgram
+    else:
+        kernel_spec, program_type = mosaic_gpu_grid.kernel_spec, mosaic_gpu_grid.GridBlockProgram
+    return partial(mosaic_gpu_scan.scan, partial(kernel_spec, rows=config.block_rows, reverse=reverse), program_type)

@@ -1,7 +1,7 @@
-"""`jax.lax.scan` as one TPU kernel: the carry and what every step reads stay in VMEM, time is an axis of the grid.
+"""`jax.lax.scan` as one TPU kernel: the carry and the resident arrays stay in VMEM, and time is an axis of the grid.
 
-A scan that XLA compiles reads its weights from HBM at each step. Here they are brought into VMEM once, and what flows
-past is the inputs and outputs of the steps, fetched and stored while the steps around them are computed.
+A scan compiled by XLA reads its weights from HBM at every step. This kernel copies them into VMEM once. Only the inputs
+and outputs of the steps move, and they are copied while other steps are computed.
 """
 
 import math
@@ -15,89 +15,56 @@ import numpy as np
 from jax import Array, lax
 from jax.extend.core import ClosedJaxpr, Jaxpr, Literal, jaxpr_as_fun
 
+from jaxlstm.experimental.pallas import target
+from jaxlstm.primitives.pytrees import tree_index
 
-class Hopper(NamedTuple):
-    """A GPU of compute capability 9, for `making_for`."""
+ZERO = np.int32(0)  # block index; a literal 0 is int64 under `jax_enable_x64`, and a TPU has no int64
 
-    interpreted: Any = None  # by `jax.experimental.pallas.mosaic_gpu.InterpretGPUParams`; None for not at all
-    processors: int = 132  # streaming multiprocessors: of an H100 SXM; one for PCIe has 114
-
-
-INTERPRET = "interpret"
-making_for = jax.make_user_context(default_value=None)
-"""What kernels are made for, where that is not the TPU or GPU at hand.
-
-Within ``making_for(INTERPRET)`` a kernel for TPUs is carried out operation by operation, on any backend, slowly: that
-is how its numbers are checked. Within ``making_for(chip)``, a `jax.experimental.pallas.tpu.ChipVersion`, it is lowered
-for that chip from any host. ``making_for(Hopper())`` and ``making_for(Hopper(parameters))`` are the same for GPUs.
-"""
-
-ZERO = np.int32(0)  # an index of a block; a bare 0 is an int64 where those are switched on, and a TPU has none
-
-# (resident, carry, now) -> (carry, out): trees of arrays, those of carry (rows, n), of now and out (..., rows, n)
+# (resident, carry, inputs_t) -> (carry, outputs_t): trees of arrays, the carry (rows, n), inputs and outputs of a step
+# (..., rows, n)
 Body = Callable[[Any, Any, Any], tuple[Any, Any]]
 
 
-class Blocks(NamedTuple):
-    """How a scan is cut up."""
+class BlockSizes(NamedTuple):
+    """Sizes of the blocks that a scan is split into."""
 
-    rows: int  # of the batch in one block
-    steps: int  # of time in one block
+    rows: int  # of the batch
+    steps: int  # of time
     reverse: bool  # whether time runs backward
 
     def over_time(self, a: Any) -> tuple[int, ...]:
-        """The block of an array ``(T, ..., B, n)``."""
+        """Returns the block shape of an array ``(T, ..., B, n)``."""
         return (self.steps, *a.shape[1:-2], self.rows, a.shape[-1])
 
-    def of_carry(self, a: Any) -> tuple[int, ...]:
-        """The block of an array ``(B, n)``."""
+    def carry(self, a: Any) -> tuple[int, ...]:
+        """Returns the block shape of an array ``(B, n)``."""
         return (self.rows, a.shape[-1])
 
-    def one_step(self, a: Any) -> jax.ShapeDtypeStruct:
-        """What the body sees of an array ``(T, ..., B, n)``."""
+    def step_aval(self, a: Any) -> jax.ShapeDtypeStruct:
+        """Returns the shape and dtype that the body receives for an array ``(T, ..., B, n)``."""
         return jax.ShapeDtypeStruct(self.over_time(a)[1:], a.dtype)
 
-    def one_carry(self, a: Any) -> jax.ShapeDtypeStruct:
-        """What the body sees of an array ``(B, n)``."""
-        return jax.ShapeDtypeStruct(self.of_carry(a), a.dtype)
+    def carry_aval(self, a: Any) -> jax.ShapeDtypeStruct:
+        """Returns the shape and dtype that the body receives for an array ``(B, n)``."""
+        return jax.ShapeDtypeStruct(self.carry(a), a.dtype)
 
 
-def chip() -> Any:
-    """The chip that kernels are made for, a `jax.experimental.pallas.tpu.TpuInfo`; None for the interpreter.
+def footprint(block: BlockSizes, resident: Any, carry: Any, over_time: Any) -> int:
+    """Returns the bytes of VMEM that `scan` uses, from arrays or `jax.ShapeDtypeStruct`.
 
-    Raises:
-      ValueError: if there is no TPU.
-    """
-    from jax.experimental.pallas import tpu
-
-    if making_for.value == INTERPRET:
-        return None
-    if making_for.value is not None:
-        return tpu.get_tpu_info_for_chip(making_for.value, 1)
-    if jax.default_backend() != "tpu":
-        raise ValueError(
-            f"implementation='pallas' is a kernel for TPUs and Hopper GPUs, got the backend {jax.default_backend()!r}; "
-            "'fused' and 'scan' run on every backend"
-        )
-    return tpu.get_tpu_info()
-
-
-def footprint(blocks: Blocks, resident: Any, carry: Any, over_time: Any) -> int:
-    """Bytes of VMEM that `scan` takes, counted on arrays or on `jax.ShapeDtypeStruct`.
-
-    What is resident is there once. What flows past, and the carry as it comes and goes, is there twice: one block in
-    use and one under way. As much again as one step is left to the compiler for what it cannot hold in registers.
+    Resident arrays are stored once. Arrays over time, and the carry at input and output, are double-buffered. The size
+    of one step is added for values that the compiler cannot keep in registers.
     """
 
-    def total(arrays: Any, block: Callable[[Any], tuple[int, ...]]) -> int:
-        return sum(_bytes(block(a), a.dtype) for a in jax.tree.leaves(arrays))
+    def total(arrays: Any, block_shape: Callable[[Any], tuple[int, ...]]) -> int:
+        return sum(_padded_bytes(block_shape(a), a.dtype) for a in jax.tree.leaves(arrays))
 
-    flow = total(over_time, blocks.over_time)
-    return total(resident, lambda a: a.shape) + 4 * total(carry, blocks.of_carry) + 2 * flow + flow // blocks.steps
+    moving = total(over_time, block.over_time)
+    return total(resident, lambda a: a.shape) + 4 * total(carry, block.carry) + 2 * moving + moving // block.steps
 
 
-def _bytes(shape: Sequence[int], dtype: jnp.dtype) -> int:
-    """Bytes of an array in VMEM, where the last two axes are rounded up to whole tiles of (8, 128) 32-bit words."""
+def _padded_bytes(shape: Sequence[int], dtype: jnp.dtype) -> int:
+    """Returns the bytes of an array in VMEM: its last two axes are padded to tiles of (8, 128) 32-bit words."""
     size = 4 if dtype == jnp.bool_ else jnp.dtype(dtype).itemsize
     *leading, rows, lanes = (1, 1, *shape)
     tile = 8 * max(1, 4 // size)
@@ -107,141 +74,155 @@ def _bytes(shape: Sequence[int], dtype: jnp.dtype) -> int:
 def scan(
     body: Body, resident: Any, carry: Any, over_time: Any, *, rows: int, steps: int = 1, reverse: bool = False
 ) -> tuple[Any, Any]:
-    """``lax.scan(partial(body, resident), carry, over_time, reverse=reverse)``, as a kernel.
+    """Computes ``lax.scan(partial(body, resident), carry, over_time, reverse=reverse)`` in a kernel.
 
     Args:
-      body: one step. It is compiled for blocks of the batch, whose rows it must not mix.
+      body: one step. It is compiled for blocks of the batch and must not mix rows.
       resident: tree of arrays that every step reads.
       carry: tree of arrays ``(B, n)``.
       over_time: tree of arrays ``(T, ..., B, n)``.
-      rows: of the batch in one block.
-      steps: of time in one iteration of the grid.
+      rows: batch rows per block.
+      steps: steps per iteration of the grid.
       reverse: whether time runs backward.
     """
-    batch = len(jax.tree.leaves(carry)[0])
-    if batch == 0:  # there is no grid without blocks
+    batch_size = len(jax.tree.leaves(carry)[0])
+    if batch_size == 0:  # a grid needs at least one block
         return lax.scan(partial(body, resident), carry, over_time, reverse=reverse)
-    rows = min(rows, batch)
-    if batch % rows:  # whole blocks; the rows added are copies, and nothing is made of them
-        carry, over_time = jax.tree.map(partial(_more_rows, to=-(-batch // rows) * rows), (carry, over_time))
+    rows = min(rows, batch_size)
+    if batch_size % rows:  # fill up the last block with copies of the last row; their results are dropped
+        carry, over_time = jax.tree.map(partial(_pad_rows, to=-(-batch_size // rows) * rows), (carry, over_time))
     num_steps = len(jax.tree.leaves(over_time)[0])
     whole = num_steps - num_steps % steps
-    pieces = [(slice(0, whole), steps), (slice(whole, num_steps), num_steps - whole)]
-    outs = []
-    for piece, size in reversed(pieces) if reverse else pieces:
-        if size and piece.stop > piece.start:
-            now = jax.tree.map(lambda a: a[piece], over_time)  # noqa: B023  (called at once)
-            carry, out = _kernel(body, Blocks(rows, size, reverse), resident, carry, now)
-            outs.append(out)
-    out = jax.tree.map(lambda *a: jnp.concatenate(a), *(reversed(outs) if reverse else outs))
-    return jax.tree.map(lambda a: a[..., :batch, :], (carry, out))
+    chunks = [(slice(0, whole), steps), (slice(whole, num_steps), num_steps - whole)]
+    outputs = []
+    for chunk, size in reversed(chunks) if reverse else chunks:
+        if chunk.start < chunk.stop:
+            block = BlockSizes(rows, size, reverse)
+            carry, out = _scan_blocks(body, block, resident, carry, tree_index(over_time, chunk))
+            outputs.append(out)
+    joined = jax.tree.map(lambda *a: jnp.concatenate(a), *(reversed(outputs) if reverse else outputs))
+    return jax.tree.map(lambda a: a[..., :batch_size, :], (carry, joined))
 
 
-def _more_rows(a: Array, to: int) -> Array:
-    """``a (..., B, n)`` with its last row repeated until there are ``to``."""
+def _pad_rows(a: Array, to: int) -> Array:
+    """Repeats the last row of ``a (..., B, n)`` until there are ``to``."""
     return jnp.pad(a, [*[(0, 0)] * (a.ndim - 2), (0, to - a.shape[-2]), (0, 0)], mode="edge")
 
 
-def _kernel(body: Body, blocks: Blocks, resident: Any, carry: Any, over_time: Any) -> tuple[Any, Any]:
-    """`scan` over a whole number of blocks."""
+def _scan_blocks(body: Body, block: BlockSizes, resident: Any, carry: Any, over_time: Any) -> tuple[Any, Any]:
+    """Runs `scan` over a whole number of blocks."""
     from jax.experimental import pallas as pl
     from jax.experimental.pallas import tpu
 
     num_steps, num_rows = len(jax.tree.leaves(over_time)[0]), len(jax.tree.leaves(carry)[0])
-    program, shapes = jax.make_jaxpr(body, return_shape=True)(
-        resident, jax.tree.map(blocks.one_carry, carry), jax.tree.map(blocks.one_step, over_time)
+    jaxpr, shapes = jax.make_jaxpr(body, return_shape=True)(
+        resident, jax.tree.map(block.carry_aval, carry), jax.tree.map(block.step_aval, over_time)
     )
-    tree, plain = jax.tree.structure(shapes), _without_names(program)
 
-    def kernel(constants: Any, resident: Any, before: Any, over_time: Any, carry: Any, out: Any) -> None:
-        @pl.when(pl.program_id(1) == 0)
-        def _() -> None:
-            _write(carry, _read(before))  # from here on the carry is in the block that it is put out from
-
-        step_of = jaxpr_as_fun(ClosedJaxpr(plain, list(map(_as_in_body, _read(constants), program.consts))))
-        stays = _read(resident)
-        for step in reversed(range(blocks.steps)) if blocks.reverse else range(blocks.steps):
-            arguments = jax.tree.leaves((stays, _read(carry), _read(over_time, step)))
-            after, now = tree.unflatten(step_of(*map(_as_in_body, arguments, program.in_avals)))
-            _write(carry, after)
-            _write(out, now, step)
-
-    def put_out(a: Any) -> jax.ShapeDtypeStruct:
+    def output_shape(a: Any) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct((num_steps, *a.shape[:-2], num_rows, a.shape[-1]), a.dtype)
 
-    # A kernel has no constants of its own: those of the body are operands too.
-    constants = list(map(jnp.asarray, program.consts))
-    operands = jax.tree.map(_as_in_memory, (constants, resident, carry, over_time))
-    result = (jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), carry), jax.tree.map(put_out, shapes[1]))
-    kept, carried, flowing = _specs(blocks, num_steps)
-    made_for = chip()
+    # A kernel cannot capture constants: the constants of the body are operands.
+    constants = [jnp.asarray(c) for c in jaxpr.consts]
+    operands = jax.tree.map(_to_vmem, (constants, resident, carry, over_time))
+    out_shape = (
+        jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), carry),
+        jax.tree.map(output_shape, shapes[1]),
+    )
+    resident_spec, carry_spec, time_spec = _block_specs(block, num_steps)
+    in_specs = zip((resident_spec, resident_spec, carry_spec, time_spec), operands)
+    info, params = target.tpu_info(), None
+    if info is not None:
+        semantics = ("parallel", "arbitrary")
+        params = tpu.CompilerParams(dimension_semantics=semantics, vmem_limit_bytes=info.vmem_capacity_bytes)
     return pl.pallas_call(
-        kernel,
-        grid=(num_rows // blocks.rows, num_steps // blocks.steps),
-        in_specs=tuple(map(jax.tree.map, (kept, kept, carried, flowing), operands)),
-        out_specs=(jax.tree.map(carried, result[0]), jax.tree.map(flowing, result[1])),
-        out_shape=result,
-        compiler_params=made_for
-        and tpu.CompilerParams(
-            dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=made_for.vmem_capacity_bytes
-        ),
-        interpret=made_for is None,
+        _kernel(block, jaxpr, jax.tree.structure(shapes)),
+        grid=(num_rows // block.rows, num_steps // block.steps),
+        in_specs=tuple(jax.tree.map(spec, arrays) for spec, arrays in in_specs),
+        out_specs=(jax.tree.map(carry_spec, out_shape[0]), jax.tree.map(time_spec, out_shape[1])),
+        out_shape=out_shape,
+        compiler_params=params,
+        interpret=info is None,
         name="lstm",
     )(*operands)
 
 
-def _specs(blocks: Blocks, num_steps: int) -> tuple[Callable[[Any], Any], ...]:
-    """Which blocks of an array the grid, ``(batch, time)``, meets: of a resident one, a carry, and one over time."""
+def _kernel(block: BlockSizes, jaxpr: ClosedJaxpr, out_tree: Any) -> Callable[..., None]:
+    """Returns the kernel that takes the steps of one block, from the jaxpr of the body."""
     from jax.experimental import pallas as pl
 
-    def kept(a: Any) -> Any:
+    unnamed = _without_names(jaxpr)
+
+    def kernel(constants: Any, resident: Any, initial: Any, over_time: Any, carry: Any, outputs: Any) -> None:
+        @pl.when(pl.program_id(1) == 0)
+        def _() -> None:
+            _write(carry, _read(initial))  # the output block of the carry holds it between steps
+
+        consts = [_from_vmem(a, like) for a, like in zip(_read(constants), jaxpr.consts)]
+        body = jaxpr_as_fun(ClosedJaxpr(unnamed, consts))
+        weights = _read(resident)
+        for step in reversed(range(block.steps)) if block.reverse else range(block.steps):
+            args = jax.tree.leaves((weights, _read(carry), _read(over_time, step)))
+            results = body(*(_from_vmem(a, like) for a, like in zip(args, jaxpr.in_avals)))
+            new_carry, outputs_t = jax.tree.unflatten(out_tree, results)
+            _write(carry, new_carry)
+            _write(outputs, outputs_t, step)
+
+    return kernel
+
+
+def _block_specs(block: BlockSizes, num_steps: int) -> tuple[Callable[[Any], Any], ...]:
+    """Returns functions from an array to its `BlockSpec` on the grid ``(batch, time)``: resident, carry, over time."""
+    from jax.experimental import pallas as pl
+
+    def resident_spec(a: Any) -> Any:
         return pl.BlockSpec(a.shape, lambda b, t: (ZERO,) * a.ndim, pipeline_mode=pl.Buffered(1))
 
-    def carried(a: Any) -> Any:
-        return pl.BlockSpec(blocks.of_carry(a), lambda b, t: (b, ZERO))
+    def carry_spec(a: Any) -> Any:
+        return pl.BlockSpec(block.carry(a), lambda b, t: (b, ZERO))
 
-    def flowing(a: Any) -> Any:
-        between, last = [ZERO] * (a.ndim - 3), num_steps // blocks.steps - 1
-        return pl.BlockSpec(blocks.over_time(a), lambda b, t: (last - t if blocks.reverse else t, *between, b, ZERO))
+    def time_spec(a: Any) -> Any:
+        middle, last = [ZERO] * (a.ndim - 3), num_steps // block.steps - 1
+        return pl.BlockSpec(block.over_time(a), lambda b, t: (last - t if block.reverse else t, *middle, b, ZERO))
 
-    return kept, carried, flowing
+    return resident_spec, carry_spec, time_spec
 
 
-def _as_in_memory(a: Array) -> Array:
-    """An operand of a kernel: there are no booleans in VMEM, and no vectors that are not a row of a matrix."""
+def _to_vmem(a: Array) -> Array:
+    """Converts an operand for VMEM, which has no booleans and no vectors except as a row of a matrix."""
     a = a.astype(jnp.int32) if a.dtype == jnp.bool_ else a
     return a if a.ndim > 1 else a.reshape(1, -1)
 
 
-def _as_in_body(a: Array, like: Any) -> Array:
-    """An operand as the body knows it."""
+def _from_vmem(a: Array, like: Any) -> Array:
+    """Reverses `_to_vmem`."""
     a = a if a.ndim == like.ndim else a[0].reshape(like.shape)
     return a if a.dtype == like.dtype else a != 0
 
 
 def _read(refs: Any, step: int | None = None) -> Any:
-    """The arrays in memory, or those of one step."""
+    """Reads whole blocks, or one step of them."""
     return jax.tree.map(lambda ref: ref[...] if step is None else ref[step], refs)
 
 
 def _write(refs: Any, arrays: Any, step: int | None = None) -> None:
-    """Arrays into memory, or into one step of it."""
+    """Writes whole blocks, or one step of them."""
     for ref, a in zip(jax.tree.leaves(refs), jax.tree.leaves(arrays)):
         ref[... if step is None else step] = a
 
 
-def _without_names(program: ClosedJaxpr) -> Jaxpr:
-    """A program whose arrays have no names, which `jaxlstm.diagnostics` reads and a kernel has no place for."""
-    same: dict[Any, Any] = {}
+def _without_names(closed_jaxpr: ClosedJaxpr) -> Jaxpr:
+    """Removes the names of `jax.ad_checkpoint.checkpoint_name`, which Pallas does not lower."""
+    jaxpr, renamed = closed_jaxpr.jaxpr, {}
 
-    def variable(v: Any) -> Any:
-        return v if isinstance(v, Literal) else same.get(v, v)
+    def rename(v: Any) -> Any:
+        return v if isinstance(v, Literal) else renamed.get(v, v)
 
     equations = []
-    for equation in program.jaxpr.eqns:
-        inputs = list(map(variable, equation.invars))
-        if equation.primitive.name == "name":  # of `jax.ad_checkpoint.checkpoint_name`
-            same.update(zip(equation.outvars, inputs))
+    for equation in jaxpr.eqns:
+        inputs = [rename(v) for v in equation.invars]
+        if equation.primitive.name == "name":
+            renamed.update(zip(equation.outvars, inputs))
         else:
             equations.append(equation.replace(invars=inputs))
-    return program.jaxpr.replace(eqns=equations, outvars=list(map(variable, program.jaxpr.outvars)))
+    return jaxpr.replace(eqns=equations, outvars=[rename(v) for v in jaxpr.outvars])

@@ -1,10 +1,11 @@
-"""One step, as the kernels take it: its operands, and its parts with the product of the state among them.
+"""One step of the recurrence inside a kernel, and the types of everything that kernels read.
 
-Arrays are batch-major, ``(B, H)``, in every function here.
+Arrays are batch-major, ``(B, H)``. Masks have a trailing axis of size 1, ``(B, 1)``: Mosaic broadcasts it over the
+units. These functions use only operations that Pallas can lower.
 """
 
 from functools import partial
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,121 +14,122 @@ from jax import Array, lax
 from jaxlstm.cells import Cell
 from jaxlstm.dropout import RegularizerMasks, RegularizerRates, apply_zoneout
 from jaxlstm.params import State, Weights
-from jaxlstm.recurrence.step import advance
+from jaxlstm.recurrence import masking
+from jaxlstm.recurrence.step import apply_gates, split_gates
 
 
-class Static(NamedTuple):
-    """What is known when the program is compiled."""
+class KernelConfig(NamedTuple):
+    """Compile-time configuration of the kernels of one direction."""
 
     cell: Cell
     rates: RegularizerRates
-    dtype: jnp.dtype  # of the operands of products, and of outputs
-    sums: jnp.dtype  # of sums and state
-    reverse: bool
-    rows: int  # of the batch in one block; on a Hopper GPU, in one set of blocks
-    steps: int  # of time in one iteration of the grid
-    hopper: bool = False  # whether it is compiled for a Hopper GPU, not for a TPU
-    spread: str = ""  # there, what the recurrent weights are spread over: "cluster" or "grid"
+    dtype: jnp.dtype  # of the operands of matrix products, and of outputs
+    accum_dtype: jnp.dtype  # of sums and of the state
+    block_rows: int = 0  # batch rows per block; on a GPU, per group of blocks that share the weights
+    block_steps: int = 1  # steps per iteration of a TPU kernel's grid
+    weights_sharing: Literal["cluster", "grid"] | None = None  # GPU blocks that share the weights; None on a TPU
 
 
-class Given(NamedTuple):
-    """What the path depends on, and a derivative can be asked for."""
+class DifferentiableInputs(NamedTuple):
+    """Inputs of a kernel that derivatives are taken with respect to."""
 
-    weights: Weights  # laid out by `laid_out`
-    x: Array  # (T, G, B, H): W_x x + b; with layer normalisation W_x x
-    begin: State  # (B, .)
-    fresh: State | None  # (1, .) from which a sequence starts at a reset; None for zeros
-
-
-class Marks(NamedTuple):
-    """What else a step reads."""
-
-    taken: Array | None  # (T, B, 1) bool: where False the state is held
-    fresh: Array | None  # (T, B, 1) bool: where True the state starts anew before the step
-    noise: RegularizerMasks  # (T, B, .)
+    weights: Weights  # from `to_kernel_layout`
+    z_x: Array  # (T, G, B, H): W_x x + b; with layer normalization W_x x
+    state: State  # (B, .), the initial state
+    restart_state: State | None  # (1, .); zeros if None
 
 
-class Path(NamedTuple):
-    """The state all along."""
+class StepMasks(NamedTuple):
+    """Masks that a kernel reads at each step."""
 
-    begin: State  # (B, .)
-    after: State  # (T, B, .), after each step
+    step_mask: Array | None  # (T, B, 1) bool: steps where it is False are skipped
+    restarts: Array | None  # (T, B, 1) bool: the state is `restart_state` before steps where it is True
+    regularizer_masks: RegularizerMasks  # (T, B, .)
 
 
-def laid_out(cell: Cell, w: Weights) -> Weights:
-    """The weights that the kernel reads: matrices for the right of a product, vectors over all gates with two axes."""
-    matrix = partial(jnp.swapaxes, axis1=-1, axis2=-2)
-    by_gate = partial(jnp.reshape, shape=(cell.num_gates, -1))
-    return Weights(
-        w_x=None,  # pyright: ignore[reportArgumentType]
-        w_h=matrix(w.w_h.reshape(cell.num_gates, -1, w.w_h.shape[1])),  # (G, P, H)
-        b=None if w.norm is None or w.b is None else by_gate(w.b),
-        w_p=None if w.w_p is None else matrix(w.w_p),  # (H, P)
-        w_c=w.w_c,
-        norm=None if w.norm is None else w.norm._replace(x=by_gate(w.norm.x), h=by_gate(w.norm.h)),
+class Trajectory(NamedTuple):
+    """The state before the first step and after every step."""
+
+    initial: State  # (B, .)
+    states: State  # (T, B, .)
+
+
+def to_kernel_layout(cell: Cell, weights: Weights) -> Weights:
+    """Splits the gates of the weights, transposes the matrices, and drops the weights that kernels do not read.
+
+    Returns:
+      weights with ``w_h (G, P, H)``, ``w_p (H, P)``, bias and gains ``(G, H)``, no ``w_x``, and the bias only with
+      layer normalization.
+    """
+    transpose = partial(jnp.swapaxes, axis1=-1, axis2=-2)
+    split = partial(split_gates, num_gates=cell.num_gates, axis=0)
+    norm, b, w_p = weights.norm, weights.b, weights.w_p
+    return weights._replace(
+        w_x=None,
+        w_h=transpose(split(weights.w_h)),
+        b=None if norm is None or b is None else split(b),
+        w_p=None if w_p is None else transpose(w_p),
+        norm=None if norm is None else norm._replace(x=split(norm.x), h=split(norm.h)),
     )
 
 
-def times(static: Static, x: Array, w: Array) -> Array:
-    """``x W``: operands in ``dtype``, sums and result in ``sums``."""
+def without_matrices(weights: Weights) -> Weights:
+    """Returns the weights of the elementwise part of a step."""
+    return weights._replace(w_h=None, w_p=None)
+
+
+def cast_matrices(config: KernelConfig, weights: Weights) -> Weights:
+    """Casts the matrices to the dtype of matrix products."""
+    w_h, w_p = jax.tree.map(lambda a: a.astype(config.dtype), (weights.w_h, weights.w_p))
+    return weights._replace(w_h=w_h, w_p=w_p)
+
+
+def matmul(config: KernelConfig, x: Array, w: Array) -> Array:
+    """Returns ``x W`` from operands in ``dtype``, with sums in ``accum_dtype``."""
+    # Not `jaxlstm.primitives.mixed_precision_dot`: Pallas does not lower its primitive.
     contract = (((x.ndim - 1,), (0,)), ((), ()))
-    return lax.dot_general(x.astype(static.dtype), w.astype(static.dtype), contract, preferred_element_type=static.sums)
+    operands = (x.astype(config.dtype), w.astype(config.dtype))
+    return lax.dot_general(*operands, contract, preferred_element_type=config.accum_dtype)
 
 
-def products(static: Static, w: Weights, x: Array, h: Array) -> tuple[Array, Array | None]:
-    """``z`` of a step; with layer normalisation its two parts."""
-    z_h = jnp.stack([times(static, h, slab) for slab in jnp.unstack(w.w_h)])
-    return (x + z_h, None) if w.norm is None else (x, z_h)
+def pre_activations(config: KernelConfig, weights: Weights, z_x: Array, h: Array) -> tuple[Array, Array | None]:
+    """Returns the arguments ``(z, z_h)`` of `jaxlstm.recurrence.step.apply_gates`."""
+    z_h = jnp.stack([matmul(config, h, w_h) for w_h in jnp.unstack(weights.w_h)])
+    return (z_x + z_h, None) if weights.norm is None else (z_x, z_h)
 
 
-def elementwise(
-    static: Static, noise: RegularizerMasks, w: Weights, z: Array, z_h: Array | None, c: Array | None
+def apply_cell(
+    config: KernelConfig, masks: RegularizerMasks, weights: Weights, z: Array, z_h: Array | None, c: Array | None
 ) -> tuple[Array | None, Array]:
-    """`jaxlstm.step.advance` for arrays (B, H)."""
-    return advance(static.cell, w, z, z_h, c, noise.candidate_mask, static.rates, axis=1)
+    """Computes the elementwise part of a step; see `jaxlstm.recurrence.step.apply_gates`."""
+    return apply_gates(config.cell, weights, z, z_h, c, masks.candidate_mask, config.rates, axis=1)
 
 
-def keep(static: Static, marks: Marks, after: State, before: State) -> State:
-    """The state after a step, but for what zoneout or the mask leaves as it was."""
-    after = apply_zoneout(static.rates, marks.noise, after, before)
-    if marks.taken is None:
-        return after
-    return jax.tree.map(partial(where, marks.taken), after, before)
+def zoneout_and_hold(config: KernelConfig, masks: StepMasks, new: State, old: State) -> State:
+    """Returns ``new`` with zoneout, or ``old`` in the rows where the step is skipped."""
+    new = apply_zoneout(config.rates, masks.regularizer_masks, new, old)
+    return masking.hold_skipped(masks.step_mask, new, old)
 
 
-def restart(rows: Array | None, fresh: State | None, state: State) -> State:
-    """``state (..., B, .)`` with the marked rows ``(..., B, 1)`` at ``fresh (1, .)``, zeros where that is None."""
-    if rows is None:
-        return state
-    if fresh is None:
-        return jax.tree.map(lambda a: where(rows, jnp.zeros_like(a), a), state)
-    return jax.tree.map(
-        lambda a, b: where(rows, jnp.broadcast_to(b.reshape(*[1] * (a.ndim - 2), *b.shape), a.shape), a), state, fresh
-    )
+def restart(mask: Array | None, restart_state: State | None, state: State) -> State:
+    """Returns ``state (..., B, .)`` with the rows in ``mask (..., B, 1)`` set to ``restart_state (1, .)`` or to zeros.
+
+    The zeros are arrays: the scalar of `jaxlstm.recurrence.masking.restart` is a 64-bit constant under
+    ``jax_enable_x64``, and kernels have no 64-bit numbers.
+    """
+    if restart_state is None:
+        restart_state = jax.tree.map(jnp.zeros_like, state)
+    return masking.restart(mask, restart_state, state)
 
 
-def where(rows: Array, a: Array, b: Array) -> Array:
-    """``a`` in the marked rows, else ``b``."""
-    return jnp.where(jnp.broadcast_to(rows, a.shape), a, b)
+def kernel_step(config: KernelConfig, weights: Weights, z_x: Array, masks: StepMasks, state: State) -> State:
+    """Takes one step, from the state after a possible restart to the new state."""
+    z, z_h = pre_activations(config, weights, z_x, state.h)
+    c, cell_output = apply_cell(config, masks.regularizer_masks, weights, z, z_h, state.c)
+    h = cell_output if weights.w_p is None else matmul(config, cell_output, weights.w_p)
+    return zoneout_and_hold(config, masks, State(h, c), state)
 
 
-def step(static: Static, w: Weights, x: Array, marks: Marks, start: State) -> State:
-    """One step."""
-    c, m = elementwise(static, marks.noise, w, *products(static, w, x, start.h), start.c)
-    h = m if w.w_p is None else times(static, m, w.w_p)
-    return keep(static, marks, State(h, c), start)
-
-
-def starts(static: Static, given: Given, marks: Marks, path: Path) -> State:
-    """The states from which the steps are taken: those after the step before, or of a fresh start."""
-
-    def shift(first: Array, after: Array) -> Array:
-        return jnp.concatenate([after[1:], first[None]] if static.reverse else [first[None], after[:-1]])
-
-    return restart(marks.fresh, given.fresh, jax.tree.map(shift, path.begin, path.after))
-
-
-def narrow(static: Static, w: Weights) -> Weights:
-    """Weights as they enter products."""
-    w_h, w_p = jax.tree.map(lambda a: a.astype(static.dtype), (w.w_h, w.w_p))
-    return w._replace(w_h=w_h, w_p=w_p)
+def states_before_steps(inputs: DifferentiableInputs, masks: StepMasks, trajectory: Trajectory) -> State:
+    """Returns the state that each step starts from, ``(T, B, .)``, after a possible restart."""
+    return restart(masks.restarts, inputs.restart_state, masking.shift_state(*trajectory))

@@ -1,1 +1,1 @@
-"""Reading and generating data sets."""
+"""Reads and generates data sets."""

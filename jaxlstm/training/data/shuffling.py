@@ -1,27 +1,30 @@
-"""Examples in a new order in every epoch."""
+"""Draws batches of examples in a new order each epoch."""
 
 from collections.abc import Callable
 
 import numpy as np
 
+from jaxlstm.errors import optional_package
 
-def epochs(examples: int, batch: int, seed: int) -> Callable[[int], np.ndarray]:
-    """Which examples make up the n-th batch, from 0 and without end: each comes once before any comes again.
+
+def shuffled_batches(num_examples: int, batch_size: int, seed: int) -> Callable[[int], np.ndarray]:
+    """Returns a function from the number of a batch, counted from 0 without end, to the indices of its examples.
+
+    Every example is drawn once before any is drawn again. Any batch can be computed without the ones before it, so a
+    resumed run continues with the same batches.
 
     Args:
-      examples: how many there are.
-      batch: how many go together; a batch may end one epoch and begin the next.
-      seed: of their order.
+      num_examples: size of the data set.
+      batch_size: examples per batch; a batch may contain the end of one epoch and the beginning of the next.
+      seed: seed of the order.
 
     Returns:
-      A function of n to indices, ``(batch,)``.
+      ``batch_number -> indices``, int ``(batch_size,)``.
 
     Raises:
-      ImportError: without grain.
+      ImportError: if grain is not installed.
     """
-    try:
+    with optional_package("grain", extra="tasks", purpose="shuffling examples"):
         import grain
-    except ImportError:
-        raise ImportError("examples are put in order by grain: pip install 'jaxlstm[tasks]'") from None
-    order = grain.MapDataset.range(examples).seed(seed % 2**32).shuffle().repeat().batch(batch)
-    return lambda n: np.asarray(order[n])
+    dataset = grain.MapDataset.range(num_examples).seed(seed % 2**32).shuffle().repeat().batch(batch_size)
+    return lambda batch_number: np.asarray(dataset[batch_number])

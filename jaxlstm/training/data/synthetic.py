@@ -1,57 +1,59 @@
-"""Tasks that measure memory: sequences drawn at random, whose answer lies a known number of steps back."""
+"""Synthetic tasks that measure memory: random sequences whose answer is a known number of steps back."""
 
 from typing import NamedTuple
 
 import numpy as np
 
 
-class Adding(NamedTuple):
+class AddingBatch(NamedTuple):
     """A batch of the adding task."""
 
-    inputs: np.ndarray  # (T, B, 2) float32: a number in [0, 1), and 1 where it counts, else 0
-    targets: np.ndarray  # (B,) float32: the sum of the two numbers that count
+    inputs: np.ndarray  # (T, B, 2) float32: a number in [0, 1), and a marker that is 1 at two steps, else 0
+    targets: np.ndarray  # (B,) float32: the sum of the two marked numbers
 
 
-class Copying(NamedTuple):
-    """A batch of the copying task; symbols are 1 to 8, 0 is blank and 9 asks for the answer."""
+class CopyingBatch(NamedTuple):
+    """A batch of the copying task; symbols are 1 to 8, 0 is the blank and 9 the cue to repeat them."""
 
     inputs: np.ndarray  # (delay + 2*length, B) int32
-    targets: np.ndarray  # the same shape: blank until the symbols have to be said again
+    targets: np.ndarray  # (delay + 2*length, B) int32: blank until the symbols have to be repeated
 
 
 ADDING_BASELINE = 1 / 6  # mean squared error of always answering 1
 
 
-def adding(rng: np.random.Generator, steps: int, batch: int) -> Adding:
-    """Two marked numbers are to be added up, one in each half (Hochreiter & Schmidhuber 1997; Arjovsky et al. 2016).
+def adding(rng: np.random.Generator, steps: int, batch_size: int) -> AddingBatch:
+    """Draws a batch of the adding task (Hochreiter & Schmidhuber 1997; Arjovsky et al. 2016).
+
+    The answer is the sum of two marked numbers, one in each half of the sequence.
 
     Args:
-      rng: source of the draw.
+      rng: random number generator.
       steps: T, at least 2.
-      batch: B.
+      batch_size: B.
     """
-    numbers = rng.random((steps, batch), np.float32)
-    marks = np.zeros((steps, batch), np.float32)
-    rows, half = np.arange(batch), steps // 2
-    marks[rng.integers(half, size=batch), rows] = 1
-    marks[rng.integers(half, steps, size=batch), rows] = 1
-    return Adding(np.stack([numbers, marks], axis=-1), (numbers * marks).sum(0))
+    numbers = rng.random((steps, batch_size), np.float32)
+    markers = np.zeros((steps, batch_size), np.float32)
+    sequences, half = np.arange(batch_size), steps // 2
+    markers[rng.integers(half, size=batch_size), sequences] = 1
+    markers[rng.integers(half, steps, size=batch_size), sequences] = 1
+    return AddingBatch(np.stack([numbers, markers], axis=-1), (numbers * markers).sum(0))
 
 
-def copying(rng: np.random.Generator, delay: int, batch: int, length: int = 10) -> Copying:
-    """Symbols are to be said again after a delay (Hochreiter & Schmidhuber 1997; Arjovsky et al. 2016).
+def copying(rng: np.random.Generator, delay: int, batch_size: int, length: int = 10) -> CopyingBatch:
+    """Draws a batch of the copying task: repeat the symbols after a delay (references as for `adding`).
 
-    Always answering blank and then guessing costs ``length * log(8) / (delay + 2*length)`` nats per step.
+    Answering blank until the cue and then guessing costs ``length * log(8) / (delay + 2*length)`` nats per step.
 
     Args:
-      rng: source of the draw.
-      delay: steps between symbols and answer, at least 1; the last of them asks for it.
-      batch: B.
+      rng: random number generator.
+      delay: steps between symbols and answer, at least 1; the cue is the last of them.
+      batch_size: B.
       length: number of symbols.
     """
-    symbols = rng.integers(1, 9, (length, batch), np.int32)
-    inputs = np.zeros((delay + 2 * length, batch), np.int32)
+    symbols = rng.integers(1, 9, (length, batch_size), np.int32)
+    inputs = np.zeros((delay + 2 * length, batch_size), np.int32)
     targets = np.zeros_like(inputs)
     inputs[:length], targets[-length:] = symbols, symbols
     inputs[-length - 1] = 9
-    return Copying(inputs, targets)
+    return CopyingBatch(inputs, targets)

@@ -1,11 +1,10 @@
-"""Text for language models: where it comes from, its alphabet, and how it is cut into streams.
+"""Text for language models: sources, vocabularies, and the streams that batches are cut from.
 
-Stands alone: NumPy and the standard library.
+Depends on NumPy and the standard library only.
 """
 
 import hashlib
 import os
-import tempfile
 import urllib.error
 import urllib.request
 from collections import Counter
@@ -16,15 +15,17 @@ from typing import NamedTuple
 
 import numpy as np
 
-EMBEDDED = "python-reference"
+from jaxlstm.atomic_write import atomic_write
+
+EMBEDDED = "python-reference"  # the name of the text that ships with CPython
 
 
 class DataError(ValueError):
-    """A text that cannot be had or used; one line that says which and why."""
+    """Raised for data that cannot be read or are unusable; the message is one line that names the source."""
 
 
 class Download(NamedTuple):
-    """A public file, and what it must hash to."""
+    """A public file and its expected hash."""
 
     url: str
     sha256: str
@@ -39,7 +40,7 @@ DOWNLOADS = {
 
 
 def load_text(source: str) -> str:
-    """The text of a name or of a file.
+    """Returns the text with the given name or path.
 
     Args:
       source: ``"python-reference"``, a name in `DOWNLOADS`, or the path of a UTF-8 text file.
@@ -50,12 +51,12 @@ def load_text(source: str) -> str:
     if source == EMBEDDED:
         return embedded_text()
     if source in DOWNLOADS:
-        path = cached(source, DOWNLOADS[source], cache_folder())
+        path = fetch_cached(source, DOWNLOADS[source], cache_folder())
     else:
         path = Path(source)
         if not path.is_file():
-            known = ", ".join([EMBEDDED, *DOWNLOADS])
-            raise DataError(f"no text {source!r}: neither a file nor one of the known names {known}")
+            names = ", ".join([EMBEDDED, *DOWNLOADS])
+            raise DataError(f"no text {source!r}: neither a file nor one of the known names {names}")
     try:
         text = path.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -68,22 +69,22 @@ def load_text(source: str) -> str:
 
 
 def embedded_text() -> str:
-    """The language reference that ships inside every CPython, topic after topic: about 465,000 characters in 3.11."""
+    """Returns the Python language reference, which ships with CPython: about 465,000 characters in 3.11."""
     from pydoc_data.topics import topics
 
     return "\n\n".join(topics[name] for name in sorted(topics))
 
 
 def cache_folder() -> Path:
-    """``$XDG_CACHE_HOME/jaxlstm``, or ``~/.cache/jaxlstm``."""
+    """Returns ``$XDG_CACHE_HOME/jaxlstm``, or ``~/.cache/jaxlstm``."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "jaxlstm"
 
 
-def cached(name: str, download: Download, folder: Path) -> Path:
-    """The path of a download, fetched if ``folder`` does not hold it yet; a broken copy is fetched again.
+def fetch_cached(name: str, download: Download, folder: Path) -> Path:
+    """Returns the path of a downloaded file in ``folder``; fetches it if it is missing or has the wrong hash.
 
     Raises:
-      DataError: if the address does not answer or what it sends has another hash.
+      DataError: if the URL cannot be read, its content has another hash, or the file cannot be written.
     """
     path = folder / f"{name}.txt"
     if path.is_file() and hashlib.sha256(path.read_bytes()).hexdigest() == download.sha256:
@@ -94,110 +95,142 @@ def cached(name: str, download: Download, folder: Path) -> Path:
     except (urllib.error.URLError, OSError) as error:
         reason = getattr(error, "reason", None) or error
         raise DataError(f"cannot fetch {name} from {download.url}: {reason}; pass a file with --data FILE") from None
-    found = hashlib.sha256(content).hexdigest()
-    if found != download.sha256:
-        raise DataError(f"{download.url} sent {len(content)} bytes of SHA-256 {found}, expected {download.sha256}")
+    sha256 = hashlib.sha256(content).hexdigest()
+    if sha256 != download.sha256:
+        raise DataError(f"{download.url} sent {len(content)} bytes of SHA-256 {sha256}, expected {download.sha256}")
+    _make_folder(folder)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=folder, delete=False) as file:
+        with atomic_write(path) as file:
             file.write(content)
-        os.replace(file.name, path)  # whole or not at all
     except OSError as error:
-        raise DataError(f"cannot write {path}: {error.strerror}") from None
+        raise DataError(str(error)) from None
     return path
 
 
 @dataclass(frozen=True)
-class Vocabulary:
-    """The characters of a text, in code point order; a character's id is its place."""
+class CharVocabulary:
+    """The characters of a text in code point order; the id of a character is its index."""
 
     characters: str
 
     @classmethod
-    def of(cls, text: str) -> "Vocabulary":
-        """Every character that occurs in ``text``."""
+    def from_text(cls, text: str) -> "CharVocabulary":
+        """Returns the vocabulary of all characters in ``text``."""
         return cls("".join(sorted(set(text))))
 
     def __len__(self) -> int:
         return len(self.characters)
 
     def encode(self, text: str) -> np.ndarray:
-        """``text`` as int32 ids ``(len(text),)``.
+        """Returns the ids of the characters of ``text``, int32 ``(len(text),)``.
 
         Raises:
-          DataError: naming the characters that are not in the vocabulary.
+          DataError: if characters are not in the vocabulary; the message names them.
         """
         known = np.array([ord(c) for c in self.characters], np.uint32)
-        points = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), np.uint32)
-        ids = np.searchsorted(known, points)
-        missing = points[known[np.minimum(ids, len(known) - 1)] != points]
+        code_points = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), np.uint32)
+        ids = np.searchsorted(known, code_points)
+        missing = code_points[known[np.minimum(ids, len(known) - 1)] != code_points]
         if missing.size:
-            strangers = ", ".join(repr(chr(point)) for point in dict.fromkeys(missing.tolist()))
-            raise DataError(f"not in the vocabulary of {len(self)} characters: {strangers}")
+            names = ", ".join(repr(chr(point)) for point in dict.fromkeys(missing.tolist()))
+            raise DataError(f"not in the vocabulary of {len(self)} characters: {names}")
         return ids.astype(np.int32)
 
     def decode(self, ids: np.ndarray) -> str:
-        """The text of an array of ids."""
+        """Returns the text with the given ids."""
         return "".join(self.characters[i] for i in np.asarray(ids).tolist())
 
 
-LARGE = 2**28  # bytes of a file from which its tokens are kept in a file instead of memory
+UNKNOWN, END = "<unk>", "<eos>"  # as in the files of the Penn Treebank
 
 
-def characters(source: str) -> tuple[np.ndarray, Vocabulary]:
-    """The text of a name or a file as ids, and its vocabulary; see `load_text`.
+@dataclass(frozen=True)
+class WordVocabulary:
+    """The words of a text, most frequent first; the id of a word is its index. The end of a line is the word `END`."""
 
-    The ids of a file of `LARGE` bytes or more lie in a file of the cache folder, mapped into memory, so that a text
-    larger than memory can be trained on.
+    words: tuple[str, ...]
+
+    @classmethod
+    def from_text(cls, text: str, min_count: int = 2) -> "WordVocabulary":
+        """Returns the vocabulary of words that occur at least ``min_count`` times; `UNKNOWN` stands for the others."""
+        counts = Counter(text.split())
+        frequent = [word for word, n in counts.most_common() if n >= min_count and word not in (UNKNOWN, END)]
+        return cls((END, UNKNOWN, *frequent))
+
+    def __len__(self) -> int:
+        return len(self.words)
+
+    def encode(self, text: str) -> np.ndarray:
+        """Returns the ids of the words of ``text``, int32; each newline becomes the id of `END`."""
+        id_of = {word: n for n, word in enumerate(self.words)}
+        unknown = id_of[UNKNOWN]
+        return np.array([id_of.get(word, unknown) for word in text.replace("\n", f" {END} ").split()], np.int32)
+
+    def decode(self, ids: np.ndarray) -> str:
+        """Returns the text with the given ids."""
+        return " ".join(self.words[i] for i in np.asarray(ids).tolist()).replace(f" {END} ", "\n").replace(END, "\n")
+
+
+MEMORY_MAP_BYTES = 2**28  # text files of at least this size are encoded into a file that is mapped into memory
+
+
+def load_characters(source: str) -> tuple[np.ndarray, CharVocabulary]:
+    """Returns the character ids of a text and their vocabulary; see `load_text`.
+
+    The ids of a file of at least `MEMORY_MAP_BYTES` are stored in the cache folder and mapped into memory, so a text
+    larger than memory can be used for training.
 
     Raises:
-      DataError: as `load_text` does.
+      DataError: under the conditions of `load_text`.
     """
     path = Path(source)
-    if source == EMBEDDED or source in DOWNLOADS or not path.is_file() or path.stat().st_size < LARGE:
+    if source == EMBEDDED or source in DOWNLOADS or not path.is_file() or path.stat().st_size < MEMORY_MAP_BYTES:
         text = load_text(source)
-        vocabulary = Vocabulary.of(text)
+        vocabulary = CharVocabulary.from_text(text)
         return vocabulary.encode(text), vocabulary
-    return mapped(path, cache_folder())
+    return map_characters(path, cache_folder())
 
 
-def mapped(path: Path, folder: Path) -> tuple[np.ndarray, Vocabulary]:
-    """The characters of a file as ids in a file of ``folder``, mapped into memory, and their vocabulary.
+def map_characters(path: Path, folder: Path) -> tuple[np.ndarray, CharVocabulary]:
+    """Returns the character ids of a file as a memory map of a file in ``folder``, and their vocabulary.
 
-    The file is read a piece at a time, twice: for its alphabet and for its ids. They are found again as long as path,
-    size and time of the text stay the same.
+    Reads the text twice in pieces: once for its vocabulary, once for its ids. Both files are used again while path,
+    size and modification time of the text stay the same.
     """
     stat = path.stat()
-    known_by = hashlib.sha256(f"{path.resolve()} {stat.st_size} {stat.st_mtime_ns}".encode()).hexdigest()[:16]
-    target = folder / f"{path.stem}-{known_by}.npy"
-    names = target.with_suffix(".txt")
-    if not (target.exists() and names.exists()):
-        alphabet: set[str] = set()
-        length = 0
-        for piece in _pieces(path):
-            alphabet.update(piece)
-            length += len(piece)
-        vocabulary = Vocabulary("".join(sorted(alphabet)))
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            partial = target.with_name(target.name + ".partial")
-            dtype = np.uint16 if len(vocabulary) < 2**16 else np.int32
-            ids = np.lib.format.open_memmap(partial, "w+", dtype, (length,))
-            start = 0
-            for piece in _pieces(path):
-                ids[start : start + len(piece)] = vocabulary.encode(piece)
-                start += len(piece)
-            ids.flush()
-            names.write_text(vocabulary.characters, encoding="utf-8", newline="")
-            os.replace(partial, target)  # whole or not at all
-        except OSError as error:
-            raise DataError(f"cannot write {target}: {error.strerror}") from None
-    with names.open(encoding="utf-8", newline="") as file:
-        return np.load(target, mmap_mode="r"), Vocabulary(file.read())
+    version = hashlib.sha256(f"{path.resolve()} {stat.st_size} {stat.st_mtime_ns}".encode()).hexdigest()[:16]
+    ids_path = folder / f"{path.stem}-{version}.npy"
+    characters_path = ids_path.with_suffix(".txt")
+    if not (ids_path.exists() and characters_path.exists()):
+        _encode_file(path, ids_path, characters_path)
+    with characters_path.open(encoding="utf-8", newline="") as file:
+        return np.load(ids_path, mmap_mode="r"), CharVocabulary(file.read())
 
 
-def _pieces(path: Path) -> Iterator[str]:
-    """The text of a file, a million characters at a time."""
+def _encode_file(path: Path, ids_path: Path, characters_path: Path) -> None:
+    """Writes the character ids of a text file as an ``.npy`` file, and the characters as text."""
+    characters: set[str] = set()
+    length = 0
+    for piece in _read_pieces(path):
+        characters.update(piece)
+        length += len(piece)
+    vocabulary = CharVocabulary("".join(sorted(characters)))
+    dtype = np.dtype(np.uint16 if len(vocabulary) < 2**16 else np.int32)
+    header = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": (length,)}
+    _make_folder(ids_path.parent)
+    try:
+        with atomic_write(characters_path) as file:
+            file.write(vocabulary.characters.encode())
+        with atomic_write(ids_path) as file:
+            np.lib.format.write_array_header_1_0(file, header)
+            for piece in _read_pieces(path):
+                file.write(vocabulary.encode(piece).astype(dtype).tobytes())
+    except OSError as error:
+        raise DataError(str(error)) from None
+
+
+def _read_pieces(path: Path) -> Iterator[str]:
+    """Yields the text of a file, a million characters at a time."""
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
             while piece := file.read(2**20):
@@ -208,38 +241,15 @@ def _pieces(path: Path) -> Iterator[str]:
         raise DataError(f"cannot read {path}: {error.strerror}") from None
 
 
-UNKNOWN, END = "<unk>", "<eos>"  # as in the Penn Treebank's files
-
-
-@dataclass(frozen=True)
-class Words:
-    """The words of a text, the most frequent first; a word's id is its place. Line ends are words, `END`."""
-
-    words: tuple[str, ...]
-
-    @classmethod
-    def of(cls, text: str, least: int = 2) -> "Words":
-        """Every word that occurs at least ``least`` times in ``text``; the others become `UNKNOWN`."""
-        counts = Counter(text.split())
-        known = [word for word, count in counts.most_common() if count >= least and word not in (UNKNOWN, END)]
-        return cls((END, UNKNOWN, *known))
-
-    def __len__(self) -> int:
-        return len(self.words)
-
-    def encode(self, text: str) -> np.ndarray:
-        """``text`` as int32 ids, each line followed by that of `END` but for the last where it is not ended."""
-        place = {word: n for n, word in enumerate(self.words)}
-        unknown = place[UNKNOWN]
-        return np.array([place.get(word, unknown) for word in text.replace("\n", f" {END} ").split()], np.int32)
-
-    def decode(self, ids: np.ndarray) -> str:
-        """The text of an array of ids."""
-        return " ".join(self.words[i] for i in np.asarray(ids).tolist()).replace(f" {END} ", "\n").replace(END, "\n")
+def _make_folder(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise DataError(f"cannot create {folder}: {error.strerror}") from None
 
 
 def fingerprint(*parts: np.ndarray | str) -> str:
-    """SHA-256 of arrays and texts, by which data are known again."""
+    """Returns the SHA-256 of arrays and texts; a resumed run compares it to detect changed data."""
     digest = hashlib.sha256()
     for part in parts:
         content = part.encode() if isinstance(part, str) else np.ascontiguousarray(part).data.cast("B")
@@ -249,78 +259,77 @@ def fingerprint(*parts: np.ndarray | str) -> str:
 
 
 def split(ids: np.ndarray, fraction: float = 0.9) -> tuple[np.ndarray, np.ndarray]:
-    """The first ``fraction`` for training, the rest for validation."""
+    """Returns the first ``fraction`` of ``ids`` for training and the rest for validation."""
     cut = int(len(ids) * fraction)
     return ids[:cut], ids[cut:]
 
 
 class Window(NamedTuple):
-    """A cut of all streams: predict ``targets`` from ``inputs`` and what came before."""
+    """A training batch: consecutive steps of all streams."""
 
-    inputs: np.ndarray  # (T, B) int, a view of the text: nothing is read before it is asked for
+    inputs: np.ndarray  # (T, B) int, a view of the text: nothing is read before the array is used
     targets: np.ndarray  # (T, B) int: the inputs one step later
-    first: bool  # True where the streams begin, so that the state carried so far does not belong to them
+    restart: bool  # True if the streams begin here, so the state of the previous window must be dropped
 
 
-def training_windows(ids: np.ndarray, batch: int, window: int, seed: int, start: int = 0) -> Iterator[Window]:
-    """Windows of ``batch`` contiguous streams, without end: each window goes on where the last one stopped.
+def training_windows(ids: np.ndarray, batch_size: int, window: int, seed: int, start: int = 0) -> Iterator[Window]:
+    """Yields windows of contiguous streams without end; each window continues the previous one.
 
-    An epoch begins with a random shift of less than a window, so that the gradient is not cut at the same places
-    every time.
+    Every epoch begins with a random shift of less than a window, so that the gradient is not truncated at the same
+    positions each time.
 
     Args:
-      ids: the text.
-      batch: number of streams, B.
-      window: T.
-      seed: of the shifts.
-      start: the position, in windows from the beginning of training: the number of those already taken.
+      ids: token ids of the text.
+      batch_size: number of streams, B.
+      window: number of steps, T.
+      seed: seed of the shifts.
+      start: number of windows to skip, for a resumed run.
 
     Raises:
-      DataError: if the text is too short for one window of every stream.
+      DataError: if the text is too short for one window of every stream. Raised by the call, not by the first window.
     """
-    needed = batch * window + window
+    needed = batch_size * window + window
     if len(ids) < needed:
         raise DataError(f"{len(ids):,} tokens to train on are fewer than batch x window + window = {needed:,}")
-
-    def epochs() -> Iterator[Window]:
-        rng = np.random.default_rng(seed)
-        behind = start
-        while True:
-            shifted = ids[rng.integers(window) :]
-            length = (len(shifted) - 1) // batch
-            if behind >= length // window:
-                behind -= length // window
-                continue
-            inputs = shifted[: batch * length].reshape(batch, length).T
-            targets = shifted[1 : batch * length + 1].reshape(batch, length).T
-            for n in range(behind, length // window):
-                rows = slice(n * window, (n + 1) * window)
-                yield Window(inputs[rows], targets[rows], first=n == 0)
-            behind = 0
-
-    return epochs()
+    return _generate_windows(ids, batch_size, window, seed, start)
 
 
-class ScoredWindow(NamedTuple):
-    """A cut of all streams for evaluation."""
+def _generate_windows(ids: np.ndarray, batch_size: int, window: int, seed: int, start: int) -> Iterator[Window]:
+    rng = np.random.default_rng(seed)
+    skip = start
+    while True:
+        shifted = ids[rng.integers(window) :]
+        length = (len(shifted) - 1) // batch_size
+        num_windows = length // window
+        inputs = shifted[: batch_size * length].reshape(batch_size, length).T
+        targets = shifted[1 : batch_size * length + 1].reshape(batch_size, length).T
+        for n in range(skip, num_windows):
+            steps = slice(n * window, (n + 1) * window)
+            yield Window(inputs[steps], targets[steps], restart=n == 0)
+        skip = max(skip - num_windows, 0)
+
+
+class EvaluationWindow(NamedTuple):
+    """An evaluation batch: consecutive steps of all streams."""
 
     inputs: np.ndarray  # (T, B) int32
     targets: np.ndarray  # (T, B) int32
-    counted: np.ndarray  # (T, B) bool: False for context and padding
-    resets: np.ndarray  # (T, B) bool: True at the first character of the text
+    loss_mask: np.ndarray  # (T, B) bool: False for context and padding
+    resets: np.ndarray  # (T, B) bool: True at the first token of the text
 
 
-def evaluation_windows(ids: np.ndarray, batch: int, window: int) -> Iterator[ScoredWindow]:
-    """Windows that predict every character but the first exactly once, ``batch`` parts of the text side by side.
+def evaluation_windows(ids: np.ndarray, batch_size: int, window: int) -> Iterator[EvaluationWindow]:
+    """Yields windows that predict every token but the first exactly once.
 
-    So that a part does not begin without memory, it is led in by the ``window`` characters before it, not counted.
+    The text is split into ``batch_size`` streams. Each stream reads the ``window`` tokens before its part as context,
+    which the loss leaves out.
     """
-    predicted = len(ids) - 1
-    per_stream = -(-predicted // batch)
-    begin = np.arange(batch) * per_stream  # (B,) the first position that each stream predicts from
+    num_targets = len(ids) - 1
+    per_stream = -(-num_targets // batch_size)
+    begin = np.arange(batch_size) * per_stream  # (B,) first position that each stream predicts from
     steps = -(-(window + per_stream) // window) * window
     for start in range(-window, steps - window, window):
-        at = begin + np.arange(start, start + window)[:, None]  # (T, B) position in the text
-        counted = (at >= begin) & (at < np.minimum(begin + per_stream, predicted))
-        inputs, targets = (ids[np.clip(at + ahead, 0, predicted)].astype(np.int32) for ahead in (0, 1))
-        yield ScoredWindow(inputs, targets, counted, at == 0)
+        position = begin + np.arange(start, start + window)[:, None]  # (T, B)
+        loss_mask = (position >= begin) & (position < np.minimum(begin + per_stream, num_targets))
+        inputs, targets = (ids[np.clip(position + shift, 0, num_targets)].astype(np.int32) for shift in (0, 1))
+        yield EvaluationWindow(inputs, targets, loss_mask, position == 0)

@@ -1,1 +1,1 @@
-"""Models built around `jaxlstm.LSTM`: embeddings, heads and losses."""
+"""Models built around `jaxlstm.LSTM`: embeddings, output layers and losses."""

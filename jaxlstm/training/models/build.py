@@ -1,4 +1,4 @@
-"""The recurrent network that the options describe."""
+"""Builds the LSTM that the options of a run describe."""
 
 import jax.numpy as jnp
 
@@ -6,19 +6,19 @@ import jaxlstm
 from jaxlstm.training.config import Options
 
 
-def network(options: Options, input_size: int, *, remember: int | None = None) -> jaxlstm.LSTM:
-    """An LSTM of the options' sizes, cell and regularisers.
+def build_lstm(options: Options, input_size: int, *, longest_dependency: int | None = None) -> jaxlstm.LSTM:
+    """Returns an LSTM with the sizes, cell and regularizers of ``options``.
 
     Args:
-      options: of the run.
+      options: options of the run.
       input_size: I.
-      remember: longest dependency in steps; where ``--chrono`` does not say otherwise, the initial biases of cells with
-        a forget gate are drawn for it.
+      longest_dependency: longest dependency of the task in steps, for the chrono initializer of cells with a forget
+        gate; ``--chrono`` takes precedence. None keeps the usual initializer.
     """
-    if options.chrono is None and options.cell != "rnn":
-        chrono = None if remember is None else max(remember, 3)
-    else:
-        chrono = options.chrono
+    chrono = options.chrono
+    if chrono is None and longest_dependency is not None and options.cell != "rnn":
+        chrono = max(longest_dependency, 3)
+    dropout_between_layers = options.dropout if options.layers > 1 else 0.0  # models apply --dropout to outputs, too
     return jaxlstm.LSTM(
         input_size,
         options.hidden,
@@ -29,12 +29,12 @@ def network(options: Options, input_size: int, *, remember: int | None = None) -
         layer_norm=options.layer_norm,
         proj_size=options.projection,
         chrono=chrono,
-        dropout=options.dropout,
+        dropout=dropout_between_layers,
         input_dropout=options.input_dropout,
-        variational=options.variational,
+        variational=options.variational and dropout_between_layers > 0,
         recurrent_dropout=options.recurrent_dropout,
         weight_drop=options.weight_drop,
         zoneout_h=options.zoneout_h,
         zoneout_c=options.zoneout_c,
-        implementation="sharded" if options.mesh and "model" in options.mesh else None,
+        implementation="tensor_parallel" if options.mesh and "model" in options.mesh else None,
     )

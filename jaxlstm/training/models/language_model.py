@@ -1,8 +1,8 @@
-"""A language model: embedding, LSTM, softmax; its loss, its measure, and what it writes."""
+"""A language model: embedding, LSTM and softmax, with its loss, evaluation and sampling."""
 
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,32 +18,33 @@ from jaxlstm.lstm import LSTM
 from jaxlstm.params import Params, State, accumulation_dtype
 from jaxlstm.primitives.mixed_precision_dot import matvec
 from jaxlstm.training.data.text import Window, evaluation_windows
+from jaxlstm.training.train_step import Loss
 
 
 class LanguageModelParams(NamedTuple):
-    """The trained arrays of a `LanguageModel`; V is the vocabulary size, E the embedding size."""
+    """The parameters of a `LanguageModel`; V is the vocabulary size, E the embedding size, P the LSTM's output size."""
 
     embedding: Array  # (V, E)
     lstm: Params
-    w_out: Array | None  # (V, P); None where it is tied to the embedding
+    w_out: Array | None  # (V, P); None if tied to the embedding
     b_out: Array  # (V,)
 
 
 @dataclass(frozen=True)
 class LanguageModel:
-    """The next token's logits from all tokens before it.
+    """A model of the next token given all tokens before it.
 
     Args:
       vocabulary_size: V.
-      lstm: the recurrent network; its input size is the embedding size E. It runs in one direction.
-      dropout: rate at which the LSTM's outputs are dropped before the softmax when ``key`` is given; by one mask for
-        the whole sequence if the LSTM is ``variational``.
-      tied: whether the softmax has the embedding for its weights (Press & Wolf 2017; Inan et al. 2017). E is then P.
-      embedding_dropout: share of the vocabulary whose embedding is dropped when ``key`` is given: a token is or is not,
-        wherever it stands (Gal & Ghahramani 2016; Merity, Keskar & Socher 2018). The softmax's weights stay whole.
+      lstm: the recurrent network, in one direction; its input size is the embedding size E.
+      dropout: dropout rate of the LSTM's outputs before the softmax, applied when ``key`` is given.
+      tied: whether the softmax weights are the embedding (Press & Wolf 2017; Inan et al. 2017). E must equal P.
+      embedding_dropout: share of the vocabulary whose embedding is dropped when ``key`` is given, at every position of
+        the token (Gal & Ghahramani 2016; Merity, Keskar & Socher 2018). Tied softmax weights are not dropped.
+      variational: whether ``dropout`` has one mask for all steps.
 
     Raises:
-      ValueError: if E and P differ and are to be tied.
+      ValueError: if E and P differ and the weights are tied.
     """
 
     vocabulary_size: int
@@ -51,6 +52,7 @@ class LanguageModel:
     dropout: float = 0.0
     tied: bool = False
     embedding_dropout: float = 0.0
+    variational: bool = False
 
     def __post_init__(self) -> None:
         e, p = self.lstm.input_size, self.lstm.output_size
@@ -58,7 +60,10 @@ class LanguageModel:
             raise ValueError(f"tied weights need an embedding of the size of the LSTM's outputs, got {e} and {p}")
 
     def init(self, key: Array) -> LanguageModelParams:
-        """Embedding standard normal, softmax weights uniform in ±1/sqrt(P), its bias zero; tied, both uniform."""
+        """Draws the embedding from the standard normal and the softmax weights uniformly from ±1/sqrt(P).
+
+        Tied weights are drawn as softmax weights. The bias is zero.
+        """
         k_embedding, k_lstm, k_out = jax.random.split(key, 3)
         dtype, v, p = self.lstm.param_dtype, self.vocabulary_size, self.lstm.output_size
         w_out = jax.random.uniform(k_out, (v, p), dtype, -(p**-0.5), p**-0.5)
@@ -78,14 +83,14 @@ class LanguageModel:
         resets: Bool[ArrayLike, "T *batch"] | None = None,
         key: Array | None = None,
     ) -> tuple[Float[Array, "T *batch V"], State]:
-        """Logits of the token after each of ``tokens``, and the state after the last; dropout with a ``key``."""
+        """Returns the logits of the token after each of ``tokens``, and the final state; ``key`` turns dropout on."""
         _, dropped, state = self.outputs(params, tokens, state, resets=resets, key=key)
         return self.logits(params, dropped), state
 
-    def inputs(
+    def embed(
         self, params: LanguageModelParams, tokens: Int[ArrayLike, "*batch"], key: Array | None = None
     ) -> Float[Array, "*batch E"]:
-        """What the LSTM reads: the tokens' embeddings, some dropped with a ``key``."""
+        """Returns the embeddings of ``tokens``, the inputs of the LSTM; ``key`` turns embedding dropout on."""
         tokens = jnp.asarray(tokens)
         xs = params.embedding[tokens]
         if key is None or self.embedding_dropout == 0.0:
@@ -101,49 +106,51 @@ class LanguageModel:
         resets: Bool[ArrayLike, "T *batch"] | None = None,
         key: Array | None = None,
     ) -> tuple[Float[Array, "T *batch P"], Float[Array, "T *batch P"], State]:
-        """The LSTM's outputs as they are and as `logits` wants them, dropped with a ``key``; and the state."""
+        """Returns the LSTM's outputs before and after output dropout, and the final state."""
         k_lstm, k_out, k_in = (None, None, None) if key is None else jax.random.split(key, 3)
-        xs = self.inputs(params, tokens, k_in)
+        xs = self.embed(params, tokens, k_in)
         ys, state = self.lstm(params.lstm, xs, state, resets=resets, key=k_lstm)
-        return ys, dropout(k_out, self.dropout, ys, over_time=not self.lstm.variational), state
+        return ys, dropout(k_out, self.dropout, ys, over_time=not self.variational), state
 
     def step(
         self, params: LanguageModelParams, state: State, token: Int[ArrayLike, "*batch"]
     ) -> tuple[State, Float[Array, "*batch V"]]:
-        """The state and the logits after one more token."""
+        """Returns the state and the logits after one more token."""
         state, y = self.lstm.step(params.lstm, state, params.embedding[jnp.asarray(token)])
         return state, self.logits(params, y)
 
     def logits(self, params: LanguageModelParams, ys: Float[Array, "*batch P"]) -> Float[Array, "*batch V"]:
-        """The softmax's logits, in float32 or wider."""
+        """Returns the softmax logits, in float32 or wider."""
         w_out = params.embedding if params.w_out is None else params.w_out
-        sums = accumulation_dtype(w_out.dtype)
-        logits = matvec(w_out, ys, ys.dtype, sums)
-        return logits + jnp.broadcast_to(params.b_out.astype(sums), logits.shape)
+        accum_dtype = accumulation_dtype(w_out.dtype)
+        logits = matvec(w_out, ys, ys.dtype, accum_dtype)
+        return logits + jnp.broadcast_to(params.b_out.astype(accum_dtype), logits.shape)
 
 
-def carried(carry: State, window: Window) -> State:
-    """The state that a window goes on from: that after the window before it, or zeros where the streams begin."""
-    return jax.tree.map(lambda a: jnp.where(window.first, 0, a), carry)
+def restart_carry(carry: State, window: Window) -> State:
+    """Returns the state that a window starts from: zeros if its streams restart, else the carried state."""
+    return jax.tree.map(lambda a: jnp.where(window.restart, 0, a), carry)
 
 
-def training_loss(model: LanguageModel, *, activation: float = 0.0, temporal_activation: float = 0.0) -> Any:
-    """The loss of a window of truncated backpropagation through time, for `jaxlstm.training.make_step`.
+def training_loss(model: LanguageModel, *, activation: float = 0.0, temporal_activation: float = 0.0) -> Loss:
+    """Returns the loss of one window of truncated backpropagation through time.
 
     Args:
       model: the model.
-      activation: weight of `jaxlstm.activation_regularization.activation`, of the dropped outputs.
-      temporal_activation: weight of `jaxlstm.activation_regularization.temporal_activation`, of the outputs before they
-        are dropped.
+      activation: weight of `jaxlstm.activation_regularization.activation`, applied to the outputs after dropout.
+      temporal_activation: weight of `jaxlstm.activation_regularization.temporal_activation`, applied to the outputs
+        before dropout.
 
     Returns:
-      ``loss(params, carry, window, key) -> (total, (nats, carry))``; ``nats`` per token, without the weighted terms.
-      Where the window's streams begin, the carried state is dropped.
+      ``loss(params, carry, window, key) -> (total, (nats, carry))``; ``nats`` is the cross-entropy per token without
+      the weighted terms. The carried state is dropped if the window's streams restart.
     """
 
-    def loss(params: Any, carry: State, window: Window, key: Array) -> tuple[Array, tuple[Array, State]]:
-        inputs, targets = (jnp.asarray(ids, jnp.int32) for ids in window[:2])
-        ys, dropped, carry = model.outputs(params, inputs, carried(carry, window), key=key)
+    def loss(
+        params: LanguageModelParams, carry: State, window: Window, key: Array
+    ) -> tuple[Array, tuple[Array, State]]:
+        inputs, targets = (jnp.asarray(ids, jnp.int32) for ids in (window.inputs, window.targets))
+        ys, dropped, carry = model.outputs(params, inputs, restart_carry(carry, window), key=key)
         logits = model.logits(params, dropped)
         nats = optax.softmax_cross_entropy_with_integer_labels(logits, targets).mean()
         total = nats
@@ -157,28 +164,29 @@ def training_loss(model: LanguageModel, *, activation: float = 0.0, temporal_act
 
 
 @partial(jax.jit, static_argnums=0)
-def _score(
+def _sum_losses(
     model: LanguageModel,
     params: LanguageModelParams,
     state: State,
     inputs: Int[ArrayLike, "T B"],
     targets: Int[ArrayLike, "T B"],
-    counted: Bool[ArrayLike, "T B"],
+    loss_mask: Bool[ArrayLike, "T B"],
     resets: Bool[ArrayLike, "T B"],
 ) -> tuple[Float[Array, ""], State]:
+    """Returns the summed loss of an `EvaluationWindow` in nats, and the final state."""
     logits, state = model(params, inputs, state, resets=resets)
     losses = optax.softmax_cross_entropy_with_integer_labels(logits, targets)
-    return jnp.where(counted, losses, 0).sum(), state
+    return jnp.where(loss_mask, losses, 0).sum(), state
 
 
 def evaluate(
-    model: LanguageModel, params: LanguageModelParams, ids: np.ndarray, *, batch: int = 32, window: int = 128
+    model: LanguageModel, params: LanguageModelParams, ids: np.ndarray, *, batch_size: int = 32, window: int = 128
 ) -> float:
-    """Loss in nats per token over all of ``ids`` but the first, each predicted once; see `evaluation_windows`."""
-    state = model.lstm.initial_state((batch,), params.lstm)
+    """Returns the loss in nats per token over all of ``ids`` but the first; see `evaluation_windows`."""
+    state = model.lstm.initial_state((batch_size,), params.lstm)
     total = 0.0
-    for part in evaluation_windows(ids, batch, window):
-        nats, state = _score(model, params, state, *part)
+    for batch in evaluation_windows(ids, batch_size, window):
+        nats, state = _sum_losses(model, params, state, *batch)
         total += float(nats)
     return total / (len(ids) - 1)
 
@@ -192,23 +200,23 @@ def generate(
     key: Array,
     temperature: float | Array = 1.0,
 ) -> Int[Array, " length"]:
-    """Tokens drawn one step at a time, each from the softmax of the logits after all tokens before it.
+    """Samples tokens one at a time, each from the softmax given all tokens before it.
 
     Args:
       model: the model.
       params: its parameters.
-      prompt: at least one token to begin with; not part of the result.
-      length: number of tokens to draw.
+      prompt: at least one token to condition on; not part of the result.
+      length: number of tokens to sample.
       key: PRNG key.
-      temperature: divides the logits; 0 takes the likeliest token.
+      temperature: divides the logits; 0 takes the most likely token.
     """
 
-    def body(carry: tuple[State, Array], key: Array) -> tuple[tuple[State, Array], Array]:
+    def sample_token(carry: tuple[State, Array], key: Array) -> tuple[tuple[State, Array], Array]:
         state, logits = carry
-        warm = jnp.asarray(temperature, logits.dtype)
-        drawn = jax.random.categorical(key, logits / jnp.where(warm > 0, warm, 1))
-        token = jnp.where(warm > 0, drawn, jnp.argmax(logits))
+        t = jnp.asarray(temperature, logits.dtype)
+        sampled = jax.random.categorical(key, logits / jnp.where(t > 0, t, 1))
+        token = jnp.where(t > 0, sampled, jnp.argmax(logits))
         return model.step(params, state, token), token
 
     logits, state = model(params, prompt)
-    return jax.lax.scan(body, (state, logits[-1]), jax.random.split(key, length))[1]
+    return jax.lax.scan(sample_token, (state, logits[-1]), jax.random.split(key, length))[1]

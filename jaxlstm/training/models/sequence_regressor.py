@@ -1,4 +1,4 @@
-"""One answer to a sequence: an LSTM and a linear layer on its last output."""
+"""Maps a sequence to one vector: an LSTM and a linear layer on its last output."""
 
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -15,48 +15,50 @@ from jaxlstm.params import Params, accumulation_dtype
 from jaxlstm.primitives.mixed_precision_dot import matvec
 
 
-class ReadoutParams(NamedTuple):
-    """The trained arrays of a `Readout`; O is the size of the answer."""
+class SequenceRegressorParams(NamedTuple):
+    """The parameters of a `SequenceRegressor`; O is the output size, P the output size of a step of the LSTM."""
 
     lstm: Params
-    w_out: Array  # (O, P), or (O, 2P) of a bidirectional network
+    w_out: Array  # (O, P), or (O, 2P) if bidirectional
     b_out: Array  # (O,)
 
 
 @dataclass(frozen=True)
-class Readout:
-    """A vector from a whole sequence, after its last step; the backward direction answers after its own, the first.
+class SequenceRegressor:
+    """A vector computed from a whole sequence: regression targets or the logits of classes.
+
+    The linear layer reads the output after the last step; of the backward direction, the output at the first step.
 
     Args:
       lstm: the recurrent network.
       output_size: O.
-      dropout: rate at which what the answer is read from is dropped when ``key`` is given.
+      dropout: dropout rate of the linear layer's inputs, applied when ``key`` is given.
     """
 
     lstm: LSTM
     output_size: int
     dropout: float = 0.0
 
-    def init(self, key: Array) -> ReadoutParams:
-        """Weights of the linear layer uniform in ±1/sqrt of its inputs, its bias zero."""
+    def init(self, key: Array) -> SequenceRegressorParams:
+        """Draws the linear layer's weights uniformly from ±1/sqrt of its input size; its bias is zero."""
         k_lstm, k_out = jax.random.split(key)
         dtype, p = self.lstm.param_dtype, self.lstm.num_directions * self.lstm.output_size
-        return ReadoutParams(
+        return SequenceRegressorParams(
             lstm=self.lstm.init(k_lstm),
             w_out=jax.random.uniform(k_out, (self.output_size, p), dtype, -(p**-0.5), p**-0.5),
             b_out=jnp.zeros(self.output_size, dtype),
         )
 
     def __call__(
-        self, params: ReadoutParams, xs: Float[ArrayLike, "T *batch I"], *, key: Array | None = None
+        self, params: SequenceRegressorParams, xs: Float[ArrayLike, "T *batch I"], *, key: Array | None = None
     ) -> Float[Array, "*batch O"]:
-        """The answers, in float32 or wider; dropout with a ``key``."""
+        """Returns one vector per sequence in float32 or wider; ``key`` turns dropout on."""
         k_lstm, k_out = (None, None) if key is None else jax.random.split(key)
         ys, _ = self.lstm(params.lstm, xs, key=k_lstm)
         last, p = ys[-1], self.lstm.output_size
         if self.lstm.bidirectional:
             last = jnp.concatenate([last[..., :p], ys[0, ..., p:]], -1)
         last = dropout(k_out, self.dropout, last[None], over_time=True)[0]
-        sums = accumulation_dtype(params.w_out.dtype)
-        answer = matvec(params.w_out, last, last.dtype, sums)
-        return answer + jnp.broadcast_to(params.b_out.astype(sums), answer.shape)
+        accum_dtype = accumulation_dtype(params.w_out.dtype)
+        outputs = matvec(params.w_out, last, last.dtype, accum_dtype)
+        return outputs + jnp.broadcast_to(params.b_out.astype(accum_dtype), outputs.shape)

@@ -1,14 +1,12 @@
-"""What can be learnt with `train.py --task`: one file per task, named in one table.
+"""The tasks of ``train.py --task``: one module each, listed in one table.
 
-A task's file has ``DEFAULTS``, its own defaults of `jaxlstm.training.config.Options`, and ``make(options)``, a
-`jaxlstm.training.tasks.task.Task`. That of a language model also has ``write``.
+To add a task, write a module with the attributes of `jaxlstm.training.tasks.task.TaskModule` and add it to `TASKS`.
 """
 
-from types import ModuleType
-
 from jaxlstm.training.tasks import adding, charlm, copying, digits, forecast, wordlm
+from jaxlstm.training.tasks.task import TaskModule
 
-TASKS: dict[str, ModuleType] = {
+TASKS: dict[str, TaskModule] = {
     "charlm": charlm,
     "wordlm": wordlm,
     "adding": adding,

@@ -1,5 +1,6 @@
-"""The sum of two marked numbers, hundreds of steps back (Hochreiter & Schmidhuber 1997; Arjovsky et al. 2016)."""
+"""The adding task: the sum of two marked numbers (Hochreiter & Schmidhuber 1997; Arjovsky et al. 2016)."""
 
+import itertools
 from collections.abc import Iterator
 from typing import Any
 
@@ -10,9 +11,9 @@ from jax import Array
 
 from jaxlstm.training.config import Options
 from jaxlstm.training.data import synthetic
-from jaxlstm.training.models.build import network
-from jaxlstm.training.models.sequence_regressor import Readout
-from jaxlstm.training.tasks.task import OF_LANGUAGE, OF_SERIES, Task
+from jaxlstm.training.models.build import build_lstm
+from jaxlstm.training.models.sequence_regressor import SequenceRegressor
+from jaxlstm.training.tasks.task import Task, unused_options
 
 DEFAULTS: dict[str, Any] = {
     "hidden": 64,
@@ -24,42 +25,47 @@ DEFAULTS: dict[str, Any] = {
     "max_steps": 1000,
     "valid_every": 250,
 }
-UNUSED = ("data", *OF_LANGUAGE, *OF_SERIES)
-VALIDATED = 500  # sequences that are never trained on
+UNUSED = unused_options("window")
+NUM_VALIDATION = 500  # sequences held out from training
 
 
 def make(options: Options) -> Task:
-    """Sequences of ``--window`` steps, drawn anew for every batch."""
+    """Returns the adding task over ``--window`` steps; every batch is new."""
     if options.window < 2:
         raise ValueError(f"--window must be at least 2 for --task adding, got {options.window}")
-    model = Readout(network(options, 2, remember=options.window), 1, options.dropout)
-    held_out = synthetic.adding(np.random.default_rng((options.seed, 0)), options.window, VALIDATED)
+    model = SequenceRegressor(build_lstm(options, 2, longest_dependency=options.window), 1, options.dropout)
 
-    def batches(start: int) -> Iterator[synthetic.Adding]:
-        while True:
-            start += 1  # each batch has a generator of its own, so that any position is as near as the first
-            yield synthetic.adding(np.random.default_rng((options.seed, start)), options.window, options.batch)
+    def draw_batch(number: int, batch_size: int) -> synthetic.AddingBatch:
+        # A generator per batch: a resumed run draws the next batch without drawing those before it.
+        return synthetic.adding(np.random.default_rng((options.seed, number)), options.window, batch_size)
 
-    def loss(params: Any, carry: Any, batch: synthetic.Adding, key: Array) -> tuple[Array, tuple[Array, Any]]:
-        error = model(params, batch.inputs, key=key)[..., 0] - batch.targets
-        value = jnp.mean(error**2)
+    validation = draw_batch(0, NUM_VALIDATION)
+
+    def batches(start: int) -> Iterator[synthetic.AddingBatch]:
+        for number in itertools.count(start + 1):
+            yield draw_batch(number, options.batch)
+
+    def mean_squared_error(params: Any, batch: synthetic.AddingBatch, key: Array | None = None) -> Array:
+        return jnp.mean((model(params, batch.inputs, key=key)[..., 0] - batch.targets) ** 2)
+
+    def loss(params: Any, carry: None, batch: synthetic.AddingBatch, key: Array) -> tuple[Array, tuple[Array, None]]:
+        value = mean_squared_error(params, batch, key)
         return value, (value, carry)
 
-    score = jax.jit(lambda params: jnp.mean((model(params, held_out.inputs)[..., 0] - held_out.targets) ** 2))
+    validation_loss = jax.jit(lambda params: mean_squared_error(params, validation))
     return Task(
-        about=f"the sum of two numbers among {options.window:,}; always answering 1 costs "
+        description=f"the sum of two numbers among {options.window:,}; always answering 1 costs "
         f"{synthetic.ADDING_BASELINE:.3f}",
         title=f"adding over {options.window:,} steps: {options.cell}",
-        unit="mean squared error",
-        counted="sequences",
-        per_step=options.batch,
-        evaluated=VALIDATED,
-        say=lambda value: f"{value:.5f} squared error",
+        loss_unit="mean squared error",
+        unit_name="sequences",
+        units_per_step=options.batch,
+        validation_units=NUM_VALIDATION,
+        format_loss=lambda value: f"{value:.5f} squared error",
         init=model.init,
-        carry=lambda params: None,
         batches=batches,
         loss=loss,
         lstm=model.lstm,
-        reads=lambda params, carry, batch: (batch.inputs, None),
-        evaluate=lambda params: {"loss": float(score(params))},
+        lstm_inputs=lambda params, carry, batch: (batch.inputs, None),
+        evaluate=lambda params: {"loss": float(validation_loss(params))},
     )

@@ -1,38 +1,56 @@
-"""The next character of a text, from all characters before it."""
+"""Character language modeling: predict the next character from all characters before it."""
 
 import math
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from jaxlstm.training.config import Options
-from jaxlstm.training.data import text as data
-from jaxlstm.training.tasks import language
-from jaxlstm.training.tasks.task import OF_SERIES, Task
+from jax import Array
 
-DEFAULTS: dict[str, Any] = {}  # those of `Options`
-UNUSED = OF_SERIES
+from jaxlstm.training.config import Options
+from jaxlstm.training.data.text import CharVocabulary, DataError, load_characters, split
+from jaxlstm.training.tasks import language
+from jaxlstm.training.tasks.task import Task, unused_options
+
+DEFAULTS: dict[str, Any] = {}  # the defaults of `Options` are meant for this task
+UNUSED = unused_options("data", "window", "embedding", "activation_regularization")
 
 
 def make(options: Options) -> Task:
-    """The task on the text that the options name."""
-    ids, vocabulary = data.characters(options.data)
-    train_ids, valid_ids = data.split(ids)
+    """Returns the task on the text of ``--data``; the last tenth is for validation."""
+    ids, vocabulary = load_characters(options.data)
+    train_ids, valid_ids = split(ids)
     if len(valid_ids) < 2:
-        raise data.DataError(f"{len(ids)} characters are too few: the last tenth is for validation")
-    return language.task(
+        raise DataError(f"{len(ids)} characters are too few: the last tenth is for validation")
+    return language.make_language_task(
         options,
         vocabulary,
         train_ids,
         valid_ids,
-        about=f"{len(train_ids):,} characters to train on, {len(valid_ids):,} to validate, {len(vocabulary)} different",
+        description=f"{len(train_ids):,} characters to train on, {len(valid_ids):,} to validate, "
+        f"{len(vocabulary)} different",
         title=f"{Path(options.data).stem}: LSTM",
-        unit="nats per character",
-        counted="characters",
-        say=lambda loss: f"{loss:.4f} nats  {loss / math.log(2):.4f} bits/char",
-        kept=(("vocabulary", vocabulary.characters),),
+        loss_unit="nats per character",
+        unit_name="characters",
+        format_loss=lambda loss: f"{loss:.4f} nats  {loss / math.log(2):.4f} bits/char",
+        sample_length=200,
+        extra_config={"vocabulary": vocabulary.characters},
     )
 
 
-def write(run: Options, config: dict[str, Any], load: Any, *, prompt: str, **how: Any) -> str:
-    """The prompt and what follows it; see `jaxlstm.training.tasks.language.write`."""
-    return prompt + language.write(run, data.Vocabulary(config["vocabulary"]), load, prompt=prompt, **how)
+def generate_text(
+    run_options: Options,
+    config: Mapping[str, Any],
+    load_params: Callable[[Callable[[Array], Any]], Any],
+    *,
+    prompt: str,
+    length: int,
+    key: Array,
+    temperature: float,
+) -> str:
+    """Returns the prompt and its continuation; see `jaxlstm.training.tasks.language.generate_text`."""
+    vocabulary = CharVocabulary(config["vocabulary"])
+    continuation = language.generate_text(
+        run_options, vocabulary, load_params, prompt=prompt, length=length, key=key, temperature=temperature
+    )
+    return prompt + continuation

@@ -1,5 +1,6 @@
-"""Ten symbols to be said again after a delay (Hochreiter & Schmidhuber 1997; Arjovsky et al. 2016)."""
+"""The copying task: repeat ten symbols after a delay (Hochreiter & Schmidhuber 1997; Arjovsky et al. 2016)."""
 
+import itertools
 import math
 from collections.abc import Iterator
 from typing import Any
@@ -12,8 +13,8 @@ from jax import Array
 
 from jaxlstm.training.config import Options
 from jaxlstm.training.data import synthetic
-from jaxlstm.training.tasks.language import build
-from jaxlstm.training.tasks.task import OF_SERIES, Task
+from jaxlstm.training.tasks.language import build_language_model
+from jaxlstm.training.tasks.task import Task, unused_options
 
 DEFAULTS: dict[str, Any] = {
     "embedding": 10,
@@ -26,51 +27,55 @@ DEFAULTS: dict[str, Any] = {
     "max_steps": 3000,
     "valid_every": 250,
 }
-UNUSED = ("data", "activation", "temporal_activation", *OF_SERIES)
-SYMBOLS, LENGTH = 10, 10  # eight to remember, blank and the one that asks for the answer; symbols to remember
-VALIDATED = 500  # sequences that are never trained on
+UNUSED = unused_options("window", "embedding")
+NUM_SYMBOLS = 10  # eight to repeat, the blank and the cue
+LENGTH = 10  # symbols to repeat
+NUM_VALIDATION = 500  # sequences held out from training
 
 
 def make(options: Options) -> Task:
-    """Sequences with a delay of ``--window`` steps, drawn anew for every batch."""
-    model = build(options, SYMBOLS, remember=options.window + 2 * LENGTH)
-    held_out = synthetic.copying(np.random.default_rng((options.seed, 0)), options.window, VALIDATED, LENGTH)
+    """Returns the copying task with a delay of ``--window`` steps; every batch is new."""
+    num_steps = options.window + 2 * LENGTH
+    model = build_language_model(options, NUM_SYMBOLS, longest_dependency=num_steps)
 
-    def batches(start: int) -> Iterator[synthetic.Copying]:
-        while True:
-            start += 1
-            yield synthetic.copying(np.random.default_rng((options.seed, start)), options.window, options.batch, LENGTH)
+    def draw_batch(number: int, batch_size: int) -> synthetic.CopyingBatch:
+        return synthetic.copying(np.random.default_rng((options.seed, number)), options.window, batch_size, LENGTH)
 
-    def loss(params: Any, carry: Any, batch: synthetic.Copying, key: Array) -> tuple[Array, tuple[Array, Any]]:
+    validation = draw_batch(0, NUM_VALIDATION)
+
+    def batches(start: int) -> Iterator[synthetic.CopyingBatch]:
+        for number in itertools.count(start + 1):
+            yield draw_batch(number, options.batch)
+
+    def loss(params: Any, carry: None, batch: synthetic.CopyingBatch, key: Array) -> tuple[Array, tuple[Array, None]]:
         logits, _ = model(params, batch.inputs, key=key)
-        value = optax.softmax_cross_entropy_with_integer_labels(logits, batch.targets).mean()
-        return value, (value, carry)
+        nats = optax.softmax_cross_entropy_with_integer_labels(logits, batch.targets).mean()
+        return nats, (nats, carry)
 
     @jax.jit
-    def score(params: Any) -> tuple[Array, Array]:
-        logits, _ = model(params, held_out.inputs)
-        nats = optax.softmax_cross_entropy_with_integer_labels(logits, held_out.targets).mean()
-        right = jnp.argmax(logits[-LENGTH:], -1) == held_out.targets[-LENGTH:]
-        return nats, right.mean()
+    def loss_and_accuracy(params: Any) -> tuple[Array, Array]:
+        logits, _ = model(params, validation.inputs)
+        nats = optax.softmax_cross_entropy_with_integer_labels(logits, validation.targets).mean()
+        correct = jnp.argmax(logits[-LENGTH:], -1) == validation.targets[-LENGTH:]
+        return nats, correct.mean()
 
     def evaluate(params: Any) -> dict[str, float]:
-        nats, right = score(params)
-        return {"loss": float(nats), "accuracy": float(right)}
+        nats, accuracy = loss_and_accuracy(params)
+        return {"loss": float(nats), "accuracy": float(accuracy)}
 
-    guess = LENGTH * math.log(8) / (options.window + 2 * LENGTH)
+    baseline = LENGTH * math.log(8) / num_steps
     return Task(
-        about=f"{LENGTH} symbols to be said again after {options.window:,} steps; guessing costs {guess:.4f}",
+        description=f"{LENGTH} symbols to repeat after {options.window:,} steps; guessing costs {baseline:.4f}",
         title=f"copying after {options.window:,} steps: {options.cell}",
-        unit="nats per step",
-        counted="sequences",
-        per_step=options.batch,
-        evaluated=VALIDATED,
-        say=lambda value: f"{value:.5f} nats",
+        loss_unit="nats per step",
+        unit_name="sequences",
+        units_per_step=options.batch,
+        validation_units=NUM_VALIDATION,
+        format_loss=lambda value: f"{value:.5f} nats",
         init=model.init,
-        carry=lambda params: None,
         batches=batches,
         loss=loss,
         lstm=model.lstm,
-        reads=lambda params, carry, batch: (params.embedding[batch.inputs], None),
+        lstm_inputs=lambda params, carry, batch: (params.embedding[batch.inputs], None),
         evaluate=evaluate,
     )

@@ -1,6 +1,7 @@
-"""Handwritten digits, the eight rows of an image one after the other (scikit-learn's 1,797 images).
+"""Handwritten digit classification: the eight rows of an image form a sequence (scikit-learn's 1,797 images).
 
-Two thirds are trained on, each shifted by up to a pixel; one sixth chooses the best parameters, one sixth is the test.
+Two thirds of the images are for training, each shifted by up to one pixel; one sixth is for validation, one for the
+test.
 """
 
 import itertools
@@ -13,12 +14,13 @@ import numpy as np
 import optax
 from jax import Array
 
+from jaxlstm.errors import optional_package
 from jaxlstm.training.config import Options
-from jaxlstm.training.data import text
-from jaxlstm.training.data.shuffling import epochs
-from jaxlstm.training.models.build import network
-from jaxlstm.training.models.sequence_regressor import Readout
-from jaxlstm.training.tasks.task import OF_LANGUAGE, OF_SERIES, Task
+from jaxlstm.training.data.shuffling import shuffled_batches
+from jaxlstm.training.data.text import fingerprint
+from jaxlstm.training.models.build import build_lstm
+from jaxlstm.training.models.sequence_regressor import SequenceRegressor
+from jaxlstm.training.tasks.task import Task, unused_options
 
 DEFAULTS: dict[str, Any] = {
     "hidden": 64,
@@ -29,78 +31,92 @@ DEFAULTS: dict[str, Any] = {
     "max_steps": 1500,
     "valid_every": 100,
 }
-UNUSED = ("data", "window", *OF_LANGUAGE, *OF_SERIES)
+UNUSED = unused_options()
+NUM_CLASSES = 10
 
 
 class Digits(NamedTuple):
-    """Images and what they show."""
+    """Images and their labels."""
 
-    rows: np.ndarray  # (8, B, 8) float32 in [0, 1], the top row first
+    rows: np.ndarray  # (8, B, 8) float32 in [0, 1]: the rows of the images, top row first
     labels: np.ndarray  # (B,) int32
 
 
 def make(options: Options) -> Task:
-    """The task; the split is the same for every seed."""
-    images, labels = load()
-    order = np.random.default_rng(0).permutation(len(labels))
-    cuts = [0, len(labels) * 4 // 6, len(labels) * 5 // 6, len(labels)]
-    train, valid, test = (
-        Digits(np.moveaxis(images[part], 0, 1), labels[part])
-        for part in (order[a:b] for a, b in itertools.pairwise(cuts))
-    )
-    model = Readout(network(options, images.shape[-1]), 10, options.dropout)
-
-    examples = epochs(len(train.labels), options.batch, options.seed)
+    """Returns the task; the split of the images does not depend on the seed."""
+    images, labels = load_images()
+    train, valid, test = split_images(images, labels)
+    model = SequenceRegressor(build_lstm(options, images.shape[-1]), NUM_CLASSES, options.dropout)
+    batch_indices = shuffled_batches(len(train.labels), options.batch, options.seed)
 
     def batches(start: int) -> Iterator[Digits]:
-        for position in itertools.count(start):
-            chosen, rng = examples(position), np.random.default_rng((options.seed, position))
-            rows = np.pad(train.rows[:, chosen], ((1, 1), (0, 0), (1, 1)))
-            down, right = rng.integers(3, size=(2, options.batch))
-            eight = np.arange(8)[:, None, None]
-            shifted = rows[eight + down[:, None], np.arange(options.batch)[:, None], eight.T + right[:, None]]
-            yield Digits(shifted, train.labels[chosen])
+        for number in itertools.count(start):
+            indices, rng = batch_indices(number), np.random.default_rng((options.seed, number))
+            yield Digits(shift_images(train.rows[:, indices], rng), train.labels[indices])
 
-    def loss(params: Any, carry: Any, batch: Digits, key: Array) -> tuple[Array, tuple[Array, Any]]:
+    def loss(params: Any, carry: None, batch: Digits, key: Array) -> tuple[Array, tuple[Array, None]]:
         logits = model(params, batch.rows, key=key)
-        value = optax.softmax_cross_entropy_with_integer_labels(logits, batch.labels).mean()
-        return value, (value, carry)
+        nats = optax.softmax_cross_entropy_with_integer_labels(logits, batch.labels).mean()
+        return nats, (nats, carry)
 
     @jax.jit
-    def score(params: Any, rows: Array, labels: Array) -> tuple[Array, Array]:
+    def loss_and_accuracy(params: Any, rows: Array, labels: Array) -> tuple[Array, Array]:
         logits = model(params, rows)
         nats = optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
         return nats, (jnp.argmax(logits, -1) == labels).mean()
 
-    def figures(params: Any, part: Digits) -> dict[str, float]:
-        nats, accuracy = score(params, *part)
+    def metrics(params: Any, part: Digits) -> dict[str, float]:
+        nats, accuracy = loss_and_accuracy(params, *part)
         return {"loss": float(nats), "accuracy": float(accuracy)}
 
     return Task(
-        about=f"{len(train.labels):,} images to train on, {len(valid.labels)} to validate, {len(test.labels)} to test",
+        description=f"{len(train.labels):,} images to train on, {len(valid.labels)} to validate, "
+        f"{len(test.labels)} to test",
         title="digits, row by row: LSTM",
-        unit="nats per image",
-        counted="images",
-        per_step=options.batch,
-        evaluated=len(valid.labels),
-        say=lambda value: f"{value:.4f} nats",
+        loss_unit="nats per image",
+        unit_name="images",
+        units_per_step=options.batch,
+        validation_units=len(valid.labels),
+        format_loss=lambda value: f"{value:.4f} nats",
         init=model.init,
-        carry=lambda params: None,
         batches=batches,
         loss=loss,
         lstm=model.lstm,
-        reads=lambda params, carry, batch: (batch.rows, None),
-        evaluate=lambda params: figures(params, valid),
-        test=lambda params: {f"test_{name}": value for name, value in figures(params, test).items()},
-        fingerprint=text.fingerprint(images, labels),
+        lstm_inputs=lambda params, carry, batch: (batch.rows, None),
+        evaluate=lambda params: metrics(params, valid),
+        test=lambda params: {f"test_{name}": value for name, value in metrics(params, test).items()},
+        fingerprint=fingerprint(images, labels),
     )
 
 
-def load() -> tuple[np.ndarray, np.ndarray]:
-    """Images ``(N, 8, 8)`` in [0, 1] and labels ``(N,)``."""
-    try:
+def load_images() -> tuple[np.ndarray, np.ndarray]:
+    """Returns images, float32 ``(N, 8, 8)`` in [0, 1], and labels, int32 ``(N,)``.
+
+    Raises:
+      ImportError: if scikit-learn is not installed.
+    """
+    with optional_package("sklearn", extra="tasks", purpose="--task digits"):
         from sklearn.datasets import load_digits
-    except ImportError:
-        raise ImportError("the images are scikit-learn's: pip install 'jaxlstm[tasks]'") from None
     pixels, labels = load_digits(return_X_y=True)
     return (np.asarray(pixels) / 16).reshape(-1, 8, 8).astype(np.float32), np.asarray(labels).astype(np.int32)
+
+
+def split_images(images: np.ndarray, labels: np.ndarray) -> tuple[Digits, Digits, Digits]:
+    """Returns the images for training, validation and test, in a fixed random order."""
+    n = len(labels)
+    order = np.random.default_rng(0).permutation(n)
+    train, valid, test = (
+        Digits(np.moveaxis(images[indices], 0, 1), labels[indices])
+        for indices in np.split(order, [n * 4 // 6, n * 5 // 6])
+    )
+    return train, valid, test
+
+
+def shift_images(rows: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Returns the images ``(8, B, 8)``, each shifted by up to one pixel in both directions."""
+    batch_size, pixels = rows.shape[1], np.arange(8)
+    padded = np.pad(rows, ((1, 1), (0, 0), (1, 1)))
+    down, right = rng.integers(3, size=(2, batch_size))
+    return padded[
+        pixels[:, None, None] + down[:, None], np.arange(batch_size)[:, None], pixels[None, None, :] + right[:, None]
+    ]

@@ -1,101 +1,149 @@
-"""What language models of characters and of words have in common."""
+"""The parts that character and word language models share."""
 
-from collections.abc import Iterator
-from typing import Any, Protocol
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, Protocol, runtime_checkable
 
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
 from jaxlstm.training.config import Options
-from jaxlstm.training.data import text as data
-from jaxlstm.training.models.build import network
-from jaxlstm.training.models.language_model import LanguageModel, carried, evaluate, generate, training_loss
+from jaxlstm.training.data.text import Window, fingerprint, training_windows
+from jaxlstm.training.models.build import build_lstm
+from jaxlstm.training.models.language_model import LanguageModel, evaluate, generate, restart_carry, training_loss
 from jaxlstm.training.tasks.task import Task
 
 
-class Alphabet(Protocol):
-    """Text to ids and back."""
+@runtime_checkable
+class Vocabulary(Protocol):
+    """A mapping between text and token ids."""
 
     def __len__(self) -> int:
-        """Number of ids."""
+        """Returns the number of tokens."""
         ...
 
     def encode(self, text: str) -> np.ndarray:
-        """The ids of a text."""
+        """Returns the token ids of a text."""
         ...
 
     def decode(self, ids: np.ndarray) -> str:
-        """The text of ids."""
+        """Returns the text of token ids."""
         ...
 
 
-def build(options: Options, vocabulary_size: int, *, remember: int | None = None) -> LanguageModel:
-    """The model that the options describe; ``remember`` as in `jaxlstm.training.models.build.network`."""
-    if options.bidirectional:
-        raise ValueError("--bidirectional would let a language model see what it has to predict")
-    lstm = network(options, options.embedding, remember=remember)
-    return LanguageModel(vocabulary_size, lstm, options.dropout, options.tied, options.embedding_dropout)
-
-
-def task(options: Options, alphabet: Alphabet, train_ids: np.ndarray, valid_ids: np.ndarray, **described: Any) -> Task:
-    """Truncated backpropagation through time over ``train_ids``, measured on ``valid_ids``.
+def build_language_model(
+    options: Options, vocabulary_size: int, *, longest_dependency: int | None = None
+) -> LanguageModel:
+    """Returns the language model that the options describe.
 
     Args:
-      options: of the run.
-      alphabet: of the ids.
-      train_ids: text to train on.
-      valid_ids: text to validate on.
-      **described: the fields of `Task` that say what it is: ``about``, ``title``, ``unit``, ``counted``, ``say``,
-        ``kept``.
+      options: options of the run.
+      vocabulary_size: V.
+      longest_dependency: passed to `jaxlstm.training.models.build.build_lstm`.
+
+    Raises:
+      ValueError: for ``--bidirectional``.
     """
-    windows = (train_ids, options.batch, options.window, options.seed)
-    data.training_windows(*windows)  # complains before anything is made
-    model = build(options, len(alphabet))
-    opening = jnp.asarray(valid_ids[:1])
-
-    def batches(start: int) -> Iterator[data.Window]:
-        return data.training_windows(*windows, start)
-
-    def show(params: Any, key: Array) -> str:
-        length = 200 if described["counted"] == "characters" else 60
-        return alphabet.decode(np.asarray(generate(model, params, opening, length, key, options.temperature)))
-
-    return Task(
-        per_step=options.batch * options.window,
-        evaluated=len(valid_ids) - 1,
-        init=model.init,
-        carry=lambda params: model.lstm.initial_state((options.batch,), params.lstm),
-        batches=batches,
-        loss=training_loss(model, activation=options.activation, temporal_activation=options.temporal_activation),
-        lstm=model.lstm,
-        reads=lambda params, carry, window: (params.embedding[window.inputs], carried(carry, window)),
-        evaluate=lambda params: {"loss": evaluate(model, params, valid_ids, batch=options.batch)},
-        show=show,
-        fingerprint=data.fingerprint(train_ids, valid_ids, repr(alphabet)),
-        **described,
+    if options.bidirectional:
+        raise ValueError("--bidirectional would let a language model see the tokens that it has to predict")
+    lstm = build_lstm(options, options.embedding, longest_dependency=longest_dependency)
+    return LanguageModel(
+        vocabulary_size, lstm, options.dropout, options.tied, options.embedding_dropout, options.variational
     )
 
 
-def write(
-    run: Options, alphabet: Alphabet, load: Any, *, prompt: str, length: int, key: Array, temperature: float
-) -> str:
-    """Text that goes on from ``prompt``.
+def make_language_task(
+    options: Options,
+    vocabulary: Vocabulary,
+    train_ids: np.ndarray,
+    valid_ids: np.ndarray,
+    *,
+    description: str,
+    title: str,
+    loss_unit: str,
+    unit_name: str,
+    format_loss: Callable[[float], str],
+    sample_length: int,
+    extra_config: Mapping[str, Any],
+) -> Task:
+    """Returns the task of truncated backpropagation through time over ``train_ids``, validated on ``valid_ids``.
 
     Args:
-      run: options of the run.
-      alphabet: of its text.
-      load: gives its parameters for the function that initialises them.
-      prompt: at least one character.
-      length: number of tokens to write.
-      key: PRNG key.
-      temperature: divides the logits.
+      options: options of the run.
+      vocabulary: vocabulary of the ids.
+      train_ids: token ids of the training text.
+      valid_ids: token ids of the validation text.
+      description: field of `Task`, as are ``title``, ``loss_unit``, ``unit_name``, ``format_loss``, ``extra_config``.
+      title: see `Task`.
+      loss_unit: see `Task`.
+      unit_name: see `Task`.
+      format_loss: see `Task`.
+      sample_length: tokens of the text sampled after each validation.
+      extra_config: the vocabulary; also part of the fingerprint.
 
     Raises:
-      ValueError: for a prompt that is empty or not of this alphabet.
+      DataError: if the training text is shorter than one window.
     """
-    start = jnp.asarray(alphabet.encode(prompt))
-    if not start.size:
+
+    def batches(start: int) -> Iterator[Window]:
+        return training_windows(train_ids, options.batch, options.window, options.seed, start)
+
+    batches(0)  # raises before any array is allocated if the text is too short
+    model = build_language_model(options, len(vocabulary))
+    first_token = jnp.asarray(valid_ids[:1])
+
+    def sample(params: Any, key: Array) -> str:
+        ids = generate(model, params, first_token, sample_length, key, options.temperature)
+        return vocabulary.decode(np.asarray(ids))
+
+    return Task(
+        description=description,
+        title=title,
+        loss_unit=loss_unit,
+        unit_name=unit_name,
+        units_per_step=options.batch * options.window,
+        validation_units=len(valid_ids) - 1,
+        format_loss=format_loss,
+        init=model.init,
+        init_carry=lambda params: model.lstm.initial_state((options.batch,), params.lstm),
+        batches=batches,
+        loss=training_loss(model, activation=options.activation, temporal_activation=options.temporal_activation),
+        lstm=model.lstm,
+        lstm_inputs=lambda params, carry, window: (params.embedding[window.inputs], restart_carry(carry, window)),
+        evaluate=lambda params: {"loss": evaluate(model, params, valid_ids, batch_size=options.batch)},
+        sample=sample,
+        fingerprint=fingerprint(train_ids, valid_ids, repr(extra_config)),
+        extra_config=extra_config,
+    )
+
+
+def generate_text(
+    run_options: Options,
+    vocabulary: Vocabulary,
+    load_params: Callable[[Callable[[Array], Any]], Any],
+    *,
+    prompt: str,
+    length: int,
+    key: Array,
+    temperature: float,
+) -> str:
+    """Returns text that continues ``prompt``.
+
+    Args:
+      run_options: options of the trained run.
+      vocabulary: vocabulary of the trained run.
+      load_params: returns the trained parameters, given the function that initializes them.
+      prompt: at least one character or word.
+      length: number of tokens to generate.
+      key: PRNG key.
+      temperature: divides the logits; 0 takes the most likely token.
+
+    Raises:
+      ValueError: if the prompt is empty or has characters outside the vocabulary.
+    """
+    prompt_ids = jnp.asarray(vocabulary.encode(prompt))
+    if not prompt_ids.size:
         raise ValueError(f"--prompt must have at least one character or word, got {prompt!r}")
-    model = build(run, len(alphabet))
-    return alphabet.decode(np.asarray(generate(model, load(model.init), start, length, key, temperature)))
+    model = build_language_model(run_options, len(vocabulary))
+    params = load_params(model.init)
+    return vocabulary.decode(np.asarray(generate(model, params, prompt_ids, length, key, temperature)))

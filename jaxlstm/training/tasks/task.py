@@ -1,56 +1,105 @@
-"""What `train.py` knows of a task."""
+"""The contract between the training loop and a task, and the options that only some tasks use."""
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, Protocol, runtime_checkable
 
 from jax import Array
 
 from jaxlstm.lstm import LSTM
 from jaxlstm.params import State
+from jaxlstm.training.config import Options
 from jaxlstm.training.train_step import Loss
 
-OF_LANGUAGE = ("embedding", "tied", "embedding_dropout", "activation", "temporal_activation")  # options of some tasks
-OF_SERIES = ("horizon", "season")
+OptionGroup = Literal["data", "window", "embedding", "activation_regularization", "forecasting"]
+
+# Options that not every task uses, by group. All other options apply to every task.
+OPTION_GROUPS: dict[OptionGroup, tuple[str, ...]] = {
+    "data": ("data",),
+    "window": ("window",),
+    "embedding": ("embedding", "tied", "embedding_dropout"),
+    "activation_regularization": ("activation", "temporal_activation"),
+    "forecasting": ("horizon", "season"),
+}
 
 
-def nothing_to_show(params: Any, key: Array) -> str:
-    """No text."""
+def unused_options(*used: OptionGroup) -> tuple[str, ...]:
+    """Returns the options that a task does not use, given the groups that it uses."""
+    return tuple(name for group, names in OPTION_GROUPS.items() if group not in used for name in names)
+
+
+def no_carry(params: Any) -> None:
+    """Returns None: batches do not continue each other."""
+    del params
+
+
+def no_sample(params: Any, key: Array) -> str:
+    """Returns an empty text."""
     del params, key
     return ""
 
 
-def nothing_to_test(params: Any) -> dict[str, float]:
-    """No figures."""
+def no_metrics(params: Any) -> dict[str, float]:
+    """Returns no metrics."""
     del params
     return {}
 
 
-def nothing_to_draw(params: Any, folder: Path) -> None:
-    """No picture."""
+def no_figures(params: Any, folder: Path) -> None:
+    """Draws nothing."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Task:
-    """Data, model and measure; parameters are whatever pytree ``init`` makes."""
+    """Data, model, loss and metrics of a task; parameters are the pytree that ``init`` returns."""
 
-    about: str  # the data in a line; a resumed run must have the same
-    title: str  # of the curves
-    unit: str  # of the loss
-    counted: str  # what speed is measured in, as in "characters"
-    per_step: int  # how many of them a step takes in
-    evaluated: int  # how many of them the validation data hold
-    say: Callable[[float], str]  # a loss, with its unit
+    description: str  # one line about the data; a resumed run must have the same
+    title: str  # title of the learning curves
+    loss_unit: str  # unit of the loss, such as "nats per character"
+    unit_name: str  # plural name of the units that speed is measured in, such as "characters"
+    units_per_step: int  # units in a training batch
+    validation_units: int  # units in the validation data
+    format_loss: Callable[[float], str]  # formats a loss with its unit
     init: Callable[[Array], Any]  # parameters from a PRNG key
-    carry: Callable[[Any], Any]  # recurrent state before the first batch; None where nothing is carried
-    batches: Callable[[int], Iterator[Any]]  # endless, from a position: the number of batches already taken
+    init_carry: Callable[[Any], Any] = no_carry  # params -> recurrent state before the first batch, or None
+    batches: Callable[[int], Iterator[Any]]  # endless batches after skipping the given number of them
     loss: Loss
-    lstm: LSTM  # the recurrent network, whose parameters are those of the model under ``lstm``
-    reads: Callable[[Any, Any, Any], tuple[Array, State | None]]  # (params, carry, batch) -> its inputs and first state
-    evaluate: Callable[[Any], dict[str, float]]  # figures on the validation data; the smaller "loss", the better
-    show: Callable[[Any, Array], str] = nothing_to_show  # what the model makes, in lines, after each validation
-    test: Callable[[Any], dict[str, float]] = nothing_to_test  # figures of the best parameters, once, at the end
-    draw: Callable[[Any, Path], None] = nothing_to_draw  # pictures of the best parameters, into the folder of the run
-    fingerprint: str = ""  # of the data, where they are read and not made; a resumed run must have the same
-    kept: tuple[tuple[str, Any], ...] = ()  # what config.json needs besides the options
+    lstm: LSTM  # the recurrent network; its parameters are the field ``lstm`` of the model's
+    lstm_inputs: Callable[[Any, Any, Any], tuple[Array, State | None]]  # (params, carry, batch) -> (xs, initial state)
+    evaluate: Callable[[Any], dict[str, float]]  # params -> validation metrics; the lowest "loss" is the best
+    sample: Callable[[Any, Array], str] = no_sample  # (params, key) -> text to show after each validation
+    test: Callable[[Any], dict[str, float]] = no_metrics  # best params -> test metrics at the end of the run
+    draw: Callable[[Any, Path], None] = no_figures  # (best params, run folder): draws figures at the end of the run
+    fingerprint: str = ""  # hash of data read from files; a resumed run must have the same
+    extra_config: Mapping[str, Any] = field(default_factory=dict)  # entries of config.json besides the options
+
+
+class TaskModule(Protocol):
+    """A module that defines a task."""
+
+    DEFAULTS: dict[str, Any]  # defaults of `Options` that differ for this task
+    UNUSED: tuple[str, ...]  # options without effect on this task: an error if given
+
+    def make(self, options: Options) -> Task:
+        """Returns the task with the given options."""
+        ...
+
+
+@runtime_checkable
+class LanguageTaskModule(TaskModule, Protocol):
+    """A module that defines a task whose model generates text."""
+
+    def generate_text(
+        self,
+        run_options: Options,
+        config: Mapping[str, Any],
+        load_params: Callable[[Callable[[Array], Any]], Any],
+        *,
+        prompt: str,
+        length: int,
+        key: Array,
+        temperature: float,
+    ) -> str:
+        """Returns the prompt and its continuation; see `jaxlstm.training.tasks.language.generate_text`."""
+        ...

@@ -1,18 +1,21 @@
-"""The next word of a text, after the recipe of AWD-LSTM (Merity, Keskar & Socher 2018).
+"""Word language modeling with the recipe of AWD-LSTM (Merity, Keskar & Socher 2018).
 
-Text is words and blanks, one sentence a line, as in the Penn Treebank's files. ``--data`` is one such file, whose last
-tenth is for validation, or a folder with a file ``*train*`` and a file ``*valid*`` in it.
+The text consists of words separated by blanks, one sentence per line, as in the files of the Penn Treebank. ``--data``
+is one such file, whose last tenth is for validation, or a folder with one file ``*train*`` and one file ``*valid*``.
 """
 
 import math
 import re
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from jax import Array
+
 from jaxlstm.training.config import Options
-from jaxlstm.training.data import text as data
+from jaxlstm.training.data.text import EMBEDDED, DataError, WordVocabulary, load_text
 from jaxlstm.training.tasks import language
-from jaxlstm.training.tasks.task import OF_SERIES, Task
+from jaxlstm.training.tasks.task import Task, unused_options
 
 DEFAULTS: dict[str, Any] = {
     "embedding": 200,
@@ -35,56 +38,70 @@ DEFAULTS: dict[str, Any] = {
     "max_steps": 6000,
     "valid_every": 100,
 }
-UNUSED = OF_SERIES
+UNUSED = unused_options("data", "window", "embedding", "activation_regularization")
 
 
 def make(options: Options) -> Task:
-    """The task on the text that the options name."""
-    train_text, valid_text = texts(options.data)
-    words = data.Words.of(train_text)
-    train_ids, valid_ids = words.encode(train_text), words.encode(valid_text)
+    """Returns the task on the text of ``--data``."""
+    train_text, valid_text = load_texts(options.data)
+    vocabulary = WordVocabulary.from_text(train_text)
+    train_ids, valid_ids = vocabulary.encode(train_text), vocabulary.encode(valid_text)
     if len(valid_ids) < 2:
-        raise data.DataError(f"{len(valid_ids)} words are too few to validate on")
-    return language.task(
+        raise DataError(f"{len(valid_ids)} words are too few to validate on")
+    return language.make_language_task(
         options,
-        words,
+        vocabulary,
         train_ids,
         valid_ids,
-        about=f"{len(train_ids):,} words to train on, {len(valid_ids):,} to validate, {len(words):,} different",
+        description=f"{len(train_ids):,} words to train on, {len(valid_ids):,} to validate, "
+        f"{len(vocabulary):,} different",
         title=f"words of {Path(options.data).stem}: LSTM",
-        unit="nats per word",
-        counted="words",
-        say=lambda loss: f"{loss:.4f} nats  perplexity {math.exp(min(loss, 99)):.2f}",
-        kept=(("vocabulary", list(words.words)),),
+        loss_unit="nats per word",
+        unit_name="words",
+        format_loss=lambda loss: f"{loss:.4f} nats  perplexity {math.exp(min(loss, 99)):.2f}",
+        sample_length=60,
+        extra_config={"vocabulary": list(vocabulary.words)},
     )
 
 
-def texts(source: str) -> tuple[str, str]:
-    """Text to train on and to validate on.
+def load_texts(source: str) -> tuple[str, str]:
+    """Returns the training text and the validation text.
 
     Raises:
-      DataError: if it cannot be had, is one line, or is a folder without either part.
+      DataError: if a text cannot be read, is one line, or is a folder without one of the two files.
     """
     folder = Path(source)
     if folder.is_dir():
-        found = [sorted(folder.glob(f"*{part}*")) for part in ("train", "valid")]
-        if any(len(paths) != 1 for paths in found):
-            raise data.DataError(f"{folder} must hold one file *train* and one *valid*, got {found[0] + found[1]}")
-        train, valid = (data.load_text(str(paths[0])) for paths in found)
-        return train, valid
-    text = data.load_text(source)
-    if source == data.EMBEDDED:  # prose: words and marks apart, in small letters
+        train, valid = (sorted(folder.glob(f"*{part}*")) for part in ("train", "valid"))
+        if len(train) != 1 or len(valid) != 1:
+            raise DataError(f"{folder} must hold one file *train* and one *valid*, got {train + valid}")
+        return load_text(str(train[0])), load_text(str(valid[0]))
+    text = load_text(source)
+    if source == EMBEDDED:  # prose: lower-case it and separate words from punctuation
         text = "\n".join(" ".join(re.findall(r"\w+|[^\w\s]", line.lower())) for line in text.splitlines() if line)
     lines = text.splitlines()
     cut = int(len(lines) * 0.9)
     if cut == 0:
-        raise data.DataError(
-            f"{source} is one line: words are split by lines into nine tenths to train on and one to validate on; or "
-            "--data is a folder with a file *train* and a file *valid*"
+        raise DataError(
+            f"{source} is one line: words are split by lines, nine tenths to train on and one tenth to validate on; or "
+            "pass a folder with a file *train* and a file *valid* to --data"
         )
     return "\n".join(lines[:cut]), "\n".join(lines[cut:])
 
 
-def write(run: Options, config: dict[str, Any], load: Any, *, prompt: str, **how: Any) -> str:
-    """The prompt and what follows it; see `jaxlstm.training.tasks.language.write`."""
-    return f"{prompt} {language.write(run, data.Words(tuple(config['vocabulary'])), load, prompt=prompt, **how)}"
+def generate_text(
+    run_options: Options,
+    config: Mapping[str, Any],
+    load_params: Callable[[Callable[[Array], Any]], Any],
+    *,
+    prompt: str,
+    length: int,
+    key: Array,
+    temperature: float,
+) -> str:
+    """Returns the prompt and its continuation; see `jaxlstm.training.tasks.language.generate_text`."""
+    vocabulary = WordVocabulary(tuple(config["vocabulary"]))
+    continuation = language.generate_text(
+        run_options, vocabulary, load_params, prompt=prompt, length=length, key=key, temperature=temperature
+    )
+    return f"{prompt} {continuation}"

@@ -1,0 +1,511 @@
+"""The base class of recurrent networks: options, initialization, the call, the step and the loop over layers.
+
+`jaxlstm.LSTM` and `jaxlstm.ConvLSTM` add the shapes of their parameters, the dense part of a step and their options.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import KW_ONLY, MISSING, dataclass, fields
+from functools import lru_cache, partial
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from jax.typing import ArrayLike, DTypeLike
+from jaxtyping import Bool, Float, Int
+
+from jaxlstm import initializers, validation
+from jaxlstm.cells import CELLS, Cell
+from jaxlstm.dropout import RegularizerMasks, RegularizerRates, dropout, regularizer_key
+from jaxlstm.params import Layer, Norm, Params, State, Weights, output_dtype, state_dtype
+from jaxlstm.primitives.pytrees import tree_concatenate, tree_index, tree_stack
+from jaxlstm.recurrence import masking
+from jaxlstm.recurrence.context import LayerInputs, ScanContext
+
+CellName = Literal["lstm", "peephole", "cifg", "rnn"]
+NO_RATES, NO_MASKS = RegularizerRates(), RegularizerMasks()
+
+
+class CallArgs(NamedTuple):
+    """Arguments of a call, validated."""
+
+    params: Params
+    xs: Array  # (T, *batch, *features)
+    state: State | None  # initial state; None for zeros or the learned one
+    lengths: Array | None  # (*batch,) int
+    mask: Array | None  # (T, *batch) bool
+    resets: Array | None  # (T, *batch) bool
+    key: Array | None
+
+
+# (layer, xs, state, inputs, reverse) -> (ys, new state): one layer over time
+RunLayer = Callable[[Layer, Array, State, LayerInputs, bool], tuple[Any, State]]
+
+
+@dataclass(frozen=True, repr=False)
+class RecurrentNetwork:
+    """Base class of recurrent networks; `jaxlstm.LSTM` documents the options.
+
+    A subclass implements `feature_shape`, `weight_shapes`, `weight_initializers`, `run_layer` and `layer_step`.
+    """
+
+    input_size: int
+    hidden_size: int
+    _: KW_ONLY
+    num_layers: int = 1
+    bidirectional: bool = False
+    cell: CellName | Cell = "lstm"
+    use_bias: bool = True
+    learned_state: bool = False
+    forget_bias: float | None = None
+    chrono: int | None = None
+    dropout: float = 0.0
+    input_dropout: float = 0.0
+    output_dropout: float = 0.0
+    variational: bool = False
+    dtype: DTypeLike | None = None
+    param_dtype: DTypeLike = jnp.float32
+    remat: int | None = None
+    unroll: int = 1
+
+    def __post_init__(self) -> None:
+        for name in ("input_size", "hidden_size", "num_layers", "unroll"):
+            self._set(name, validation.positive_int(name, getattr(self, name)))
+        for name in ("bidirectional", "use_bias", "learned_state", "variational"):
+            self._set(name, validation.flag(name, getattr(self, name)))
+        for name in ("dropout", "input_dropout", "output_dropout"):
+            self._set(name, validation.rate(name, getattr(self, name)))
+        self._set("param_dtype", validation.float_dtype("param_dtype", self.param_dtype))
+        if self.dtype is not None:
+            self._set("dtype", validation.float_dtype("dtype", self.dtype))
+        if self.remat is not None:
+            self._set("remat", validation.positive_int("remat", self.remat))
+        if isinstance(self.cell, Cell):
+            validation.cell(self.cell)
+        else:
+            validation.choice("cell", self.cell, self.cell_names)
+        self._check_forget_gate()
+        validation.warn_unused_dropout(self.dropout, self.num_layers, self.variational)
+
+    def _set(self, name: str, value: Any) -> None:
+        """Normalizes a field once, so that equal configurations compare equal."""
+        object.__setattr__(self, name, value)
+
+    def _check_forget_gate(self) -> None:
+        """Checks the options that set the initial bias of the forget gate."""
+        for name in ("forget_bias", "chrono"):
+            value = getattr(self, name)
+            if value is not None and self.resolved_cell.forget_gate is None:
+                raise ValueError(f"{name}={value!r} needs a cell with a forget gate, got cell={self.cell!r}")
+            if value is not None and not self.use_bias:
+                raise ValueError(f"{name}={value!r} needs a bias, got use_bias=False")
+        if self.forget_bias is not None:
+            self._set("forget_bias", validation.number("forget_bias", self.forget_bias))
+        if self.chrono is not None:
+            self._set("chrono", validation.positive_int("chrono", self.chrono))
+            if self.chrono < 3 or self.forget_bias is not None:
+                raise ValueError(f"chrono must be at least 3 and without forget_bias, got chrono={self.chrono}")
+
+    def __repr__(self) -> str:
+        """Shows the sizes and the options that differ from their defaults."""
+        parts = []
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if field.default is MISSING:
+                parts.append(f"{value!r}" if not field.kw_only else f"{field.name}={value!r}")
+            elif value != self._normalized_default(field.name, field.default):
+                is_dtype = field.name in ("dtype", "param_dtype")
+                parts.append(f"{field.name}={jnp.dtype(value).name if is_dtype else repr(value)}")
+        return f"{type(self).__name__}({', '.join(parts)})"
+
+    def _normalized_default(self, name: str, default: Any) -> Any:
+        """Returns the default of a field in the form in which the field holds it."""
+        del name
+        return default
+
+    # Shapes and dtypes
+
+    @property
+    def cell_names(self) -> tuple[str, ...]:
+        """The names that ``cell`` may have."""
+        return tuple(CELLS)
+
+    @property
+    def resolved_cell(self) -> Cell:
+        """The `jaxlstm.Cell` that ``cell`` names."""
+        return self.cell if isinstance(self.cell, Cell) else CELLS[self.cell]
+
+    @property
+    def output_size(self) -> int:
+        """P, the size of h."""
+        return self.hidden_size
+
+    @property
+    def num_directions(self) -> int:
+        """D."""
+        return 2 if self.bidirectional else 1
+
+    @property
+    def output_dtype(self) -> jnp.dtype:
+        """Dtype of matrix products and outputs."""
+        return output_dtype(self.dtype, self.param_dtype)
+
+    @property
+    def state_dtype(self) -> jnp.dtype:
+        """Dtype of the state, the gates and all sums: float32 or wider."""
+        return state_dtype(self.dtype, self.param_dtype)
+
+    @property
+    def num_parameters(self) -> int:
+        """Number of parameters."""
+        return sum(int(np.prod(a.shape)) for a in jax.tree.leaves(self.param_shapes()))
+
+    def feature_shape(self, size: int) -> tuple[int, ...]:
+        """Returns the axes of an array with ``size`` features that follow the batch axes."""
+        raise NotImplementedError
+
+    def weight_shapes(self, input_size: int) -> Weights:
+        """Returns the shape and dtype of the weights of one direction of a layer with this input size."""
+        raise NotImplementedError
+
+    def param_shape(self, *shape: int) -> Any:
+        """Returns a parameter's shape and dtype, a `jax.ShapeDtypeStruct`."""
+        return jax.ShapeDtypeStruct(shape, self.param_dtype)
+
+    def weight_initializers(self) -> Mapping[str, initializers.Initializer]:
+        """Returns the initializers of the random arrays by the names of `Weights`; those of ``b`` are added."""
+        raise NotImplementedError
+
+    def param_shapes(self) -> Params:
+        """Returns the shape and dtype of every parameter, as `jax.ShapeDtypeStruct`."""
+        return _param_shapes(self)
+
+    def state_shapes(self, batch_shape: tuple[int, ...] = ()) -> State:
+        """Returns the shape and dtype of the state for these batch axes, as `jax.ShapeDtypeStruct`."""
+        return _state_shapes(self, batch_shape)
+
+    def summary(self) -> None:
+        """Prints every parameter array with its shape and number of elements, and the total."""
+        rows = []
+        for path, a in jax.tree_util.tree_flatten_with_path(self.param_shapes())[0]:
+            rows.append((jax.tree_util.keystr(path).lstrip("."), str(a.shape), f"{int(np.prod(a.shape)):,}"))
+        rows.append(("total", str(jnp.dtype(self.param_dtype).name), f"{self.num_parameters:,}"))
+        widths = [max(len(row[n]) for row in rows) for n in range(3)]
+        print(self)
+        for name, shape, count in rows:
+            print(f"{name:<{widths[0]}}  {shape:<{widths[1]}}  {count:>{widths[2]}}")
+
+    # Initialization
+
+    def init(self, key: Array) -> Params:
+        """Initializes the parameters, in ``param_dtype``.
+
+        Input weights and projections are Glorot-uniform and recurrent weights orthogonal, separately for each gate.
+        Biases are zero, except that the forget gate's is ``forget_bias`` or 1. Gains of layer normalization are 1.
+        Peepholes and a learned state are zero.
+
+        Args:
+          key: PRNG key.
+        """
+        validation.key(key)
+        self._check_dtypes()
+        shapes = self.param_shapes()
+        initialize = {**self.weight_initializers(), "b": self._bias_initializer()}
+        names = [name for name in Weights._fields if name in initialize]
+        weights = [w for layer in shapes.layers for w in layer.directions]
+        keys = iter(jax.random.split(key, sum(getattr(w, name) is not None for w in weights for name in names)))
+
+        def init_weights(shapes: Weights) -> Weights:
+            arrays = {name: getattr(shapes, name) for name in names}
+            drawn = {
+                name: initialize[name](next(keys), a.shape, a.dtype) for name, a in arrays.items() if a is not None
+            }
+            return shapes._replace(**{"w_c": _zeros(shapes.w_c), "norm": _init_norm(shapes.norm)} | drawn)
+
+        layers = tuple(Layer(*(init_weights(w) for w in layer.directions)) for layer in shapes.layers)
+        return Params(layers, _zeros(shapes.state))
+
+    def _bias_initializer(self) -> initializers.Initializer:
+        cell = self.resolved_cell
+        if self.chrono is not None and cell.forget_gate is not None:
+            return initializers.chrono(cell.num_gates, cell.forget_gate, cell.input_gate, self.chrono)
+        return initializers.forget_bias(
+            cell.num_gates, cell.forget_gate, 1.0 if self.forget_bias is None else self.forget_bias
+        )
+
+    def initial_state(self, batch_shape: int | tuple[int, ...] = (), params: Params | None = None) -> State:
+        """Returns the state before the first step: zeros, or the learned state.
+
+        Args:
+          batch_shape: the batch axes; an int for one axis.
+          params: from `init`; needed if the initial state is learned, ignored otherwise.
+
+        Returns:
+          h ``(L*D, *batch, P)`` and c ``(L*D, *batch, H)`` (None for a cell without it), float32 or wider; for a
+          convolutional network with the spatial axes before the channels.
+
+        Raises:
+          ValueError, TypeError: if the state is learned and ``params`` is missing or not of this configuration.
+        """
+        self._check_dtypes()
+        batch = validation.sizes("batch_shape", batch_shape)
+        if self.learned_state:
+            if params is None:
+                raise ValueError("initial_state needs params: learned_state=True, and the state is one of them")
+            self.check_params(params)
+        return self._initial_state(batch, params)
+
+    def _initial_state(self, batch: tuple[int, ...], params: Params | None) -> State:
+        shapes = self.state_shapes(batch)
+        if params is None or params.state is None:
+            return _zeros(shapes)
+
+        def over_batch(a: Array, like: Any) -> Array:
+            a = a.reshape(a.shape[0], *[1] * len(batch), *a.shape[1:])
+            return jnp.broadcast_to(a, like.shape).astype(like.dtype)
+
+        return jax.tree.map(over_batch, params.state, shapes)
+
+    # Running
+
+    def __call__(
+        self,
+        params: Params,
+        xs: Float[ArrayLike, "T *batch_and_features"],
+        state: State | tuple[Any, Any] | None = None,
+        *,
+        lengths: Int[ArrayLike, "*batch"] | None = None,
+        mask: Bool[ArrayLike, "T *batch"] | None = None,
+        resets: Bool[ArrayLike, "T *batch"] | None = None,
+        reverse: bool = False,
+        key: Array | None = None,
+    ) -> tuple[Float[Array, "T *batch_and_outputs"], State]:
+        """Runs all layers over a sequence.
+
+        ``lengths``, ``mask`` and ``resets`` combine. A skipped step does not exist: its input is never read, not even
+        for gradients, its output is zero, the state passes it unchanged, and a reset marked on it has no effect. For a
+        convolutional network they apply to whole fields.
+
+        Args:
+          params: from `init`.
+          xs: inputs ``(T, *batch, I)``; for a convolutional network ``(T, *batch, *spatial, I)``. They are cast to
+            ``dtype`` before a matrix product.
+          state: initial state, a `State` or a tuple ``(h, c)``; if None zeros, or the learned state.
+          lengths: steps at and past the length are skipped; length 0 returns the initial state.
+          mask: steps where it is False are skipped.
+          resets: True marks the first step of a new sequence: the state is zero, or the learned one, before it; in a
+            direction that runs backward, after it.
+          reverse: time runs backward from each sequence's own last step; outputs stay aligned with inputs.
+          key: PRNG key that turns the random regularizers on; without it the call is deterministic, and zoneout takes
+            its expectation.
+
+        Returns:
+          ``(ys, state)``: outputs of the last layer ``(T, *batch, D*P)`` in ``dtype``, and the state after the last
+          step.
+
+        Raises:
+          ValueError, TypeError: while tracing, for a wrong shape, size, dtype or type.
+        """
+        args = self.check_call(params, xs, state, lengths=lengths, mask=mask, resets=resets, key=key)
+        return self._apply(args, validation.flag("reverse", reverse))
+
+    def step(
+        self,
+        params: Params,
+        state: State | tuple[Any, Any],
+        x: Float[ArrayLike, "*batch_and_features"],
+        *,
+        reset: Bool[ArrayLike, "*batch"] | None = None,
+    ) -> tuple[State, Float[Array, "*batch_and_outputs"]]:
+        """Takes one step of all layers, without regularizers, for streaming and reinforcement learning.
+
+        The result is in the order of a `jax.lax.scan` body: ``jax.lax.scan(partial(lstm.step, params), state, xs)``.
+
+        Args:
+          params: from `init`.
+          state: from `initial_state`, from a call or from the previous step.
+          x: input of this step.
+          reset: the state is zero, or the learned one, before this step where it is True.
+
+        Returns:
+          ``(state, y)``.
+
+        Raises:
+          ValueError, TypeError: while tracing, for a wrong shape, size, dtype or type, or a bidirectional network.
+        """
+        if self.bidirectional:
+            raise ValueError("step runs one direction: a bidirectional network needs the whole sequence")
+        self._check_dtypes()
+        self.check_params(params)
+        x = validation.inputs("x", x, self.feature_shape(self.input_size), "*batch")
+        batch = x.shape[: x.ndim - self._num_feature_axes]
+        state = validation.state(state, self.state_shapes(batch))
+        reset = None if reset is None else validation.array("reset", reset, jnp.bool_, batch)
+        return self._step(params, state, x, reset)
+
+    def check_params(self, params: Any) -> None:
+        """Raises a ValueError or TypeError if ``params`` are not parameters of this configuration."""
+        validation.params(params, self.param_shapes(), self.state_dtype)
+
+    def check_call(
+        self,
+        params: Params,
+        xs: Any,
+        state: Any = None,
+        *,
+        lengths: Any = None,
+        mask: Any = None,
+        resets: Any = None,
+        key: Array | None = None,
+    ) -> CallArgs:
+        """Validates the arguments of a call.
+
+        Raises:
+          ValueError, TypeError: for a wrong shape, size, dtype or type.
+        """
+        self._check_dtypes()
+        self.check_params(params)
+        xs = validation.inputs("xs", xs, self.feature_shape(self.input_size), "T, *batch")
+        num_steps, *axes = xs.shape[: xs.ndim - self._num_feature_axes]
+        batch = tuple(axes)
+        if state is not None:
+            state = validation.state(state, self.state_shapes(batch))
+        masks = validation.step_masks(lengths, mask, resets, num_steps, batch)
+        if key is not None:
+            validation.key(key)
+        return CallArgs(params, xs, state, *masks, key)
+
+    @partial(jax.jit, static_argnums=(0, 2))
+    def _apply(self, args: CallArgs, reverse: bool) -> tuple[Array, State]:
+        # Compiled here, so that a call outside of `jit` also compiles once per shape.
+        return self.scan_layers(args, reverse, self.run_layer)
+
+    def scan_layers(self, args: CallArgs, reverse: bool, run_layer: RunLayer) -> tuple[Any, State]:
+        """Runs the layers one after the other, with dropout before, between and after them.
+
+        Args:
+          args: from `check_call`.
+          reverse: whether time runs backward.
+          run_layer: runs one layer over time; `run_layer` of this network, or a function that also records.
+
+        Returns:
+          outputs of the last layer, and the final state of all layers.
+        """
+        xs, key = args.xs, args.key
+        state, inputs = self.prepare_layers(args)
+        ys = self.drop_inputs(key, xs)
+        last = []
+        for n, layer in enumerate(args.params.layers):
+            if n > 0:
+                between = None if key is None else jax.random.fold_in(key, n)
+                ys = dropout(between, self.dropout, ys, over_time=not self.variational)
+            rows = slice(n * self.num_directions, (n + 1) * self.num_directions)
+            layer_inputs = inputs._replace(restart_state=tree_index(inputs.restart_state, rows))
+            layer, layer_inputs = self.regularize_layer(n, layer, layer_inputs, ys, key)
+            ys, new_state = run_layer(layer, ys, tree_index(state, rows), layer_inputs, reverse)
+            last.append(new_state)
+        return self.drop_outputs(key, ys), tree_concatenate(last)
+
+    def drop_inputs(self, key: Array | None, xs: Array) -> Array:
+        """Returns the inputs of the first layer: cast to ``dtype``, with ``input_dropout``."""
+        return dropout(regularizer_key(key, 0, 3), self.input_dropout, xs.astype(self.output_dtype), over_time=False)
+
+    def drop_outputs(self, key: Array | None, ys: Any) -> Any:
+        """Returns the outputs of the last layer with ``output_dropout``."""
+        return dropout(regularizer_key(key, 0, 4), self.output_dropout, ys, over_time=False)
+
+    def prepare_layers(self, args: CallArgs) -> tuple[State, LayerInputs]:
+        """Returns the initial state and the masks of all layers."""
+        params, xs, state, lengths, mask, resets, _ = args
+        num_steps, *axes = xs.shape[: xs.ndim - self._num_feature_axes]
+        if state is None:
+            state = masking.match_sharding(xs, self._initial_state(tuple(axes), params))
+        state = masking.match_vma(args._replace(state=None), state)
+        restart_state = None if resets is None else jax.tree.map(lambda a: a.astype(self.state_dtype), params.state)
+        step_mask = masking.step_mask(num_steps, lengths, mask)
+        return state, LayerInputs(step_mask, resets, lengths if mask is None else None, restart_state)
+
+    def regularize_layer(
+        self, n: int, layer: Layer, inputs: LayerInputs, xs: Array, key: Array | None
+    ) -> tuple[Layer, LayerInputs]:
+        """Returns a layer and its inputs with the random masks of the regularizers inside the recurrence."""
+        del n, xs, key
+        return layer, inputs
+
+    def run_layer(
+        self, layer: Layer, xs: Array, state: State, inputs: LayerInputs, reverse: bool
+    ) -> tuple[Array, State]:
+        """Runs one layer over time.
+
+        Args:
+          layer: its weights.
+          xs: inputs ``(T, *batch, *features)``.
+          state: initial state ``(D, *batch, *features)``.
+          inputs: masks and resets.
+          reverse: whether time runs backward.
+
+        Returns:
+          outputs ``(T, *batch, *features)`` of all directions, concatenated, and the final state.
+        """
+        raise NotImplementedError
+
+    def layer_step(self, weights: Weights, x: Array, state: State) -> State:
+        """Takes one step of one layer without regularizers: from its input and the state to the new state."""
+        raise NotImplementedError
+
+    @partial(jax.jit, static_argnums=0)
+    def _step(self, params: Params, state: State, x: Array, reset: Array | None) -> tuple[State, Array]:
+        y = x.astype(self.output_dtype)
+        new_states = []
+        for n, layer in enumerate(params.layers):
+            layer_state, restart_state = tree_index((state, params.state), n)
+            if reset is not None:
+                restart_state = jax.tree.map(lambda a: a.astype(self.state_dtype), restart_state)
+                layer_state = masking.restart(reset, restart_state, layer_state)
+            new_states.append(self.layer_step(layer.forward, y, layer_state))
+            y = new_states[-1].h.astype(self.output_dtype)
+        return tree_stack(new_states), y
+
+    def scan_context(self, rates: RegularizerRates = NO_RATES) -> ScanContext:
+        """Returns the options of a backend."""
+        return ScanContext(rates, self.output_dtype, self.state_dtype, self.unroll, self.remat)
+
+    @property
+    def _num_feature_axes(self) -> int:
+        return len(self.feature_shape(self.input_size))
+
+    def _check_dtypes(self) -> None:
+        validation.available("param_dtype", jnp.dtype(self.param_dtype))
+        validation.available("dtype", self.output_dtype)
+
+
+@lru_cache(maxsize=256)
+def _param_shapes(network: RecurrentNetwork) -> Params:
+    input_sizes = [network.input_size] + (network.num_layers - 1) * [network.num_directions * network.output_size]
+    layers = tuple(Layer(*[network.weight_shapes(size)] * network.num_directions) for size in input_sizes)
+    if not network.learned_state:
+        return Params(layers)
+    return Params(layers, jax.tree.map(lambda a: network.param_shape(*a.shape), network.state_shapes()))
+
+
+@lru_cache(maxsize=256)
+def _state_shapes(network: RecurrentNetwork, batch_shape: tuple[int, ...]) -> State:
+    def array(size: int) -> Any:
+        leading = (network.num_layers * network.num_directions, *batch_shape)
+        return jax.ShapeDtypeStruct((*leading, *network.feature_shape(size)), network.state_dtype)
+
+    has_cell_state = network.resolved_cell.has_cell_state
+    return State(array(network.output_size), array(network.hidden_size) if has_cell_state else None)
+
+
+def _zeros(shapes: Any) -> Any:
+    return jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), shapes)
+
+
+def _init_norm(shapes: Norm | None) -> Norm | None:
+    """Returns gains of 1 and a shift of 0."""
+    if shapes is None:
+        return None
+    norm = jax.tree.map(lambda a: jnp.ones(a.shape, a.dtype), shapes)
+    return norm if norm.b_c is None else norm._replace(b_c=jnp.zeros_like(norm.b_c))

@@ -1,0 +1,34 @@
+"""The table of backends. A backend is loaded when it is first used."""
+
+import importlib
+from typing import Any, Literal
+
+from jaxlstm.recurrence.context import Backend
+
+ImplementationName = Literal["scan", "fused", "tensor_parallel", "newton", "pallas", "cudnn"]
+Implementation = ImplementationName | Backend  # a name, or a hashable callable such as a backend with options
+
+# "module:function"; the signature is in `jaxlstm.recurrence.context`.
+BACKENDS = {
+    "scan": "jaxlstm.recurrence.scan:run",
+    "fused": "jaxlstm.recurrence.fused:run",
+    "tensor_parallel": "jaxlstm.recurrence.tensor_parallel:run",
+    "newton": "jaxlstm.experimental.newton:run",
+    "pallas": "jaxlstm.experimental.pallas.api:run",
+}
+# Backends that run a whole stack of layers with unequal lengths in one call:
+# run_stack(cell, layers, xs, state, inputs, context, reverse) -> (ys, state), with one batch axis.
+MULTILAYER_BACKENDS = {"cudnn": "jaxlstm.experimental.cudnn:run_stack"}
+NAMES = (*BACKENDS, *MULTILAYER_BACKENDS)
+EXPERIMENTAL = ("newton", "pallas", "cudnn")  # not shown to pay off on the hardware they are for
+
+
+def get_backend(implementation: Implementation) -> Backend:
+    """Returns a backend by its name; a callable is returned unchanged."""
+    return load(BACKENDS[implementation]) if isinstance(implementation, str) else implementation
+
+
+def load(path: str) -> Any:
+    """Imports the object that ``"module:name"`` names."""
+    module, _, name = path.partition(":")
+    return getattr(importlib.import_module(module), name)

@@ -1,0 +1,239 @@
+"""The commands ``train`` and ``sample``: process set-up, command line, errors in one line."""
+
+import argparse
+import contextlib
+import dataclasses
+import logging
+import signal
+import sys
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any, get_args, get_type_hints
+
+import jax
+import tyro
+from rich.console import Console
+
+from jaxlstm.errors import first_line
+from jaxlstm.training import config, params_file
+from jaxlstm.training.config import Options
+from jaxlstm.training.data.text import cache_folder
+from jaxlstm.training.loop import Trainer
+from jaxlstm.training.malloc import keep_freed_memory
+from jaxlstm.training.tasks import TASKS
+from jaxlstm.training.tasks.task import LanguageTaskModule
+
+DESCRIPTION = """Train a recurrent network, by default a character language model on real text.
+
+{command}                                   the Python language reference, about two minutes on two cores
+{command} --data my.txt --max-seconds 600   a text file of your own
+{command} --data tinyshakespeare --max-seconds 600
+{command} --resume runs/NAME                resume after a stop, a crash or a power cut
+{command} --sample runs/NAME --prompt "The " --length 500 --temperature 0.8
+"""
+
+
+def train_main(arguments: Sequence[str], prog: str = "jaxlstm train") -> None:
+    """Runs the training command; sets up the process first.
+
+    Args:
+      arguments: the command line without the program's name.
+      prog: name of the program, for help and errors.
+    """
+    set_up_process()
+    run_cli(arguments, Console(), prog)
+
+
+def run_cli(arguments: Sequence[str], console: Console, prog: str = "train.py") -> None:
+    """Parses the options, then trains or samples; a mistake ends the process with one line."""
+    command = f"python {prog}" if prog.endswith(".py") else prog
+    with one_line_errors(prog):
+        options = parse(arguments, prog)
+        if options.sample is None:
+            Trainer(options, console, command).run()
+        else:
+            sample(options, console)
+
+
+def set_up_process() -> None:
+    """Configures memory, logging and the compilation cache; for programs, not for libraries."""
+    keep_freed_memory()
+    for name in ("absl", "asyncio"):  # Orbax logs, in each of its threads, errors that it also raises
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+    sys.unraisablehook = _ignore_closed_event_loop
+    warnings.filterwarnings("ignore", "Error writing persistent compilation cache entry")
+    jax.config.update("jax_compilation_cache_dir", str(cache_folder() / "compiled"))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
+
+
+def _ignore_closed_event_loop(unraisable: "sys.UnraisableHookArgs") -> None:
+    """Ignores one error of TensorStore's threads, printed after a failed write that was raised already."""
+    if str(unraisable.exc_value) != "Event loop is closed":
+        sys.__unraisablehook__(unraisable)
+
+
+@contextlib.contextmanager
+def one_line_errors(prog: str) -> Iterator[None]:
+    """Ends the process with one line for mistakes of the user and failures of the machine."""
+    try:
+        yield
+    except (ValueError, OSError, FloatingPointError, ImportError, MemoryError) as error:
+        raise SystemExit(f"{prog}: {str(error) or 'out of memory'}") from None
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        raise SystemExit(f"{prog}: {first_line(error)}") from None
+    except KeyboardInterrupt:
+        print(f"{prog}: interrupted", file=sys.stderr)
+        raise SystemExit(128 + signal.SIGINT) from None
+
+
+def parse(arguments: Sequence[str], prog: str = "train.py") -> Options:
+    """Returns the options of a command line; omitted ones have the defaults of the task, or of the run to resume.
+
+    Raises:
+      ValueError: for a value outside its limit, an option that the task does not use, or one that differs from the
+        run to resume.
+    """
+    early = _parse_early(arguments)
+    defaults = config.load_config(early.resume, "--resume")[0] if early.resume else _task_defaults(early)
+    options = _parse_groups(arguments, defaults, prog)
+    if early.resume:
+        if mismatches := config.differences(options, config.to_json(defaults)):
+            raise ValueError(f"--resume {early.resume} goes on with the options of that run: {mismatches[0]}")
+        if options.run_dir is not None:
+            raise ValueError(
+                f"--resume {early.resume} goes on in that folder, and has no use for --run-dir {options.run_dir}"
+            )
+    for name in TASKS[options.task].UNUSED:
+        if (value := getattr(options, name)) != getattr(defaults, name):
+            raise ValueError(f"--task {options.task} has no use for {config.flag(name)}, got {value}")
+    return options
+
+
+def _parse_early(arguments: Sequence[str]) -> argparse.Namespace:
+    """Returns the options that decide the defaults of all others."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--task", default="charlm")
+    parser.add_argument("--resume", type=Path)
+    parser.add_argument("--optimizer")
+    return parser.parse_known_args(arguments)[0]
+
+
+def _task_defaults(early: argparse.Namespace) -> Options:
+    """Returns the default options of the task on the command line."""
+    values: dict[str, Any] = {"task": early.task}
+    if early.task in TASKS:  # tyro reports an unknown one
+        values |= TASKS[early.task].DEFAULTS
+    if early.optimizer not in (None, values.get("optimizer", Options.optimizer)):
+        values.pop("learning_rate", None)  # chosen for the other optimizer
+    return Options(**values)
+
+
+def _parse_groups(arguments: Sequence[str], defaults: Options, prog: str) -> Options:
+    """Parses with tyro, which shows each nested dataclass of options as a group; the flags stay flat."""
+    groups: dict[str, Any] = {}
+    default: dict[str, Any] = {}
+    for group, fields in config.groups().items():
+        typed = [(f.name, _annotation(f, getattr(defaults, f.name)), f.default) for f in fields]
+        groups[group] = dataclasses.make_dataclass(group, typed, frozen=True)
+        groups[group].__doc__ = ""  # tyro would show the generated signature
+        default[group] = groups[group](**{f.name: getattr(defaults, f.name) for f in fields})
+    command_line: Any = dataclasses.make_dataclass("CommandLine", list(groups.items()), frozen=True)
+    command = f"python {prog}" if prog.endswith(".py") else prog
+    parsed: Any = tyro.cli(
+        command_line,
+        config=(tyro.conf.OmitArgPrefixes,),
+        prog=prog,
+        description=help_text(DESCRIPTION.format(command=command)),
+        args=list(arguments),
+        default=command_line(**default),
+    )
+    values = {}
+    for group in groups:
+        values |= vars(getattr(parsed, group))
+    return Options(**values)
+
+
+def _annotation(field: dataclasses.Field[Any], default: Any) -> Any:
+    """Returns the type of an option with its help, which ends with the tasks if only some use it."""
+    hint: Any = get_type_hints(Options)[field.name]
+    text = field.metadata["help"]
+    tasks = [name for name, module in TASKS.items() if field.name not in module.UNUSED]
+    if len(tasks) < len(TASKS):
+        text += f" Tasks: {', '.join(tasks)}."
+    shown_default = "" if default is None else f"(default: {str(default).strip() or repr(default)})"
+    metavar = None
+    if field.default is None:
+        optional_type = next(t for t in get_args(hint) if t is not type(None))
+        metavar = optional_type.__name__.upper()
+    return Annotated[hint, tyro.conf.arg(help=text, metavar=metavar, help_behavior_hint=shown_default)]
+
+
+def help_text(text: str) -> str:
+    """Returns a description for tyro, which joins the lines of a paragraph: each line becomes a paragraph."""
+    return "\n\n".join(filter(None, text.splitlines()))
+
+
+def sample(options: Options, console: Console, flag: str = "--sample") -> None:
+    """Prints text generated with the best parameters of a run.
+
+    Args:
+      options: with ``sample``, the run directory, and ``prompt``, ``length``, ``temperature`` and ``seed``.
+      console: its file receives the text unchanged: Rich would interpret tabs and emoji codes.
+      flag: the option that named the run directory, for error messages.
+
+    Raises:
+      ValueError: if the folder is not a run of a language model, or the prompt has unknown characters.
+    """
+    assert options.sample is not None
+    run_options, run_config = config.load_config(options.sample, flag)
+    task = TASKS[run_options.task]
+    if not isinstance(task, LanguageTaskModule):
+        raise ValueError(
+            f"{flag} needs a run of a language model; {options.sample} is one of --task {run_options.task}"
+        )
+    text = task.generate_text(
+        run_options,
+        run_config,
+        partial(params_file.load_params, options.sample / params_file.BEST),
+        prompt=options.prompt,
+        length=options.length,
+        key=jax.random.key(options.seed),
+        temperature=options.temperature,
+    )
+    console.file.write(text + "\n")
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Write text with the best parameters of a run of a language model."""
+
+    run_dir: Annotated[Path, tyro.conf.Positional]
+    """Run directory."""
+    prompt: str = Options.prompt
+    """Beginning of the text."""
+    length: int = Options.length
+    """Characters or words to write."""
+    temperature: float = Options.temperature
+    """Divisor of the logits: lower is safer, 0 always takes the most likely character."""
+    seed: int = Options.seed
+    """Seed of the random draws."""
+
+
+def sample_main(arguments: Sequence[str], prog: str = "jaxlstm sample") -> None:
+    """Runs the command ``jaxlstm sample``."""
+    set_up_process()
+    with one_line_errors(prog):
+        parsed = tyro.cli(Sample, prog=prog, args=list(arguments))
+        options = Options(
+            sample=parsed.run_dir,
+            prompt=parsed.prompt,
+            length=parsed.length,
+            temperature=parsed.temperature,
+            seed=parsed.seed,
+        )
+        sample(options, Console(), flag="RUN_DIR")

@@ -1,0 +1,58 @@
+"""The command ``jaxlstm`` and its subcommands, loaded on first use; standard library only.
+
+The packages of the subcommands are optional; without them a command ends with one line that names the extra.
+"""
+
+import importlib
+import sys
+from collections.abc import Sequence
+
+# Name: (function, help). Functions take the arguments and the name of the program.
+COMMANDS = {
+    "train": ("jaxlstm.training.cli:train_main", "train a recurrent network, by default on real text"),
+    "sample": ("jaxlstm.training.cli:sample_main", "write text with a trained language model"),
+    "inspect": ("jaxlstm.training.diagnose_cli:inspect_main", "draw gates and cell states of a trained model"),
+    "vanishing": ("jaxlstm.training.diagnose_cli:vanishing_main", "compare gradients through time of RNN and LSTM"),
+}
+HELP = "\n".join(
+    [
+        "usage: jaxlstm COMMAND [OPTIONS]",
+        "",
+        "commands:",
+        *(f"  {name:10} {text}" for name, (_, text) in COMMANDS.items()),
+        "",
+        "jaxlstm COMMAND --help lists the options of a command.",
+    ]
+)
+
+
+def main() -> None:
+    """Runs the command line of the process."""
+    arguments = sys.argv[1:]
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(HELP)
+        return
+    if arguments[0] not in COMMANDS:
+        raise SystemExit(f"jaxlstm: no command {arguments[0]!r}, expected one of {', '.join(COMMANDS)}")
+    run_command(COMMANDS[arguments[0]][0], arguments[1:], prog=f"jaxlstm {arguments[0]}")
+
+
+def run_command(target: str, arguments: Sequence[str], *, prog: str) -> None:
+    """Imports and runs the function of a command.
+
+    Args:
+      target: the function, as ``"module:function"``.
+      arguments: arguments of the command.
+      prog: name of the program, for help and errors.
+
+    Raises:
+      SystemExit: with one line, if a package of the extra ``train`` is not installed.
+    """
+    module, function = target.split(":")
+    try:
+        command = getattr(importlib.import_module(module), function)
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.split(".")[0] == "jaxlstm":
+            raise
+        raise SystemExit(f"{prog}: {error.name} is not installed: pip install 'jaxlstm[train]'") from None
+    command(arguments, prog)

@@ -1,0 +1,154 @@
+"""The commands ``inspect`` and ``vanishing``: figures of a trained network, and of gradients through time."""
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any
+
+import jax
+import tyro
+from rich.console import Console
+from rich.progress import Progress
+
+from jaxlstm.diagnostics import gate_statistics, plots, trace
+from jaxlstm.training import inspect_run, vanishing_gradient, vanishing_plots
+from jaxlstm.training.cli import help_text, one_line_errors
+from jaxlstm.training.config import check_seed
+from jaxlstm.training.metrics import print_line
+
+DESCRIPTION = """Look inside recurrent networks.
+
+{prog} vanishing                          why an LSTM learns over long spans, in one figure
+{prog} inspect runs/NAME --text "..."     the gates of a trained network
+"""
+SHOWN_CHARACTERS = 120  # in the figure of the gates
+
+
+@dataclass(frozen=True)
+class Vanishing:
+    """Train a vanilla RNN and LSTMs on the adding task; draw their gradients through time and learning curves."""
+
+    out: Path = Path("vanishing.png")
+    """File of the figure, ending in .png, .pdf or .svg."""
+    steps: int = 100
+    """Length of a sequence: the span that the gradient has to reach over."""
+    hidden: int = 64
+    """Hidden size."""
+    updates: int = 1600
+    """Training updates of each network."""
+    batch: int = 32
+    """Batch size."""
+    seed: int = 0
+    """Seed of weights and data."""
+
+    def __post_init__(self) -> None:
+        for name, minimum in (("steps", 2), ("hidden", 1), ("updates", 1), ("batch", 1), ("seed", 0)):
+            if getattr(self, name) < minimum:
+                raise ValueError(f"--{name} must be at least {minimum}, got {getattr(self, name)}")
+        check_seed(self.seed)
+
+    def run(self, console: Console) -> None:
+        """Trains the networks, draws the figure and prints its numbers."""
+        out = check_new_figure(self.out)
+        results = {}
+        with Progress(console=console, disable=not console.is_terminal) as bar:
+            for name, (lstm, learning_rate) in vanishing_gradient.compared_networks(self.hidden).items():
+                results[name] = vanishing_gradient.train_network(
+                    lstm,
+                    steps=self.steps,
+                    updates=self.updates,
+                    batch_size=self.batch,
+                    learning_rate=learning_rate,
+                    seed=self.seed,
+                    on_progress=_progress_callback(bar, name, self.updates),
+                )
+        title = f"The adding task over {self.steps} steps, hidden size {self.hidden}"
+        vanishing_plots.draw_vanishing(results, title=title).savefig(out, dpi=150)
+        print_line(console, vanishing_gradient.format_summary(results, self.steps))
+        print_line(console, str(out))
+
+
+def _progress_callback(bar: Progress, name: str, updates: int) -> Callable[[int, float], None]:
+    """Adds a progress bar for one network and returns the function that updates it."""
+    bar_task = bar.add_task(f"{name:20}", total=updates)
+    return lambda completed, _: bar.update(bar_task, completed=completed)
+
+
+@dataclass(frozen=True)
+class Inspect:
+    """Draw gates, cell states and eigenvalues of a trained character model, and print statistics of its gates."""
+
+    run_dir: Annotated[Path, tyro.conf.Positional]
+    """Run directory."""
+    text: str
+    """Input text; the figure of the gates shows its first 120 characters."""
+    layer: int = 0
+    """Layer, from 0."""
+    out: Path | None = None
+    """Folder of the figures, new or empty. Default: a folder in the run directory named by the time."""
+
+    def run(self, console: Console) -> None:
+        """Traces the network, draws the figures and prints the statistics."""
+        model, params, ids = inspect_run.load_character_model(self.run_dir, self.text)
+        if not 0 <= self.layer < model.lstm.num_layers:
+            raise ValueError(f"--layer must be one of 0 to {model.lstm.num_layers - 1}, got {self.layer}")
+        folder = self.out or self.run_dir / time.strftime("inspect-%Y-%m-%d-%H%M%S")
+        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            raise ValueError(f"--out {folder} is not an empty folder; pictures never replace others")
+        traced = trace(model.lstm, params.lstm, params.embedding[ids])
+        steps = traced.layers[self.layer].forward
+        text = self.text[:SHOWN_CHARACTERS]
+        figures = {
+            "gates": plots.draw_gates(jax.tree.map(lambda a: a[: len(text)], steps), text),
+            "eigenvalues": plots.draw_eigenvalues(model.lstm, params.lstm, layer=self.layer),
+        }
+        if steps.c is not None:
+            units = inspect_run.most_predictive_units(steps.c, self.text)
+            figures["cell_states"] = plots.draw_cell_states(steps.c, self.text, units)
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, figure in figures.items():
+            figure.savefig(folder / f"{name}.png", dpi=150)
+        print_line(console, gate_statistics(traced).report)
+        print_line(console, f"{folder}: {', '.join(f'{name}.png' for name in figures)}")
+
+
+def check_new_figure(path: Path) -> Path:
+    """Returns the path of a figure, if it can be written without replacing a file.
+
+    Raises:
+      ValueError: if it exists, has another ending, or its folder does not exist.
+    """
+    if path.exists():
+        raise ValueError(f"--out {path} exists; a picture never replaces another file")
+    if path.suffix.lower() not in (".png", ".pdf", ".svg"):
+        raise ValueError(f"--out must end in .png, .pdf or .svg, got {path}")
+    if not path.parent.is_dir():
+        raise ValueError(f"--out {path}: its folder does not exist")
+    return path
+
+
+def inspect_main(arguments: Sequence[str], prog: str = "jaxlstm inspect") -> None:
+    """Runs the command ``jaxlstm inspect``."""
+    _run(prog, partial(tyro.cli, Inspect, prog=prog, args=list(arguments)))
+
+
+def vanishing_main(arguments: Sequence[str], prog: str = "jaxlstm vanishing") -> None:
+    """Runs the command ``jaxlstm vanishing``."""
+    _run(prog, partial(tyro.cli, Vanishing, prog=prog, args=list(arguments)))
+
+
+def main(arguments: Sequence[str], prog: str = "python -m jaxlstm.diagnostics") -> None:
+    """Runs ``python -m jaxlstm.diagnostics``, whose first argument is the command."""
+    commands: dict[str, Any] = {"vanishing": Vanishing, "inspect": Inspect}
+    description = help_text(DESCRIPTION.format(prog=prog))
+    parse = partial(
+        tyro.extras.subcommand_cli_from_dict, commands, prog=prog, description=description, args=list(arguments)
+    )
+    _run(prog, parse)
+
+
+def _run(prog: str, parse: Callable[[], Any]) -> None:
+    with one_line_errors(prog):
+        parse().run(Console())

@@ -1,0 +1,305 @@
+"""The training loop: `Trainer`, whose methods are the phases of a run."""
+
+import contextlib
+import dataclasses
+import math
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from rich.console import Console
+
+from jaxlstm.training import params_file, run_directory, saturation, sharding, train_step
+from jaxlstm.training.checkpointing import Checkpoints
+from jaxlstm.training.config import Options
+from jaxlstm.training.metrics import Report, draw_curves, print_line, write_json
+from jaxlstm.training.optimizer import DEFAULT_PEAK, make_optimizer
+from jaxlstm.training.profiling import StepProfiler
+from jaxlstm.training.run_directory import RunRecord
+from jaxlstm.training.stop_signals import catch_stop_signals
+from jaxlstm.training.tasks import TASKS
+from jaxlstm.training.tasks.task import LanguageTaskModule
+from jaxlstm.training.train_step import StepMetrics
+
+DEFAULT_MAX_STEPS = 1200  # of a run without --max-steps and --max-seconds
+
+
+class Trainer:
+    """Trains one run, from the data to the summary.
+
+    `run` calls the phases in this order: `setup`, `fit` with `validate` and `save` at their intervals, and `finish`.
+
+    Args:
+      options: options of the run.
+      console: console for progress and results.
+      command: the command to print in hints on resuming and sampling.
+    """
+
+    def __init__(self, options: Options, console: Console, command: str = "python train.py") -> None:
+        self.options = options
+        self.console = console
+        self.command = command
+        self.start_time = time.perf_counter()
+        self.max_seconds = options.max_seconds or math.inf
+        self.max_steps = options.max_steps or (math.inf if options.max_seconds else DEFAULT_MAX_STEPS)
+        self.progress = 0.0  # completed fraction of the run
+        self.stop_signal = 0  # the signal that ended the run early
+        self.pending: list[StepMetrics] = []  # of the steps since the last row of metrics.jsonl
+
+    def run(self) -> None:
+        """Runs all phases.
+
+        Raises:
+          SystemExit: with 128 plus its number, if a signal ended the run; its results are written before.
+        """
+        with contextlib.ExitStack() as exit_stack:
+            self.setup(exit_stack)
+            with self.checkpoints, self.report:
+                self.fit()
+            self.finish()
+        if self.stop_signal:
+            raise SystemExit(128 + self.stop_signal)
+
+    def setup(self, exit_stack: contextlib.ExitStack) -> None:
+        """Builds task, model and initial state, then creates or resumes the run directory."""
+        self.setup_task()
+        self.setup_state()
+        self.setup_run_dir(exit_stack)
+        self.setup_output()
+
+    def setup_task(self) -> None:
+        """Connects the devices and prepares the data."""
+        options = self.options
+        self.mesh = sharding.initialize_devices(options.mesh, options.coordinator, options.processes, options.process)
+        self.num_devices = 1 if self.mesh is None else self.mesh.size
+        device = jax.devices()[0]
+        self.device = f"{device.device_kind} ({device.platform})"
+        if self.mesh is not None and options.batch % self.mesh.shape["data"]:
+            raise ValueError(f"--batch {options.batch} is not divisible by data={self.mesh.shape['data']} of --mesh")
+        self.task = TASKS[options.task].make(options)
+
+    def setup_state(self) -> None:
+        """Initializes parameters and training state; the step is compiled at its first call."""
+        options, task = self.options, self.task
+        optimizer = make_optimizer(
+            options.learning_rate or DEFAULT_PEAK[options.optimizer],
+            warmup=options.warmup,
+            weight_decay=options.weight_decay,
+            clip=options.clip,
+            name=options.optimizer,
+        )
+        self.key = jax.random.key(options.seed)
+        k_init, k_steps = jax.random.split(self.key)
+        params = task.init(k_init)
+        self.num_parameters = sum(leaf.size for leaf in jax.tree.leaves(params))
+        averaged = options.optimizer == "asgd"
+        state = train_step.init_train_state(params, optimizer, task.init_carry(params), k_steps, averaged=averaged)
+        self.state = sharding.place_state(self.mesh, state)
+        self.train_step = train_step.make_step(task.loss, optimizer)
+        self.gate_saturation = saturation.gate_saturation(task.lstm, task.lstm_inputs)
+
+    def setup_run_dir(self, exit_stack: contextlib.ExitStack) -> None:
+        """Creates or resumes the run directory; of several processes, only process 0 writes to it."""
+        options = self.options
+        run_dir = options.resume or run_directory.create_run_dir(options)
+        is_writer = jax.process_index() == 0
+        if is_writer:
+            exit_stack.enter_context(run_directory.lock_run_dir(run_dir))
+        self.checkpoints = Checkpoints(run_dir / "checkpoints")
+        if not is_writer:
+            run_dir, self.console = run_directory.temporary_copy(run_dir), Console(quiet=True)
+        self.run_dir: Path = run_dir
+        self.record = RunRecord()
+        if options.resume and self.checkpoints.steps():
+            self.state, self.record = run_directory.restore_run(self.checkpoints, options, self.task, self.state)
+        self.first_step, self.previous_seconds = self.record.step, self.record.seconds
+        self.num_restored_losses = len(self.record.losses)
+        self.best_loss = min(self.record.valid_losses, default=math.inf)
+
+    def setup_output(self) -> None:
+        """Writes ``config.json``, prints the first line and opens the metrics."""
+        options, task, run_dir = self.options, self.task, self.run_dir
+        self.config = run_directory.saved_config(options, task)
+        write_json(run_dir / "config.json", self.config | dict(task.extra_config))
+        self.print_start()
+        self.stop_signals = catch_stop_signals()
+        self.report = Report(
+            run_dir,
+            self.console,
+            task.unit_name,
+            task.format_loss,
+            self.record.rows,
+            tensorboard=options.tensorboard,
+        )
+        self.profiler = StepProfiler(run_dir / "profile", options.profile)
+
+    def print_start(self) -> None:
+        """Prints data, model and devices of the run."""
+        devices = f"{self.num_devices} x {self.device}" if self.num_devices > 1 else self.device
+        resumed = f"; resumed after step {self.record.step:,}" if self.options.resume else ""
+        print_line(self.console, f"{self.task.description}; {self.num_parameters:,} parameters on {devices}{resumed}")
+        if self.record.step >= self.max_steps:
+            print_line(
+                self.console,
+                f"nothing is left to do: step {self.record.step:,} is the last one by --max-steps {self.max_steps}",
+            )
+
+    @property
+    def seconds(self) -> float:
+        """Wall-clock seconds of the run so far, those before resuming included."""
+        return self.previous_seconds + time.perf_counter() - self.start_time
+
+    def fit(self) -> None:
+        """Trains until the run reaches its limit or a signal arrives."""
+        options, record = self.options, self.record
+        save_interval = max(1, options.save_every // 2)  # while one checkpoint is written, the previous one is complete
+        batches = train_step.prefetch(self.task.batches(record.step), sharding.place_batch(self.mesh))
+        self.row_start_time = time.perf_counter()
+        self.report.start_clock(min(1.0, max(record.step / self.max_steps, self.seconds / self.max_seconds)))
+        while record.step < self.max_steps and self.progress < 1:
+            received = self.stop_signals[0] if self.stop_signals else 0
+            seconds, self.stop_signal = sharding.sync_stop(self.seconds, received)
+            if self.stop_signal:
+                break
+            self.train_on_batch(next(batches), seconds)
+            is_last = self.progress == 1
+            if record.step % options.log_every == 0 or is_last:
+                self.log_training_row()
+            pause_start = time.perf_counter()
+            if record.step % options.valid_every == 0 or is_last:
+                self.validate()
+            if record.step % save_interval == 0 or is_last:
+                self.save()
+            self.row_start_time += time.perf_counter() - pause_start  # not part of the training speed
+        self.profiler.stop()
+        if self.stop_signal:
+            self.save_and_report_stop()
+        if record.best_step == 0:
+            self.validate()
+        self.checkpoints.wait()
+
+    def train_on_batch(self, batch: Any, seconds: float) -> None:
+        """Makes one update.
+
+        Args:
+          batch: the batch, on the devices.
+          seconds: wall-clock seconds of the run so far, the same in all processes.
+        """
+        record, interval = self.record, self.options.diagnose
+        record.step += 1
+        # Leaves time for the last validation, assumed to take as long as the previous one.
+        max_seconds = max(self.max_seconds - record.valid_seconds, 1e-9)
+        self.progress = min(1.0, max(record.step / self.max_steps, seconds / max_seconds))
+        diagnosing = interval > 0 and record.step % interval == 0
+        self.profiler.before_step(record.step - self.first_step)
+        with contextlib.nullcontext() if self.mesh is None else jax.set_mesh(self.mesh):
+            saturated = self.gate_saturation(self.state.params, self.state.carry, batch) if diagnosing else {}
+            self.state, metrics = self.train_step(self.state, batch, self.progress)
+        self.pending.append(metrics)
+        if diagnosing:
+            self.report.diagnosis_row(record.step, saturation.diagnosis_row(saturated, metrics.gradient_norms))
+        if len(self.pending) > 1:  # waiting for the previous step keeps at most one step queued, and the clock true
+            self.check_skipped(self.pending[-2], record.step - 1)
+
+    def check_skipped(self, metrics: StepMetrics, step: int) -> None:
+        """Waits for a step, and ends the run if too many consecutive steps up to it were skipped.
+
+        Raises:
+          FloatingPointError: if they reached ``--max-skipped``.
+        """
+        skipped = int(metrics.consecutive_skipped)
+        if skipped >= self.options.max_skipped:
+            raise FloatingPointError(
+                f"loss or gradient was not finite at {skipped} steps in a row, up to step {step:,}; "
+                "they changed nothing, and the best parameters so far are kept"
+            )
+
+    def log_training_row(self) -> None:
+        """Records the mean training loss and the speed since the last row."""
+        record, metrics = self.record, self.pending[-1]
+        self.check_skipped(metrics, record.step)
+        losses = np.array(self.losses_since_row())
+        finite = losses[np.isfinite(losses)]
+        mean = float(np.mean(finite)) if finite.size else math.nan
+        num_units = (len(losses) - self.num_restored_losses) * self.task.units_per_step
+        speed = num_units / (time.perf_counter() - self.row_start_time)
+        self.report.training_row(record.step, mean, speed, self.progress, int(metrics.skipped))
+        record.losses, self.pending, self.num_restored_losses = [], [], 0
+        self.row_start_time = time.perf_counter()
+
+    def losses_since_row(self) -> list[float]:
+        """Returns the losses of the steps since the last row, those restored from a checkpoint included."""
+        return self.record.losses + [float(metrics.loss) for metrics in self.pending]
+
+    def validate(self) -> None:
+        """Evaluates the parameters on the validation data, saves the best ones, and may start averaging.
+
+        Raises:
+          FloatingPointError: if the validation loss is not finite.
+        """
+        start = time.perf_counter()
+        task, record = self.task, self.record
+        params = sharding.gather_to_host(self.state.eval_params)
+        figures = task.evaluate(params)
+        if self.state.average is not None:
+            figures |= {"averaged_steps": int(self.state.average.steps)}
+        speed = task.validation_units / (time.perf_counter() - start)
+        loss = figures["loss"]
+        if not math.isfinite(loss):
+            raise FloatingPointError(
+                f"the validation loss is {loss} at step {record.step:,}; the best parameters so far are kept"
+            )
+        record.valid_losses.append(loss)
+        is_best = loss < self.best_loss
+        if is_best:
+            self.best_loss, record.best_step = loss, record.step
+            params_file.save_params(self.run_dir / params_file.BEST, params)
+        sample = task.sample(params, jax.random.fold_in(self.key, record.step))
+        self.report.validation_row(record.step, figures, speed, is_best=is_best, sample=sample)
+        self.state = train_step.maybe_start_averaging(self.state, record.valid_losses)
+        record.valid_seconds = time.perf_counter() - start
+
+    def save(self) -> None:
+        """Starts to write a checkpoint of state and record."""
+        record = dataclasses.replace(
+            self.record, seconds=self.seconds, rows=len(self.report.rows), losses=self.losses_since_row()
+        )
+        self.checkpoints.save(record.step, self.state, self.config | {"loop": dataclasses.asdict(record)})
+        if self.options.save_every == 1:
+            self.checkpoints.wait()
+
+    def save_and_report_stop(self) -> None:
+        """Writes a checkpoint after a signal and prints how to resume."""
+        self.save()
+        self.checkpoints.wait()
+        name = signal.Signals(self.stop_signal).name
+        self.report.print_line(
+            f"{name} received; stopped after step {self.record.step:,}; saved: {self.command} --resume {self.run_dir}"
+        )
+
+    def finish(self) -> None:
+        """Tests the best parameters and writes summary and figures."""
+        task, record, run_dir = self.task, self.record, self.run_dir
+        params = params_file.load_params(run_dir / params_file.BEST, task.init)
+        test_figures = task.test(params)
+        task.draw(params, run_dir)
+        summary = {
+            "valid_loss": self.best_loss,
+            **test_figures,
+            "best_step": record.best_step,
+            "steps": record.step,
+            "parameters": self.num_parameters,
+            "wall_seconds": self.seconds,
+            "device": self.device,
+        }
+        write_json(run_dir / "summary.json", summary)
+        title = f"{task.title} of {self.num_parameters:,} parameters"
+        draw_curves(run_dir / "curves.png", self.report.rows, title, task.loss_unit)
+        best = f"best validation loss {task.format_loss(self.best_loss)} at step {record.best_step:,}"
+        tested = "".join(f"; {name} {value:.4g}" for name, value in test_figures.items())
+        can_sample = isinstance(TASKS[self.options.task], LanguageTaskModule)
+        hint = f": {self.command} --sample {run_dir}" if can_sample else ""
+        print_line(self.console, f"{best}; {self.seconds:.0f} s\n{run_dir}{tested}{hint}")

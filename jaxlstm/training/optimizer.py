@@ -1,0 +1,67 @@
+"""Learning-rate schedule and optimizer: AdamW with warm-up and cosine decay, or SGD with a constant rate."""
+
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.typing import ArrayLike
+
+DEFAULT_PEAK = {"adamw": 4e-3, "asgd": 0.3}  # learning rate at the end of the warm-up
+SCHEDULE_TICKS = 10_000  # length of every run in units of the schedule
+FINAL_FRACTION = 0.01  # of the peak, at the end of the cosine
+
+OptimizerName = Literal["adamw", "asgd"]
+
+
+def learning_rate_schedule(name: OptimizerName, peak: float, warmup: float) -> optax.Schedule:
+    """Returns the learning rate as a function of ticks, `SCHEDULE_TICKS` per run.
+
+    Counting in fractions of the run instead of updates gives runs limited by steps and runs limited by time the same
+    schedule.
+
+    Args:
+      name: ``"adamw"`` falls along a cosine after the warm-up, ``"asgd"`` stays at the peak.
+      peak: learning rate at the end of the warm-up.
+      warmup: fraction of the run in which the rate rises linearly from 0.
+    """
+    ticks = round(warmup * SCHEDULE_TICKS)
+    if name == "asgd":
+        return optax.warmup_constant_schedule(0.0, peak, max(ticks, 1))  # 0 would give a rate of 0
+    return optax.warmup_cosine_decay_schedule(0.0, peak, ticks, SCHEDULE_TICKS, end_value=FINAL_FRACTION * peak)
+
+
+def make_optimizer(
+    learning_rate: float, *, warmup: float, weight_decay: float, clip: float, name: OptimizerName = "adamw"
+) -> optax.GradientTransformationExtraArgs:
+    """Returns AdamW or SGD behind clipping by global norm.
+
+    Each update takes the argument ``progress`` in [0, 1], the completed fraction of the run, which sets the learning
+    rate. Non-finite gradients change nothing and are counted.
+
+    Args:
+      learning_rate: the peak.
+      warmup: fraction of the run in which the rate rises from 0 to its peak.
+      weight_decay: decoupled weight decay, of matrices only.
+      clip: largest global norm of a gradient.
+      name: ``"adamw"``, or ``"asgd"``, SGD for averaging of the parameters (Merity, Keskar & Socher 2018).
+    """
+    schedule = learning_rate_schedule(name, learning_rate, warmup)
+
+    def scale(updates: Any, state: Any, params: Any = None, *, progress: ArrayLike = 0.0, **_: Any) -> tuple[Any, Any]:
+        del params
+        rate = schedule(jnp.asarray(progress) * SCHEDULE_TICKS)
+        return jax.tree.map(lambda u: -jnp.asarray(rate, u.dtype) * u, updates), state
+
+    chain = optax.chain(
+        optax.clip_by_global_norm(clip),
+        optax.identity() if name == "asgd" else optax.scale_by_adam(b2=0.99),
+        optax.add_decayed_weights(weight_decay, _is_matrix),
+        optax.GradientTransformationExtraArgs(optax.init_empty_state, scale),
+    )
+    unlimited = int(jnp.iinfo(jnp.int32).max)  # the training loop decides when too many steps were skipped
+    return optax.with_extra_args_support(optax.apply_if_finite(chain, max_consecutive_errors=unlimited))
+
+
+def _is_matrix(params: Any) -> Any:
+    return jax.tree.map(lambda p: p.ndim > 1, params)

@@ -1,0 +1,39 @@
+"""Draws the results of `jaxlstm.training.vanishing_gradient`."""
+
+from collections.abc import Mapping
+from itertools import cycle
+
+from matplotlib.figure import Figure
+
+from jaxlstm.diagnostics.plots import LINES, draw_norms
+from jaxlstm.training.data.synthetic import ADDING_BASELINE
+from jaxlstm.training.vanishing_gradient import TrainingResult
+
+
+def draw_vanishing(results: Mapping[str, TrainingResult], *, title: str = "") -> Figure:
+    """Draws gradient norms through time before and after training, and learning curves.
+
+    Args:
+      results: results by the name of the network.
+      title: title of the figure.
+    """
+    figure = Figure(figsize=(11, 3.6), layout="constrained")
+    before, after, learning = figure.subplots(1, 3)
+    after.sharey(before)
+    draw_norms(
+        before, {name: result.gradient_norms_before for name, result in results.items()}, title="before training"
+    )
+    draw_norms(after, {name: result.gradient_norms_after for name, result in results.items()}, title="after training")
+    after.set_ylabel("")
+    for (color, style), (name, result) in zip(cycle(LINES), results.items()):
+        learning.semilogy(result.updates, result.errors, style, color=color, label=name)
+    learning.axhline(ADDING_BASELINE, color="0.4", linewidth=0.8)
+    right, below = learning.get_xlim()[1], ADDING_BASELINE * 0.85
+    learning.text(right, below, "always answering 1 ", ha="right", va="top", fontsize=8)
+    learning.set(xlabel="updates", ylabel="mean squared error", title="learning")
+    learning.legend(fontsize=8)
+    for axes in (before, after, learning):
+        axes.grid(alpha=0.3)
+    if title:
+        figure.suptitle(title)
+    return figure

@@ -1,0 +1,170 @@
+"""The fused backend in the layouts of larger sizes, in bfloat16 and over chunks of time."""
+
+from functools import partial
+
+import cases
+import jax
+import jax.numpy as jnp
+import parity
+import pytest
+from tolerance import narrow_operands
+
+import jaxlstm
+from jaxlstm.recurrence import fused
+from jaxlstm.recurrence.layout import BatchMajor, FeatureMajor, choose_layout
+
+FLOAT64, FLOAT32, BFLOAT16 = jnp.dtype("float64"), jnp.dtype("float32"), jnp.dtype("bfloat16")
+
+
+@pytest.fixture
+def set_layout(monkeypatch):
+    """Returns a function that replaces the choice of the layout, for every batch and hidden size."""
+
+    def set_layout(layout, **options):
+        def choose(batch_size, hidden_size, dtype, accum_dtype):
+            return layout(dtype, accum_dtype, **options)
+
+        monkeypatch.setattr(fused, "choose_layout", choose)
+        jax.clear_caches()
+
+    yield set_layout
+    jax.clear_caches()
+
+
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="the layout differs on other platforms")
+@pytest.mark.parametrize(
+    ("sizes", "layout", "hoist_inputs", "chunk_size"),
+    [
+        ((4, 5), BatchMajor, True, 64),
+        ((8, 129), FeatureMajor, True, 64),
+        ((9, 255), BatchMajor, False, 32),
+        ((16, 256), FeatureMajor, False, 32),
+        ((17, 256), BatchMajor, False, 8),
+        ((63, 511), FeatureMajor, False, 8),
+        ((63, 512), FeatureMajor, False, 16),
+        ((64, 512), FeatureMajor, False, 8),
+    ],
+)
+def test_choose_layout_at_the_limits_of_each_rule(sizes, layout, hoist_inputs, chunk_size):
+    chosen = choose_layout(*sizes, FLOAT64, FLOAT64)
+    assert chosen == layout(FLOAT64, FLOAT64, hoist_inputs=hoist_inputs, chunk_size=chunk_size)
+
+
+@pytest.mark.parametrize(
+    "configuration",
+    [
+        "two layers bidirectional projection",
+        "remat",  # its h is wider than x
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("rnn", "all options")),
+    ],
+)
+@pytest.mark.parametrize(
+    ("layout", "options"),
+    [
+        (FeatureMajor, {"hoist_inputs": False}),
+        (FeatureMajor, {"hoist_inputs": True}),
+        (BatchMajor, {"hoist_inputs": False}),
+        (BatchMajor, {"hoist_inputs": False, "split_dot": True}),
+    ],
+)
+def test_fused_in_every_layout_equals_oracle(configuration, layout, options, set_layout):
+    set_layout(layout, **options)
+    parity.check_outputs_and_gradients(configuration, "everything", "fused")
+
+
+BFLOAT16_LAYOUTS = [
+    (FeatureMajor, {"hoist_inputs": False}),
+    (BatchMajor, {"hoist_inputs": False}),
+    (BatchMajor, {"hoist_inputs": True}),
+]
+
+
+@pytest.mark.parametrize("configuration", ["one layer", pytest.param("layer norm", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("layout", "options"), [*BFLOAT16_LAYOUTS, (BatchMajor, {"hoist_inputs": False, "split_dot": True})]
+)
+def test_fused_bfloat16_in_every_layout_equals_oracle(configuration, layout, options, set_layout):
+    assert choose_layout(64, 512, BFLOAT16, FLOAT32).bitcast
+    set_layout(layout, chunk_size=3, bitcast=True, **options)
+    parity.check_narrow_dtype(configuration, jnp.bfloat16, "fused")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("layout", "options"), BFLOAT16_LAYOUTS)
+def test_fused_bfloat16_second_derivatives_equal_scan(layout, options, set_layout):
+    """Compares with the reference backend, which has no bit casts: JAX takes their derivative for zero, silently."""
+    set_layout(layout, chunk_size=3, bitcast=True, **options)
+    xs = jax.random.normal(jax.random.key(0), (7, 3, 3), jnp.float32)
+
+    @partial(jax.jit, static_argnums=0)
+    def second_derivatives(implementation):
+        lstm = jaxlstm.LSTM(3, 5, dtype=jnp.bfloat16, learned_state=True, implementation=implementation)
+        stacked = jax.vmap(lstm.init)(jax.random.split(jax.random.key(1), 3))
+        single = jax.tree.map(lambda a: a[0], stacked)
+
+        def loss(params, xs):
+            ys, state = lstm(params, xs, resets=jnp.zeros(xs.shape[:-1], bool).at[4].set(True))
+            return (ys.astype(jnp.float32) ** 2).sum() + (state.c**3).sum()
+
+        def both_modes(gradient, params, xs):
+            def slope(params, xs):
+                return sum(map(jnp.vdot, jax.tree.leaves(gradient(params, xs)), jax.tree.leaves((params, xs))))
+
+            return jax.jvp(gradient, (params, xs), (params, xs))[1], jax.grad(slope, (0, 1))(params, xs)
+
+        gradient = jax.grad(loss, (0, 1))
+        return both_modes(gradient, single, xs), both_modes(jax.vmap(gradient, (0, 1)), stacked, xs)
+
+    # A second derivative passes through time four times.
+    bounds = narrow_operands(jnp.bfloat16, 4 * len(xs))
+    parity.assert_within(second_derivatives("fused"), second_derivatives("scan"), bounds)
+
+
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="the layout differs on other platforms")
+@pytest.mark.parametrize(("batch_size", "hidden_size"), [(64, 16), (16, 8), (2, 8)])
+def test_fused_loops_carry_bfloat16_as_uint16(batch_size, hidden_size):
+    """XLA on CPU rewrites a whole bfloat16 array to read or write one step, and float32 takes twice the memory."""
+    lstm = jaxlstm.LSTM(3, hidden_size, dtype=jnp.bfloat16, implementation="fused")
+    params, xs = lstm.init(jax.random.key(0)), jnp.zeros((70, batch_size, 3), jnp.bfloat16)
+
+    def loss(params, xs):
+        return lstm(params, xs)[0].astype(jnp.float32).sum()
+
+    def sequences(loop):
+        """Returns the arrays that the loop reads or writes step by step."""
+        body = loop.params["jaxpr"].jaxpr
+        pairs = zip(loop.invars + loop.outvars, body.invars + body.outvars, strict=True)
+        return [outer for outer, inner in pairs if outer.aval.ndim > inner.aval.ndim]
+
+    for fn in (loss, jax.grad(loss, (0, 1))):
+        jaxpr = jax.make_jaxpr(fn)(params, xs).jaxpr
+        loops = [e for e in cases.equations(jaxpr) if e.primitive.name == "scan"]
+        dtypes = [a.aval.dtype for loop in loops for a in sequences(loop)]
+        assert jnp.bfloat16 not in dtypes
+        # x is read forward, unless its product is hoisted, and by the derivative; y is written, and read by it.
+        assert dtypes.count(jnp.uint16) == (2 if fn is loss else 4) - (batch_size <= 8)
+
+
+@pytest.mark.parametrize(
+    ("inputs", "batch_size", "chunks", "rest"),
+    [
+        pytest.param("everything reverse", 4, 1, 0, marks=pytest.mark.slow),
+        pytest.param("everything reverse", 4, 2, 3, marks=pytest.mark.slow),
+        ("mask and resets", 64, 2, 3),
+    ],
+)
+def test_fused_over_chunks_of_time_equals_scan(inputs, batch_size, chunks, rest):
+    configuration = "two layers bidirectional projection"
+    num_steps = chunks * choose_layout(batch_size, cases.HIDDEN_SIZE, FLOAT64, FLOAT64).chunk_size + rest
+    case = cases.make(configuration, inputs, num_steps=num_steps, batch_size=batch_size)
+
+    def value_and_gradient(implementation):
+        lstm = cases.network(configuration, implementation)
+
+        def loss(*args):
+            return cases.loss(*lstm(*args, **case.options), case.cotangents)
+
+        return jax.jit(jax.value_and_grad(loss, (0, 1, 2)))(case.params, case.xs, case.state)
+
+    actual, expected = value_and_gradient("fused"), value_and_gradient("scan")
+    parity.assert_close(actual, expected, jnp.float64, parity.num_terms(case))

@@ -1,0 +1,212 @@
+"""What `jaxlstm.LSTM` and `jaxlstm.ConvLSTM` share: one step, configuration, parameters and public names."""
+
+import subprocess
+import sys
+import warnings
+from functools import partial
+
+import cases
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from tolerance import tolerance
+
+import jaxlstm
+
+B, T, I, H = 3, 4, 2, 5  # noqa: E741  (the letter of the shape table)
+NETWORKS = {
+    "lstm": jaxlstm.LSTM(I, H, num_layers=2, param_dtype=jnp.float64),
+    "learned state": jaxlstm.LSTM(I, H, num_layers=2, proj_size=3, learned_state=True, param_dtype=jnp.float64),
+    "rnn": jaxlstm.LSTM(I, H, cell="rnn", learned_state=True, param_dtype=jnp.float64),
+    "conv": jaxlstm.ConvLSTM(I, H, (3,), num_layers=2, param_dtype=jnp.float64),
+    "conv learned state": jaxlstm.ConvLSTM(I, H, (3,), learned_state=True, param_dtype=jnp.float64),
+}
+
+
+def random_inputs(network, seed=0):
+    rng = np.random.default_rng(seed)
+    params = cases.random_params(network, rng)
+    xs = rng.standard_normal((T, B, *network.feature_shape(I)))
+    state = jax.tree.map(lambda a: rng.standard_normal(a.shape), network.state_shapes((B,)))
+    return params, xs, state
+
+
+def assert_equal(a, b):
+    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+        np.testing.assert_allclose(x, y, **tolerance(np.float64, T * H))
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_step_with_reset_equals_call_with_resets(name):
+    network = NETWORKS[name]
+    params, xs, state = random_inputs(network)
+    resets = np.random.default_rng(1).random((T, B)) < 0.5
+    expected = network(params, xs, state, resets=resets)
+
+    def step(state, inputs):
+        x, reset = inputs
+        return network.step(params, state, x, reset=reset)
+
+    last, ys = jax.lax.scan(step, jax.tree.map(jnp.asarray, state), (xs, resets))
+    assert_equal((ys, last), expected)
+    assert_equal(network.step(params, state, xs[0], reset=np.zeros(B, bool)), network.step(params, state, xs[0]))
+
+
+def test_step_is_a_scan_body():
+    network = NETWORKS["lstm"]
+    params, xs, state = random_inputs(network)
+    last, ys = jax.lax.scan(partial(network.step, params), jax.tree.map(jnp.asarray, state), xs)
+    assert_equal((ys, last), network(params, xs, state))
+
+
+def test_step_names_a_wrong_reset():
+    network = NETWORKS["lstm"]
+    params, xs, state = random_inputs(network)
+    with pytest.raises(ValueError, match=r"reset must have shape \[3\], got \[2\]"):
+        network.step(params, state, xs[0], reset=np.zeros(2, bool))
+    with pytest.raises(TypeError, match=r"reset must be boolean, got int64\[3\]"):
+        network.step(params, state, xs[0], reset=np.zeros(3, int))
+
+
+@pytest.mark.parametrize("name", ["lstm", "rnn", "conv"])
+def test_state_may_be_a_plain_tuple(name):
+    network = NETWORKS[name]
+    params, xs, state = random_inputs(network)
+    assert_equal(network(params, xs, tuple(state)), network(params, xs, state))
+    result = network.step(params, tuple(state), xs[0])
+    assert isinstance(result[0], jaxlstm.State)
+    assert_equal(result, network.step(params, state, xs[0]))
+
+
+@pytest.mark.parametrize("bidirectional", [False, True])
+def test_last_outputs_equals_each_sequence_alone(bidirectional):
+    lstm = jaxlstm.LSTM(I, H, bidirectional=bidirectional, param_dtype=jnp.float64)
+    params, xs, _ = random_inputs(lstm)
+    lengths = np.array([T, 0, 2])
+    ys, state = lstm(params, xs, lengths=lengths)
+    last = jaxlstm.last_outputs(ys, lengths, bidirectional=bidirectional)
+    assert_equal(last, np.concatenate([np.where(lengths[:, None] > 0, h, 0) for h in state.h], axis=-1))
+    assert_equal(last[0], jaxlstm.last_outputs(ys[:, 0], bidirectional=bidirectional))
+    assert not last[1].any()
+    assert_equal(jaxlstm.last_outputs(ys[:, 0], lengths[0] + 7, bidirectional=bidirectional), last[0])
+    assert_equal(jaxlstm.last_outputs(ys[:0], bidirectional=bidirectional), np.zeros_like(last))
+
+
+def test_last_outputs_ignores_padding():
+    ys = jnp.ones((T, B, 2)).at[2:].set(jnp.nan)
+    lengths = jnp.array([1, 2, 0])
+    gradient = jax.grad(lambda ys: jaxlstm.last_outputs(ys, lengths).sum())(ys)
+    np.testing.assert_array_equal(jaxlstm.last_outputs(ys, lengths), [[1, 1], [1, 1], [0, 0]])
+    np.testing.assert_array_equal(gradient[:, :, 0], [[1, 0, 0], [0, 1, 0], [0, 0, 0], [0, 0, 0]])
+
+
+@pytest.mark.parametrize(
+    ("args", "options", "error", "message"),
+    [
+        ((np.zeros(3),), {}, ValueError, r"ys must have shape \(T, \*batch, outputs\), got \[3\]"),
+        ((np.zeros((4, 3)),), {"bidirectional": True}, ValueError, "must have an even number of outputs, got 3"),
+        ((np.zeros((4, 3, 2)), np.zeros(2, int)), {}, ValueError, r"lengths must have shape \[3\], got \[2\]"),
+        ((np.zeros((4, 3, 2), int),), {}, TypeError, "ys must be floating-point"),
+    ],
+)
+def test_last_outputs_names_wrong_arguments(args, options, error, message):
+    with pytest.raises(error, match=message):
+        jaxlstm.last_outputs(*args, **options)
+
+
+def test_options_may_be_numpy_scalars():
+    network = jaxlstm.LSTM(np.int32(3), np.int64(4), bidirectional=np.True_, zoneout_h=np.float32(0.5))
+    assert network == jaxlstm.LSTM(3, 4, bidirectional=True, zoneout_h=0.5)
+    assert hash(network) == hash(jaxlstm.LSTM(3, 4, bidirectional=True, zoneout_h=0.5))
+
+
+@pytest.mark.parametrize(
+    ("network", "text"),
+    [
+        (jaxlstm.LSTM(64, 256), "LSTM(64, 256)"),
+        (jaxlstm.LSTM(3, 4, num_layers=2, dtype=jnp.bfloat16), "LSTM(3, 4, num_layers=2, dtype=bfloat16)"),
+        (jaxlstm.LSTM(3, 4, param_dtype=jnp.float64, cell="cifg"), "LSTM(3, 4, cell='cifg', param_dtype=float64)"),
+        (jaxlstm.LSTM(3, 4, implementation="scan"), "LSTM(3, 4, implementation='scan')"),
+        (jaxlstm.ConvLSTM(1, 2, 8), "ConvLSTM(1, 2, (8,))"),
+        (jaxlstm.ConvLSTM(1, 2, (8, 9), kernel_size=5), "ConvLSTM(1, 2, (8, 9), kernel_size=(5, 5))"),
+    ],
+)
+def test_repr_shows_what_differs_from_the_defaults(network, text):
+    assert repr(network) == text
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_num_parameters_counts_the_arrays_of_init(name, capsys):
+    network = NETWORKS[name]
+    params = network.init(jax.random.key(0))
+    assert network.num_parameters == sum(a.size for a in jax.tree.leaves(params))
+    network.summary()
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == repr(network)
+    assert lines[-1].split() == ["total", "float64", f"{network.num_parameters:,}"]
+    assert len(lines) == 2 + len(jax.tree.leaves(params))
+    assert lines[1].startswith("layers[0].forward.w_x")
+    assert str(params.layers[0].forward.w_x.shape) in lines[1]
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: jaxlstm.LSTM(3, 4, dropout=0.5), "dropout option adds dropout after all but last recurrent layer"),
+        (lambda: jaxlstm.ConvLSTM(3, 4, 5, dropout=0.5), "got dropout=0.5 and num_layers=1"),
+        (lambda: jaxlstm.LSTM(3, 4, num_layers=2, variational=True), "variational option gives the dropout"),
+    ],
+)
+def test_dropout_without_effect_warns_once_at_the_caller(make, message):
+    def several():
+        for _ in range(3):
+            make()
+
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("default")
+        several()
+    assert len(caught) == 1
+    assert caught[0].category is UserWarning
+    assert message in str(caught[0].message)
+    assert caught[0].filename == __file__
+
+
+def test_dropout_with_an_effect_does_not_warn():
+    jaxlstm.LSTM(3, 4, num_layers=2, dropout=0.5, variational=True)
+    jaxlstm.LSTM(3, 4, input_dropout=0.5, output_dropout=0.5)
+
+
+def test_public_names_are_listed_and_loaded_lazily():
+    code = """
+import sys, jaxlstm
+lazy = ["diagnostics", "interop", "flax", "export", "packing", "training", "experimental"]
+assert not [name for name in lazy if f"jaxlstm.{name}" in sys.modules]
+assert dir(jaxlstm) == sorted([*jaxlstm.__all__, "__version__"])
+for name in lazy:
+    assert getattr(jaxlstm, name).__name__ == f"jaxlstm.{name}"
+for name in jaxlstm.__all__:
+    getattr(jaxlstm, name)
+try:
+    jaxlstm.lstn
+except AttributeError as error:
+    print(error)
+"""
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.stderr == ""
+    assert result.stdout == "module 'jaxlstm' has no attribute 'lstn'\n"
+
+
+def test_backends_may_be_callables():
+    """A hashable callable with the signature of a backend is used like a named one."""
+    calls = []
+
+    def backend(cell, directions, context):
+        calls.append(len(directions))
+        return jaxlstm.recurrence.backends.get_backend("scan")(cell, directions, context)
+
+    lstm = jaxlstm.LSTM(I, H, bidirectional=True, param_dtype=jnp.float64, implementation=backend)
+    params, xs, state = random_inputs(lstm)
+    expected = jaxlstm.LSTM(I, H, bidirectional=True, param_dtype=jnp.float64)(params, xs, state)
+    assert_equal(lstm(params, xs, state), expected)
+    assert calls == [2]

@@ -1,0 +1,85 @@
+"""The commands ``inspect`` and ``vanishing``."""
+
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+from rich.console import Console
+
+from jaxlstm.training import config, inspect_run, params_file
+from jaxlstm.training.diagnose_cli import Inspect, main
+from jaxlstm.training.metrics import write_json
+from jaxlstm.training.tasks import language
+
+
+@pytest.fixture
+def trained_run(tmp_path):
+    """Returns the directory of a character model with initial weights, in the format of ``train.py``."""
+    asked = config.Options(hidden=8, embedding=4, layers=2)
+    folder = tmp_path / "run"
+    folder.mkdir()
+    characters = '\n "()abc'
+    write_json(folder / "config.json", {"options": config.to_json(asked), "vocabulary": characters})
+    model = language.build_language_model(asked, len(characters))
+    params_file.save_params(folder / params_file.BEST, model.init(jax.random.key(0)))
+    return folder
+
+
+def test_inspect_writes_figures_and_prints_the_report(trained_run, tmp_path, capsys):
+    text = 'abc (ab)\n"c" a'
+    out = tmp_path / "pictures"
+    Inspect(trained_run, text, layer=1, out=out).run(Console())
+    assert {path.name for path in out.iterdir()} == {"gates.png", "eigenvalues.png", "cell_states.png"}
+    assert f"layer 1: 8 units, {len(text)} steps" in capsys.readouterr().out
+    model, params, ids = inspect_run.load_character_model(trained_run, text)
+    assert ids.tolist() == ['\n "()abc'.index(character) for character in text]
+    jax.tree.map(np.testing.assert_array_equal, params, model.init(jax.random.key(0)))
+
+
+def test_inspect_errors_are_one_clear_line(trained_run, tmp_path, capsys):
+    def error_of(*arguments):
+        with pytest.raises(SystemExit) as stop:
+            main(["inspect", *map(str, arguments)])
+        assert "\n" not in str(stop.value)
+        return str(stop.value)
+
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "file").touch()
+    run = trained_run
+    assert "is not the folder of a run" in error_of(tmp_path / "no", "--text", "a")
+    assert "not in the vocabulary of 8 characters: 'z'" in error_of(run, "--text", "az")
+    assert "--text must have at least one character" in error_of(run, "--text", "")
+    assert "--layer must be one of 0 to 1, got 2" in error_of(run, "--text", "a", "--layer", "2")
+    assert "full is not an empty folder; pictures never replace others" in error_of(
+        run, "--text", "a", "--out", tmp_path / "full"
+    )
+    whole = (run / params_file.BEST).read_bytes()
+    (run / params_file.BEST).write_bytes(whole[:100])
+    assert "best.msgpack is damaged or of another model" in error_of(run, "--text", "a")
+    (run / params_file.BEST).unlink()
+    assert "no checkpoint" in error_of(run, "--text", "a")
+    config = (run / "config.json").read_text()
+    (run / "config.json").write_text(config.replace('"charlm"', '"digits"'))
+    assert "expected a run of --task charlm" in error_of(run, "--text", "a")
+
+
+def command(*arguments):
+    run = subprocess.run(
+        [sys.executable, "-m", "jaxlstm.diagnostics", *map(str, arguments)], capture_output=True, text=True
+    )
+    assert "Traceback" not in run.stderr
+    return run
+
+
+@pytest.mark.slow
+def test_vanishing_writes_the_figure_and_prints_the_summary(tmp_path):
+    small = ["--steps", "10", "--hidden", "4", "--updates", "50", "--batch", "2"]
+    run = command("vanishing", "--out", tmp_path / "v.png", *small)
+    assert run.returncode == 0, run.stderr
+    assert "After 50 updates on the adding task over 10 steps" in run.stdout
+    assert (tmp_path / "v.png").read_bytes().startswith(b"\x89PNG")
+    again = command("vanishing", "--out", tmp_path / "v.png")
+    assert again.returncode != 0
+    assert "exists; a picture never replaces another file" in again.stderr
