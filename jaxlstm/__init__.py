@@ -55,7 +55,10 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     """Imports a submodule when it is first used."""
     if name in __all__:  # the other public names are defined above
-        return importlib.import_module(f"jaxlstm.{name}")
+        try:
+            return importlib.import_module(f"jaxlstm.{name}")
+        except ImportError as error:  # an optional package is missing: `hasattr` and `help` still work
+            raise AttributeError(str(error)) from None
     raise AttributeError(f"module 'jaxlstm' has no attribute {name!r}")
 
 

@@ -1,4 +1,4 @@
-r"""The equations of the cells.
+r"""The equations of the LSTM and its variants, and how to add a cell.
 
 One step of a recurrent layer is a dense part, the same for every cell, and a small function that makes it this cell::
 
@@ -7,7 +7,7 @@ One step of a recurrent layer is a dense part, the same for every cell, and a sm
     h    = W_p y                    with a projection; otherwise h = y
 
 The function ``gates`` defines the cell. It is written once, here, and every backend of the recurrence calls it. To add
-a cell, write such a function and declare it as a `Cell`.
+a cell, write such a function, declare it as a `Cell` and name it in `CELLS`.
 """
 
 import inspect

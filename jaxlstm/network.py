@@ -83,6 +83,10 @@ class RecurrentNetwork:
             self._set("remat", validation.positive_int("remat", self.remat))
         if isinstance(self.cell, Cell):
             validation.cell(self.cell)
+        elif callable(self.cell):
+            raise TypeError(
+                "cell must be a name or a jaxlstm.Cell, got a function; declare it: jaxlstm.Cell(gates, num_gates)"
+            )
         else:
             validation.choice("cell", self.cell, self.cell_names)
         self._check_forget_gate()
@@ -103,18 +107,18 @@ class RecurrentNetwork:
         if self.forget_bias is not None:
             self._set("forget_bias", validation.number("forget_bias", self.forget_bias))
         if self.chrono is not None:
-            self._set("chrono", validation.positive_int("chrono", self.chrono))
-            if self.chrono < 3 or self.forget_bias is not None:
-                raise ValueError(f"chrono must be at least 3 and without forget_bias, got chrono={self.chrono}")
+            self._set("chrono", validation.int_at_least("chrono", self.chrono, 3))
+            if self.forget_bias is not None:
+                raise ValueError("chrono and forget_bias both set the bias of the forget gate: give one of them")
 
     def __repr__(self) -> str:
         """Shows the sizes and the options that differ from their defaults."""
-        parts = []
+        parts = [repr(getattr(self, field.name)) for field in fields(self) if field.default is MISSING]
         for field in fields(self):
             value = getattr(self, field.name)
             if field.default is MISSING:
-                parts.append(f"{value!r}" if not field.kw_only else f"{field.name}={value!r}")
-            elif value != self._normalized_default(field.name, field.default):
+                continue
+            if value != self._normalized_default(field.name, field.default):
                 is_dtype = field.name in ("dtype", "param_dtype")
                 parts.append(f"{field.name}={jnp.dtype(value).name if is_dtype else repr(value)}")
         return f"{type(self).__name__}({', '.join(parts)})"
@@ -252,7 +256,7 @@ class RecurrentNetwork:
         batch = validation.sizes("batch_shape", batch_shape)
         if self.learned_state:
             if params is None:
-                raise ValueError("initial_state needs params: learned_state=True, and the state is one of them")
+                raise ValueError("initial_state needs params, which hold the state with learned_state=True")
             self.check_params(params)
         return self._initial_state(batch, params)
 
@@ -320,7 +324,8 @@ class RecurrentNetwork:
     ) -> tuple[State, Float[Array, "*batch_and_outputs"]]:
         """Takes one step of all layers, without regularizers, for streaming and reinforcement learning.
 
-        The result is in the order of a `jax.lax.scan` body: ``jax.lax.scan(partial(lstm.step, params), state, xs)``.
+        It computes the equations directly, whichever ``implementation`` is set: backends run whole sequences. The
+        result is in the order of a `jax.lax.scan` body: ``jax.lax.scan(partial(lstm.step, params), state, xs)``.
 
         Args:
           params: from `init`.
@@ -335,7 +340,9 @@ class RecurrentNetwork:
           ValueError, TypeError: while tracing, for a wrong shape, size, dtype or type, or a bidirectional network.
         """
         if self.bidirectional:
-            raise ValueError("step runs one direction: a bidirectional network needs the whole sequence")
+            raise ValueError(
+                "step does not support bidirectional=True: the backward direction needs the whole sequence"
+            )
         self._check_dtypes()
         self.check_params(params)
         x = validation.inputs("x", x, self.feature_shape(self.input_size), "*batch")

@@ -1,4 +1,4 @@
-"""The output that summarizes a sequence."""
+"""`last_outputs`: the last valid output of each sequence."""
 
 from typing import Any
 

@@ -18,9 +18,14 @@ from jaxlstm.params import Params, Size, State
 
 def positive_int(name: str, value: Any) -> int:
     """Returns ``value`` as an int of at least 1."""
+    return int_at_least(name, value, 1)
+
+
+def int_at_least(name: str, value: Any, minimum: int) -> int:
+    """Returns ``value`` as an int of at least ``minimum``."""
     number = _index(name, value)
-    if number < 1:
-        raise ValueError(f"{name} must be at least 1, got {number}")
+    if number < minimum:
+        raise ValueError(f"{name} must be at least {minimum}, got {number}")
     return number
 
 
@@ -112,6 +117,28 @@ def cell(value: Cell) -> None:
     if bool(value.num_peepholes) != value.takes("peepholes"):
         takes = "take" if value.takes("peepholes") else "do not take"
         raise ValueError(f"the cell's gates {takes} `peepholes`, but num_peepholes is {value.num_peepholes}")
+    _check_gates(value)
+
+
+def _check_gates(cell: Cell) -> None:
+    """Checks by tracing that the gates return a cell state and an output of one number per unit."""
+
+    def array(*shape: int) -> Any:
+        return jax.ShapeDtypeStruct(shape, jnp.float32)
+
+    c = array(1, 1) if cell.has_cell_state else None
+    options = {"peepholes": array(cell.num_peepholes, 1, 1)} if cell.num_peepholes else {}
+    shapes = f"z [{cell.num_gates}, 1, 1] and c {'[1, 1]' if cell.has_cell_state else 'None'}"
+    try:
+        result = jax.eval_shape(cell.gates, array(cell.num_gates, 1, 1), c, **options)
+    except Exception as error:  # of the user's function
+        raise ValueError(f"gates of the cell failed on {shapes}: {first_line(error)}") from error
+    is_pair = isinstance(result, tuple) and len(result) == 2
+    returned = [None if a is None else tuple(a.shape) for a in result] if is_pair else describe(result)
+    if returned != [None if c is None else (1, 1), (1, 1)]:
+        raise ValueError(
+            f"gates of the cell must return (c, output), each of the shape of c; for {shapes} got {returned}"
+        )
 
 
 def warn_unused_dropout(dropout: float, num_layers: int, variational: bool) -> None:

@@ -1,4 +1,4 @@
-"""The commands ``jaxlstm inspect`` and ``jaxlstm vanishing`` under their older name."""
+"""The commands ``jaxlstm inspect`` and ``jaxlstm vanishing`` as ``python -m jaxlstm.diagnostics``."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""Reads the named values of a cell by evaluating the jaxpr of its equations, which stay unchanged."""
+"""Reads the named values of a cell by evaluating the jaxpr of its unchanged equations."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any

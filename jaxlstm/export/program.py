@@ -48,6 +48,7 @@ def sequence(
       ValueError, TypeError: for parameters of another configuration, an unknown platform, or an implementation that
         needs to know the number of steps.
     """
+    _check_lstm(lstm)
     if lstm.implementation not in _SHAPE_POLYMORPHIC:
         raise ValueError(
             f"implementation={lstm.implementation!r} needs a fixed number of steps; export with implementation='fused'"
@@ -85,6 +86,7 @@ def step(lstm: LSTM, params: Params, *, platforms: Sequence[str] = PLATFORMS) ->
     Raises:
       ValueError, TypeError: for parameters of another configuration, a bidirectional network or an unknown platform.
     """
+    _check_lstm(lstm)
     lstm = _without_step_counts(lstm)
     (batch_size,) = symbolic_shape("B")
 
@@ -118,6 +120,11 @@ def _check_platforms(platforms: Sequence[str]) -> tuple[str, ...]:
     if isinstance(platforms, str) or not platforms:
         raise ValueError(f"platforms must be a sequence of at least one name, got {platforms!r}")
     return tuple(validation.choice("platforms", name, _KNOWN_PLATFORMS) for name in platforms)
+
+
+def _check_lstm(lstm: LSTM) -> None:
+    if not isinstance(lstm, LSTM):
+        raise TypeError(f"lstm must be a jaxlstm.LSTM, got {type(lstm).__name__}")
 
 
 def _without_step_counts(lstm: LSTM) -> LSTM:

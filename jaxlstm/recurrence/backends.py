@@ -1,4 +1,7 @@
-"""The table of backends. A backend is loaded when it is first used."""
+"""The table of backends. To add one, name its function here and give it a line in `jaxlstm.recurrence.selection`.
+
+A backend is loaded when it is first used.
+"""
 
 import importlib
 from typing import Any, Literal

@@ -1,4 +1,4 @@
-"""The contract of a backend: its arguments.
+"""The contract of a backend of the recurrence: the types of its arguments and results.
 
 A backend is a function::
 

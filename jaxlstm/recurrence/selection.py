@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import jax
 
+from jaxlstm import validation
 from jaxlstm.recurrence.backends import EXPERIMENTAL, NAMES, ImplementationName
 
 
@@ -81,10 +82,13 @@ def explain(lstm: Any, xs_shape: tuple[int, ...]) -> BackendChoice:
     Raises:
       ValueError, TypeError: as a call with such inputs does.
     """
+    if not hasattr(lstm, "implementation"):
+        raise TypeError(f"lstm must be a jaxlstm.LSTM, got {type(lstm).__name__}")
+    xs_shape = validation.sizes("xs_shape", xs_shape)
     default = PLATFORM_DEFAULTS.get(jax.default_backend(), UNKNOWN_PLATFORM)
     _trace(lstm, default.name, xs_shape)
     others = {}
-    at_least_one_step = (max(xs_shape[0], 1), *xs_shape[1:])  # without a step no backend runs that could refuse
+    at_least_one_step = (max(*xs_shape[:1], 1), *xs_shape[1:])  # without a step no backend runs that could refuse
     for name in NAMES:
         if name == default.name:
             continue

@@ -103,31 +103,32 @@ def parse(arguments: Sequence[str], prog: str = "train.py") -> Options:
     options = _parse_groups(arguments, defaults, prog)
     if early.resume:
         if mismatches := config.differences(options, config.to_json(defaults)):
-            raise ValueError(f"--resume {early.resume} goes on with the options of that run: {mismatches[0]}")
+            raise ValueError(f"--resume {early.resume} continues with the options of that run: {mismatches[0]}")
         if options.run_dir is not None:
             raise ValueError(
-                f"--resume {early.resume} goes on in that folder, and has no use for --run-dir {options.run_dir}"
+                f"--resume {early.resume} continues in that folder and cannot be combined with "
+                f"--run-dir {options.run_dir}"
             )
     for name in TASKS[options.task].UNUSED:
         if (value := getattr(options, name)) != getattr(defaults, name):
-            raise ValueError(f"--task {options.task} has no use for {config.flag(name)}, got {value}")
+            raise ValueError(f"--task {options.task} does not use {config.flag(name)}, got {value}")
     return options
 
 
 def _parse_early(arguments: Sequence[str]) -> argparse.Namespace:
     """Returns the options that decide the defaults of all others."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--task", default="charlm")
-    parser.add_argument("--resume", type=Path)
-    parser.add_argument("--optimizer")
+    parser.add_argument("--task", nargs="?", default="charlm", const="charlm")  # tyro reports a missing value
+    parser.add_argument("--resume", nargs="?", type=Path)
+    parser.add_argument("--optimizer", nargs="?")
     return parser.parse_known_args(arguments)[0]
 
 
 def _task_defaults(early: argparse.Namespace) -> Options:
     """Returns the default options of the task on the command line."""
-    values: dict[str, Any] = {"task": early.task}
-    if early.task in TASKS:  # tyro reports an unknown one
-        values |= TASKS[early.task].DEFAULTS
+    if early.task not in TASKS:
+        raise ValueError(f"--task must be one of {', '.join(TASKS)}, got {early.task}")
+    values: dict[str, Any] = {"task": early.task} | TASKS[early.task].DEFAULTS
     if early.optimizer not in (None, values.get("optimizer", Options.optimizer)):
         values.pop("learning_rate", None)  # chosen for the other optimizer
     return Options(**values)

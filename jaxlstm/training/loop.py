@@ -144,7 +144,7 @@ class Trainer:
         if self.record.step >= self.max_steps:
             print_line(
                 self.console,
-                f"nothing is left to do: step {self.record.step:,} is the last one by --max-steps {self.max_steps}",
+                f"nothing left to do: the run ended at step {self.record.step:,} and --max-steps is {self.max_steps}",
             )
 
     @property

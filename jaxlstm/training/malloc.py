@@ -1,4 +1,4 @@
-"""Memory settings of the process: freed memory is kept for reuse."""
+"""Allocator settings: the process keeps freed memory for reuse instead of returning it to the system."""
 
 import ctypes
 import sys

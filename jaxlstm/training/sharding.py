@@ -53,6 +53,8 @@ def initialize_devices(mesh: str | None, coordinator: str | None, processes: int
     Raises:
       ValueError: if the cluster is unknown, or has fewer devices than the mesh needs.
     """
+    if coordinator != AUTO and processes == 1 and (coordinator is not None or process != 0):
+        raise ValueError(f"--coordinator and --process need --processes, got --processes {processes}")
     sizes = parse_mesh(mesh) if mesh else dict.fromkeys(AXES, 1)
     needed = math.prod(sizes.values())
     if needed % processes:

@@ -403,7 +403,7 @@ def test_custom_cell_compiles_once_per_shape():
     params = random_params(conv, np.random.default_rng(8))
     assert params.layers[0].forward.w_h.shape == (3, 3, H, 3 * H)
     assert conv(params, xs)[0].shape == (T, B, 3, 2, H)
-    assert traced[0] == (3, B, 3, 2, H)
+    assert (3, B, 3, 2, H) in traced
     gradient = jax.jit(jax.grad(lambda params, xs: conv(params, xs)[0].sum()))
     for call in (
         lambda xs: conv(params, xs),
@@ -540,7 +540,7 @@ def test_configurations_compare_by_value():
         ({"dropout": 1.0}, ValueError, "dropout must be in [0, 1), got 1.0"),
         ({"input_dropout": -0.1}, ValueError, "input_dropout must be in [0, 1), got -0.1"),
         ({"output_dropout": "0"}, TypeError, "output_dropout must be a number in [0, 1), got '0'"),
-        ({"chrono": 2}, ValueError, "chrono must be at least 3 and without forget_bias, got chrono=2"),
+        ({"chrono": 2}, ValueError, "chrono must be at least 3, got 2"),
         ({"forget_bias": 2.0, "use_bias": False}, ValueError, "forget_bias=2.0 needs a bias, got use_bias=False"),
         (
             {"forget_bias": 2.0, "cell": jaxlstm.cells.RNN["tanh"]},
@@ -605,7 +605,7 @@ def call(**changes):
         (
             lambda: jaxlstm.ConvLSTM(3, 4, (5, 6), learned_state=True).initial_state(2),
             ValueError,
-            "initial_state needs params: learned_state=True",
+            "initial_state needs params, which hold the state with learned_state=True",
         ),
         (
             lambda: CONV.step(PARAMS, CONV.initial_state(2), XS[0, :, :4]),
@@ -615,7 +615,7 @@ def call(**changes):
         (
             lambda: jaxlstm.ConvLSTM(3, 4, 5, bidirectional=True).step(None, None, XS),
             ValueError,
-            "step runs one direction",
+            "step does not support bidirectional=True",
         ),
     ],
 )

@@ -130,6 +130,7 @@ def test_options_may_be_numpy_scalars():
         (jaxlstm.LSTM(3, 4, implementation="scan"), "LSTM(3, 4, implementation='scan')"),
         (jaxlstm.ConvLSTM(1, 2, 8), "ConvLSTM(1, 2, (8,))"),
         (jaxlstm.ConvLSTM(1, 2, (8, 9), kernel_size=5), "ConvLSTM(1, 2, (8, 9), kernel_size=(5, 5))"),
+        (jaxlstm.ConvLSTM(1, 2, 8, num_layers=2), "ConvLSTM(1, 2, (8,), num_layers=2)"),
     ],
 )
 def test_repr_shows_what_differs_from_the_defaults(network, text):
@@ -195,6 +196,36 @@ except AttributeError as error:
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert result.stderr == ""
     assert result.stdout == "module 'jaxlstm' has no attribute 'lstn'\n"
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"cell": lambda z, c: (c, c)}, TypeError, "declare it: jaxlstm.Cell"),
+        ({"cell": jaxlstm.Cell(lambda z, c: c, 1)}, ValueError, "must return \\(c, output\\)"),
+        ({"cell": jaxlstm.Cell(lambda z, c: (z, z), 2)}, ValueError, "got \\[\\(2, 1, 1\\), \\(2, 1, 1\\)\\]"),
+        ({"cell": jaxlstm.Cell(lambda z, c, other: (c, c), 1)}, ValueError, "gates of the cell failed on z"),
+        ({"cell": jaxlstm.Cell(lambda z, c: (c, sum(np.ones(2)[:3], *z)), 3)}, ValueError, "gates of the cell failed"),
+    ],
+)
+def test_wrong_gates_are_reported_when_the_network_is_made(options, error, message):
+    with pytest.raises(error, match=message):
+        jaxlstm.LSTM(3, 4, **options)
+
+
+def test_functions_of_an_lstm_name_another_network():
+    conv = jaxlstm.ConvLSTM(1, 2, 8)
+    with pytest.raises(TypeError, match=r"lstm must be a jaxlstm\.LSTM, got ConvLSTM"):
+        jaxlstm.recurrence.explain(conv, (3, 8, 1))
+    with pytest.raises(TypeError, match=r"lstm must be a jaxlstm\.LSTM, got ConvLSTM"):
+        jaxlstm.export.sequence(conv, conv.init(jax.random.key(0)))
+
+
+def test_package_without_flax_can_still_be_listed():
+    code = "import sys; sys.modules['flax'] = None; import jaxlstm; print(hasattr(jaxlstm, 'flax')); jaxlstm.flax"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.stdout == "False\n"
+    assert "jaxlstm.flax needs flax, which is not installed: pip install 'jaxlstm[flax]'" in result.stderr
 
 
 def test_backends_may_be_callables():

@@ -67,8 +67,8 @@ def invalid_cell(**fields):
         ({"forget_bias": "1"}, TypeError, "forget_bias must be a number, got '1'"),
         ({"forget_bias": float("nan")}, ValueError, "forget_bias must be finite, got nan"),
         ({"forget_bias": 2.0, "use_bias": False}, ValueError, "forget_bias=2.0 needs a bias, got use_bias=False"),
-        ({"chrono": 2}, ValueError, "chrono must be at least 3 and without forget_bias, got chrono=2"),
-        ({"chrono": 9, "forget_bias": 0.0}, ValueError, "chrono must be at least 3 and without forget_bias"),
+        ({"chrono": 2}, ValueError, "chrono must be at least 3, got 2"),
+        ({"chrono": 9, "forget_bias": 0.0}, ValueError, "chrono and forget_bias both set the bias of the forget gate"),
         (
             {"cell": "rnn", "recurrent_dropout": 0.1},
             ValueError,
@@ -211,7 +211,7 @@ def call(**changes):
         (
             lambda: jaxlstm.LSTM(3, 4, bidirectional=True).step(params, state, xs[0]),
             ValueError,
-            "step runs one direction: a bidirectional network needs the whole sequence",
+            "step does not support bidirectional=True: the backward direction needs the whole sequence",
         ),
         (
             lambda: jaxlstm.LSTM(3, 4, cell="rnn").step(params, state, xs[0]),
@@ -312,7 +312,7 @@ def test_initial_state_accepts_int_as_batch_shape():
 
 def test_learned_state_needs_params():
     network = jaxlstm.LSTM(3, 4, learned_state=True)
-    with pytest.raises(ValueError, match="initial_state needs params: learned_state=True"):
+    with pytest.raises(ValueError, match="initial_state needs params, which hold the state with learned_state=True"):
         network.initial_state(2)
     with pytest.raises(ValueError, match=re.escape("params.state.h is missing; expected shape [1, 4]")):
         network(zero_params(3, 4), xs)

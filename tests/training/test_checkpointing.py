@@ -225,15 +225,15 @@ def test_resume_after_a_stop_and_a_crash_is_exact(complete_run, tmp_path, monkey
 def test_resume_needs_the_options_and_data_of_the_run(complete_run, tmp_path):
     shutil.copytree(complete_run, tmp_path / "run")
     for option, message in (
-        (["--hidden", "32"], "goes on with the options of that run: --hidden is 16, expected 32"),
+        (["--hidden", "32"], "continues with the options of that run: --hidden is 16, expected 32"),
         (["--task", "charlm", "--seed", "3"], "--seed is 0, expected 3"),
-        (["--run-dir", "other"], "goes on in that folder, and has no use for --run-dir other"),
+        (["--run-dir", "other"], "continues in that folder and cannot be combined with --run-dir other"),
     ):
         with pytest.raises(ValueError, match=message):
             cli.parse(["--resume", str(tmp_path / "run"), *option])
     options = cli.parse(["--resume", str(tmp_path / "run"), "--max-steps", "50", "--valid-every", "7"])
     assert (options.max_steps, options.valid_every, options.hidden) == (50, 7, 16)
-    message = "nothing is left to do: step 40 is the last one by --max-steps 40\n"
+    message = "nothing left to do: the run ended at step 40 and --max-steps is 40\n"
     assert message in train(["--resume", str(tmp_path / "run"), "--max-seconds", "100"])
     path = tmp_path / "run" / "checkpoints" / "40" / "manifest.json"
     manifest = json.loads(path.read_text())

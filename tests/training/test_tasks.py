@@ -74,7 +74,7 @@ def test_unused_option_is_rejected_by_name(task):
     values |= dict.fromkeys(OPTION_GROUPS["forecasting"], "7")
     for name in TASKS[task].UNUSED:
         option = f"--{name.replace('_', '-')}"
-        with pytest.raises(ValueError, match=f"--task {task} has no use for {option}, got "):
+        with pytest.raises(ValueError, match=f"--task {task} does not use {option}, got "):
             parse(["--task", task, option, *([] if name == "tied" else [values[name]])])
 
 
@@ -144,7 +144,7 @@ def test_wordlm_reads_a_folder_with_two_files(tmp_path):
     (tmp_path / "ptb.train.txt").write_text(STORY)
     (tmp_path / "ptb.valid.txt").write_text("the cat lay on a penguin .\n")
     options = parse(["--task", "wordlm", "--data", str(tmp_path), "--window", "9"])
-    assert TASKS["wordlm"].make(options).description == "1,920 words to train on, 8 to validate, 15 different"
+    assert TASKS["wordlm"].make(options).description == "1,920 words to train on, 8 to validate, 15 distinct"
     (tmp_path / "ptb.valid.txt").unlink()
     with pytest.raises(DataError, match=r"must hold one file \*train\* and one \*valid\*"):
         TASKS["wordlm"].make(options)

@@ -28,7 +28,7 @@ def make(options: Options) -> Task:
         train_ids,
         valid_ids,
         description=f"{len(train_ids):,} characters to train on, {len(valid_ids):,} to validate, "
-        f"{len(vocabulary)} different",
+        f"{len(vocabulary)} distinct",
         title=f"{Path(options.data).stem}: LSTM",
         loss_unit="nats per character",
         unit_name="characters",

@@ -54,7 +54,7 @@ def make(options: Options) -> Task:
         train_ids,
         valid_ids,
         description=f"{len(train_ids):,} words to train on, {len(valid_ids):,} to validate, "
-        f"{len(vocabulary):,} different",
+        f"{len(vocabulary):,} distinct",
         title=f"words of {Path(options.data).stem}: LSTM",
         loss_unit="nats per word",
         unit_name="words",
