@@ -1,4 +1,4 @@
-"""Checks of arguments. Wrong input raises one clear error while tracing: what was received, what was expected."""
+"""Checks of arguments: wrong input raises one clear error while tracing, with the received and the expected value."""
 
 import math
 import operator

@@ -20,7 +20,7 @@ CHECKED = ["cells", "dropout", "initializers", "primitives", "recurrence", "expe
 install_import_hook([f"jaxlstm.{name}" for name in CHECKED], "beartype.beartype")
 
 jax.config.update("jax_enable_x64", True)
-jax.config.update("jax_num_cpu_devices", 2)  # what runs over devices is tested on two
+jax.config.update("jax_num_cpu_devices", 2)  # tests of sharding use two devices
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
