@@ -137,7 +137,8 @@ def _check_gates(cell: Cell) -> None:
     returned = [None if a is None else tuple(a.shape) for a in result] if is_pair else describe(result)
     if returned != [None if c is None else (1, 1), (1, 1)]:
         raise ValueError(
-            f"gates of the cell must return (c, output), each of the shape of c; for {shapes} got {returned}"
+            "gates of the cell must be elementwise over units and return (c, output), each of the shape of c; "
+            f"for {shapes} got {returned}"
         )
 
 

@@ -202,7 +202,8 @@ except AttributeError as error:
     ("options", "error", "message"),
     [
         ({"cell": lambda z, c: (c, c)}, TypeError, "declare it: jaxlstm.Cell"),
-        ({"cell": jaxlstm.Cell(lambda z, c: c, 1)}, ValueError, "must return \\(c, output\\)"),
+        ({"cell": jaxlstm.Cell(lambda z, c: c, 1)}, ValueError, "return \\(c, output\\)"),
+        ({"cell": jaxlstm.Cell(lambda z, c: (c + np.ones((1, 4), "f"), c), 1)}, ValueError, "elementwise .*\\(1, 4\\)"),
         ({"cell": jaxlstm.Cell(lambda z, c: (z, z), 2)}, ValueError, "got \\[\\(2, 1, 1\\), \\(2, 1, 1\\)\\]"),
         ({"cell": jaxlstm.Cell(lambda z, c, other: (c, c), 1)}, ValueError, "gates of the cell failed on z"),
         ({"cell": jaxlstm.Cell(lambda z, c: (c, sum(np.ones(2)[:3], *z)), 3)}, ValueError, "gates of the cell failed"),
