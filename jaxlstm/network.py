@@ -347,7 +347,8 @@ class RecurrentNetwork:
         self.check_params(params)
         x = validation.inputs("x", x, self.feature_shape(self.input_size), "*batch")
         batch = x.shape[: x.ndim - self._num_feature_axes]
-        state = validation.state(state, self.state_shapes(batch))
+        why = f" (x, of shape {list(x.shape)}, is one step; calling the network takes a sequence)"
+        state = validation.state(state, self.state_shapes(batch), why)
         reset = None if reset is None else validation.array("reset", reset, jnp.bool_, batch)
         return self._step(params, state, x, reset)
 
@@ -377,7 +378,7 @@ class RecurrentNetwork:
         num_steps, *axes = xs.shape[: xs.ndim - self._num_feature_axes]
         batch = tuple(axes)
         if state is not None:
-            state = validation.state(state, self.state_shapes(batch))
+            state = validation.state(state, self.state_shapes(batch), f" (xs has shape {list(xs.shape)})")
         masks = validation.step_masks(lengths, mask, resets, num_steps, batch)
         if key is not None:
             validation.key(key)

@@ -204,6 +204,12 @@ def describe(value: Any) -> str:
     return f"{type(value).__name__} {value!r}" if isinstance(value, int | float | str) else type(value).__name__
 
 
+def instance(name: str, value: Any, expected: type, description: str) -> None:
+    """Checks the type of an argument; ``description`` says in the message what it must be."""
+    if not isinstance(value, expected):
+        raise TypeError(f"{name} must be {description}, got {describe(value)}")
+
+
 def array(name: str, value: Any, kind: Any, shape: tuple[int, ...] | None = None, why: str = "") -> Array:
     """Returns ``value`` as an array of this kind of dtype and, if given, this shape; ``why`` ends the message."""
     if isinstance(value, Array) and jnp.issubdtype(value.dtype, kind) and shape in (None, value.shape):
@@ -296,18 +302,21 @@ def _check_params_by_name(value: Params, expected: Params, widest: jnp.dtype) ->
             raise TypeError(f"{name} is {leaf.dtype}, wider than the {widest} of this configuration; set param_dtype")
 
 
-def state(value: Any, expected: State) -> State:
-    """Returns a state of this configuration and batch, cast to its dtype; a tuple ``(h, c)`` becomes a `State`."""
+def state(value: Any, expected: State, why: str = "") -> State:
+    """Returns a state of this configuration and batch, cast to its dtype; a tuple ``(h, c)`` becomes a `State`.
+
+    ``why`` ends the message about a wrong shape.
+    """
     if not isinstance(value, tuple) or len(value) != 2:
         raise TypeError(f"state must be a jaxlstm.State(h, c) or a tuple (h, c), got {describe(value)}")
     h, c = value
     if (c is None) != (expected.c is None):
         wanted = "None: this cell has no cell state" if expected.c is None else f"an array {list(expected.c.shape)}"
         raise ValueError(f"state.c must be {wanted}; got {describe(c)}")
-    h = _state_array("state.h", h, expected.h)
-    return State(h, None if expected.c is None else _state_array("state.c", c, expected.c))
+    h = _state_array("state.h", h, expected.h, why)
+    return State(h, None if expected.c is None else _state_array("state.c", c, expected.c, why))
 
 
-def _state_array(name: str, value: Any, expected: Any) -> Array:
-    a = array(name, value, jnp.floating, expected.shape)
+def _state_array(name: str, value: Any, expected: Any, why: str) -> Array:
+    a = array(name, value, jnp.floating, expected.shape, why)
     return a if a.dtype == expected.dtype else a.astype(expected.dtype)

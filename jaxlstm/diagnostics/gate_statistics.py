@@ -7,6 +7,7 @@ import numpy as np
 from jax.typing import ArrayLike
 from jaxtyping import Shaped
 
+from jaxlstm import validation
 from jaxlstm.diagnostics.trace import DirectionTrace, PerDirection, Trace
 
 SHUT, OPEN = 0.1, 0.9  # a gate below the first or above the second is saturated (Karpathy, Johnson & Fei-Fei 2015)
@@ -42,7 +43,9 @@ def gate_statistics(trace: Trace) -> GateStatistics:
 
     Raises:
       ValueError: if lengths and mask skipped every step.
+      TypeError: if ``trace`` is not a `Trace`.
     """
+    validation.instance("trace", trace, Trace, "the result of jaxlstm.diagnostics.trace")
     step_mask = np.asarray(trace.step_mask)
     if not step_mask.any():
         raise ValueError(f"gate statistics need at least one valid step, but all {step_mask.size} are skipped")

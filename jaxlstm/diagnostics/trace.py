@@ -115,8 +115,7 @@ def check_args(
     Raises:
       ValueError, TypeError: as the call does, for another network, and for a sequence without steps.
     """
-    if not isinstance(lstm, LSTM):
-        raise TypeError(f"lstm must be a jaxlstm.LSTM, got {type(lstm).__name__}")
+    validation.instance("lstm", lstm, LSTM, "a jaxlstm.LSTM")
     args = lstm.check_call(params, xs, state, lengths=lengths, mask=mask, resets=resets)
     if len(args.xs) == 0:
         raise ValueError("xs must have at least one step, got none")

@@ -43,8 +43,7 @@ def newton_stats(
     Raises:
       ValueError, TypeError: as the call does, for a sequence without steps, and for another implementation.
     """
-    if not isinstance(lstm, LSTM):
-        raise TypeError(f"lstm must be a jaxlstm.LSTM, got {type(lstm).__name__}")
+    validation.instance("lstm", lstm, LSTM, "a jaxlstm.LSTM")
     if lstm.implementation != "newton" and not isinstance(lstm.implementation, Newton):
         raise ValueError(f"newton_stats needs implementation='newton', got {lstm.implementation!r}")
     args = lstm.check_call(params, xs, state, lengths=lengths, mask=mask, resets=resets)

@@ -48,7 +48,7 @@ def sequence(
       ValueError, TypeError: for parameters of another configuration, an unknown platform, or an implementation that
         needs to know the number of steps.
     """
-    _check_lstm(lstm)
+    validation.instance("lstm", lstm, LSTM, "a jaxlstm.LSTM")
     if lstm.implementation not in _SHAPE_POLYMORPHIC:
         raise ValueError(
             f"implementation={lstm.implementation!r} needs a fixed number of steps; export with implementation='fused'"
@@ -86,7 +86,7 @@ def step(lstm: LSTM, params: Params, *, platforms: Sequence[str] = PLATFORMS) ->
     Raises:
       ValueError, TypeError: for parameters of another configuration, a bidirectional network or an unknown platform.
     """
-    _check_lstm(lstm)
+    validation.instance("lstm", lstm, LSTM, "a jaxlstm.LSTM")
     lstm = _without_step_counts(lstm)
     (batch_size,) = symbolic_shape("B")
 
@@ -109,7 +109,9 @@ def save(program: Exported, path: str | Path, *, overwrite: bool = False) -> Non
     Raises:
       FileExistsError: if the file exists and ``overwrite`` is False.
       ImportError: if flatbuffers, which JAX needs to serialize, is missing: ``pip install 'jaxlstm[export]'``.
+      TypeError: if ``program`` is not an exported program.
     """
+    validation.instance("program", program, Exported, "an exported program, such as jaxlstm.export.sequence returns")
     with optional_package("flatbuffers", extra="export", purpose="saving a program"):
         import flatbuffers  # noqa: F401  (imported by `serialize`)
     with atomic_write(Path(path), overwrite=overwrite) as file:
@@ -120,11 +122,6 @@ def _check_platforms(platforms: Sequence[str]) -> tuple[str, ...]:
     if isinstance(platforms, str) or not platforms:
         raise ValueError(f"platforms must be a sequence of at least one name, got {platforms!r}")
     return tuple(validation.choice("platforms", name, _KNOWN_PLATFORMS) for name in platforms)
-
-
-def _check_lstm(lstm: LSTM) -> None:
-    if not isinstance(lstm, LSTM):
-        raise TypeError(f"lstm must be a jaxlstm.LSTM, got {type(lstm).__name__}")
 
 
 def _without_step_counts(lstm: LSTM) -> LSTM:

@@ -64,8 +64,7 @@ def check_supported(lstm: LSTM, weight_format: WeightFormat) -> None:
       ValueError: naming the option that the format does not support.
       TypeError: if ``lstm`` is not an `LSTM`.
     """
-    if not isinstance(lstm, LSTM):
-        raise TypeError(f"lstm must be a jaxlstm.LSTM, got {validation.describe(lstm)}")
+    validation.instance("lstm", lstm, LSTM, "a jaxlstm.LSTM")
     for option, supported in {**BASE_OPTIONS, **weight_format.supported_options(lstm)}.items():
         value = getattr(lstm, option)
         if value not in supported:

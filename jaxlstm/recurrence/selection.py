@@ -20,7 +20,7 @@ class PlatformDefault(NamedTuple):
 
     name: ImplementationName
     reason: str
-    others: dict[str, str]  # why each other backend is not taken, if it does not refuse
+    others: dict[str, str]  # why each other backend is not chosen, if it does not refuse
 
 
 CPU = "on a 2-core CPU"
@@ -62,11 +62,11 @@ class BackendChoice:
 
     name: str
     reason: str
-    others: dict[str, str]  # why each other backend is not taken
+    others: dict[str, str]  # why each other backend is not chosen
 
     def __str__(self) -> str:
-        lines = [f"{self.name}: taken; {self.reason}"]
-        return "\n".join([*lines, *(f"{name}: not taken; {why}" for name, why in self.others.items())])
+        lines = [f"{self.name}: chosen; {self.reason}"]
+        return "\n".join([*lines, *(f"{name}: not chosen; {why}" for name, why in self.others.items())])
 
 
 def explain(lstm: Any, xs_shape: tuple[int, ...]) -> BackendChoice:

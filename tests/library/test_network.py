@@ -222,6 +222,14 @@ def test_functions_of_an_lstm_name_another_network():
         jaxlstm.export.sequence(conv, conv.init(jax.random.key(0)))
 
 
+def test_functions_of_a_result_name_another_object(tmp_path):
+    lstm = jaxlstm.LSTM(3, 4)
+    with pytest.raises(TypeError, match=r"trace must be the result of jaxlstm\.diagnostics\.trace, got float64\[2\]"):
+        jaxlstm.diagnostics.gate_statistics(np.ones(2))
+    with pytest.raises(TypeError, match=r"program must be an exported program, .*, got LSTM"):
+        jaxlstm.export.save(lstm, tmp_path / "program")
+
+
 def test_package_without_flax_can_still_be_listed():
     code = "import sys; sys.modules['flax'] = None; import jaxlstm; print(hasattr(jaxlstm, 'flax')); jaxlstm.flax"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)

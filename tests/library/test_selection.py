@@ -65,7 +65,7 @@ def test_explain_gives_reason_against_every_other_backend(experimental_backends_
     assert choice.others["tensor_parallel"] == selection.TENSOR_PARALLEL
     lines = str(choice).splitlines()
     assert [line.split(":")[0] for line in lines] == ["fused", "scan", "tensor_parallel", "newton", "pallas", "cudnn"]
-    assert [line.split(";")[0].split(": ")[1] for line in lines] == ["taken", *["not taken"] * 5]
+    assert [line.split(";")[0].split(": ")[1] for line in lines] == ["chosen", *["not chosen"] * 5]
 
 
 def test_explain_quotes_refusals(experimental_backends_refuse):

@@ -206,7 +206,11 @@ def call(**changes):
             "params.layers[0].forward.w_x must be floating-point, got int32[16, 3]",
         ),
         (lambda: lstm.init(0), TypeError, "key must be one PRNG key"),
-        (lambda: lstm.step(params, state, xs), ValueError, "state.h must have shape [2, 5, 2, 4], got [2, 2, 4]"),
+        (
+            lambda: lstm.step(params, state, xs),
+            ValueError,
+            "got [2, 2, 4] (x, of shape [5, 2, 3], is one step; calling",
+        ),
         (lambda: lstm.step(params, state, xs[0, :, :1]), ValueError, "x must have shape (*batch, 3), got [2, 1]"),
         (
             lambda: jaxlstm.LSTM(3, 4, bidirectional=True).step(params, state, xs[0]),
