@@ -28,33 +28,16 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-__all__ = [
-    "LSTM",
-    "Cell",
-    "ConvLSTM",
-    "Layer",
-    "Norm",
-    "Params",
-    "State",
-    "Weights",
-    "activation_regularization",
-    "cells",
-    "diagnostics",
-    "experimental",
-    "export",
-    "flax",
-    "initializers",
-    "interop",
-    "last_outputs",
-    "packing",
-    "recurrence",
-    "training",
-]
+__all__ = ["LSTM", "Cell", "ConvLSTM", "Layer", "Norm", "Params", "State", "Weights", "cells", "last_outputs"]
+_SUBMODULES = (
+    *("activation_regularization", "diagnostics", "experimental", "export", "flax", "initializers", "interop"),
+    *("packing", "recurrence", "training"),
+)
 
 
 def __getattr__(name: str) -> Any:
     """Imports a submodule when it is first used."""
-    if name in __all__:  # the other public names are defined above
+    if name in _SUBMODULES:
         try:
             return importlib.import_module(f"jaxlstm.{name}")
         except ImportError as error:  # an optional package is missing: `hasattr` and `help` still work
@@ -64,4 +47,4 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     """Lists the public names."""
-    return sorted([*__all__, "__version__"])
+    return sorted([*__all__, *_SUBMODULES, "__version__"])

@@ -7,13 +7,14 @@ One step of a recurrent layer is a dense part, the same for every cell, and a sm
     h    = W_p y                    with a projection; otherwise h = y
 
 The function ``gates`` defines the cell. It is written once, here, and every backend of the recurrence calls it. To add
-a cell, write such a function, declare it as a `Cell` and name it in `CELLS`.
+a cell, write such a function, declare it as a `Cell`, and name it in `CELLS` and, for type checkers and the command
+line, in `CellName`.
 """
 
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -167,6 +168,7 @@ def rnn_sigmoid(z: Float[Array, "1 *units"], c: None = None) -> tuple[None, Arra
     return c, sigmoid_or_tanh(z, "s")[0]
 
 
+CellName = Literal["lstm", "peephole", "cifg", "rnn"]  # the keys of CELLS, and "rnn" with an activation of RNN
 CELLS = {
     "lstm": Cell(lstm, num_gates=4, forget_gate=1, input_gate=0),
     "peephole": Cell(peephole, num_gates=4, forget_gate=1, input_gate=0, num_peepholes=3),

@@ -6,7 +6,7 @@
 from collections.abc import Callable, Mapping
 from dataclasses import KW_ONLY, MISSING, dataclass, fields
 from functools import lru_cache, partial
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,14 +16,13 @@ from jax.typing import ArrayLike, DTypeLike
 from jaxtyping import Bool, Float, Int
 
 from jaxlstm import initializers, validation
-from jaxlstm.cells import CELLS, Cell
+from jaxlstm.cells import CELLS, Cell, CellName
 from jaxlstm.dropout import RegularizerMasks, RegularizerRates, dropout, regularizer_key
 from jaxlstm.params import Layer, Norm, Params, State, Weights, output_dtype, state_dtype
 from jaxlstm.primitives.pytrees import tree_concatenate, tree_index, tree_stack
 from jaxlstm.recurrence import masking
 from jaxlstm.recurrence.context import LayerInputs, ScanContext
 
-CellName = Literal["lstm", "peephole", "cifg", "rnn"]
 NO_RATES, NO_MASKS = RegularizerRates(), RegularizerMasks()
 
 
@@ -206,8 +205,8 @@ class RecurrentNetwork:
         """Initializes the parameters, in ``param_dtype``.
 
         Input weights and projections are Glorot-uniform and recurrent weights orthogonal, separately for each gate.
-        Biases are zero, except that the forget gate's is ``forget_bias`` or 1. Gains of layer normalization are 1.
-        Peepholes and a learned state are zero.
+        Biases are zero, except that the forget gate's is ``forget_bias`` or 1; with ``chrono`` the biases of forget and
+        input gate are drawn. Gains of layer normalization are 1. Peepholes and a learned state are zero.
 
         Args:
           key: PRNG key.
@@ -329,7 +328,8 @@ class RecurrentNetwork:
 
         Args:
           params: from `init`.
-          state: from `initial_state`, from a call or from the previous step.
+          state: from `initial_state`, from a call or from the previous step. The new state is a `State`; a scan
+            needs one to start from.
           x: input of this step.
           reset: the state is zero, or the learned one, before this step where it is True.
 

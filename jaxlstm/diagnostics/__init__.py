@@ -1,8 +1,9 @@
 """Diagnostics of a network: its gates and states, statistics of its units, and the gradient through time.
 
-python -m jaxlstm.diagnostics --help
+``python -m jaxlstm.diagnostics --help`` lists the command's options.
 """
 
+from jaxlstm.diagnostics import plots as plots
 from jaxlstm.diagnostics.gate_statistics import GateStatistics as GateStatistics
 from jaxlstm.diagnostics.gate_statistics import UnitStatistics as UnitStatistics
 from jaxlstm.diagnostics.gate_statistics import correlated_units as correlated_units

@@ -10,3 +10,21 @@
 
 Nothing in the library imports this package: `jaxlstm.recurrence.backends` loads a backend when it is first named.
 """
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from jaxlstm.experimental import cudnn as cudnn
+    from jaxlstm.experimental import newton as newton
+    from jaxlstm.experimental import newton_stats as newton_stats
+    from jaxlstm.experimental import pallas as pallas
+
+__all__ = ["cudnn", "newton", "newton_stats", "pallas"]
+
+
+def __getattr__(name: str) -> Any:
+    """Imports a backend when it is first used."""
+    if name in __all__:
+        return importlib.import_module(f"jaxlstm.experimental.{name}")
+    raise AttributeError(f"module 'jaxlstm.experimental' has no attribute {name!r}")

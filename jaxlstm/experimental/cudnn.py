@@ -36,7 +36,7 @@ def run_stack(
     """Runs a stack of layers over time by one call of cuDNN.
 
     Args:
-      cell: the cell, which must be `jaxlstm.cells.LSTM`.
+      cell: the cell, which must be the one named ``"lstm"`` in `jaxlstm.cells`.
       layers: the weights.
       xs: inputs of the first layer, with at least one step.
       state: initial state, h and c ``(L*D, B, H)``.

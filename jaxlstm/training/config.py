@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from jaxlstm.cells import CellName
 from jaxlstm.training.data import text
 
 Limit = Literal["positive", "non-negative", "fraction"]
@@ -43,7 +44,7 @@ class Options:
     season: int = _option(52, "Steps of one season: the baseline forecast repeats the last one.", "positive")
 
     # Model.
-    cell: Literal["lstm", "peephole", "cifg", "rnn"] = _option(
+    cell: CellName = _option(
         "lstm", "Cell: LSTM, with peepholes, with coupled input and forget gates (CIFG), or vanilla RNN."
     )
     hidden: int = _option(512, "Hidden size of each layer.", "positive")

@@ -17,24 +17,24 @@ LEVELS = [  # lowest first; a module imports from its own subpackage and from lo
     {"activation_regularization", "outputs", "recurrence"},
     {"network"},
     {"lstm", "conv_lstm"},
-    {"interop", "flax", "export"},
+    {"interop", "flax", "export", "experimental"},
     {"diagnostics"},
-    {"experimental"},
     {"__init__"},
     {"training"},
 ]
 LIBRARY_PACKAGES = {"jax", "jaxlib", "jaxtyping", "numpy", "jaxlstm", *sys.stdlib_module_names}
 SHARED_BY_BACKENDS = {"masking", "context", "step", "chunked_scan"}
+RECURRENCE_BACKENDS = {"scan", "fused", "tensor_parallel"}
 BACKENDS = [
-    PACKAGE / "recurrence" / "scan.py",
-    PACKAGE / "recurrence" / "fused.py",
-    PACKAGE / "recurrence" / "tensor_parallel.py",
+    *(PACKAGE / "recurrence" / f"{name}.py" for name in sorted(RECURRENCE_BACKENDS)),
     PACKAGE / "experimental" / "cudnn.py",
     PACKAGE / "experimental" / "newton.py",
     *sorted((PACKAGE / "experimental" / "pallas").glob("*.py")),
 ]
 # Modules that belong to one backend alone.
 PARTS = {"fused": {"layout", "gate_derivatives", "cpu_activations"}, "newton": {"newton_jacobian"}}
+# Modules that import others by name, while the program runs.
+IMPORT_BY_NAME = {"__init__", "experimental", "interop.onnx", "recurrence.backends", "training.commands"}
 
 
 def name_of(path):
@@ -126,6 +126,40 @@ def test_experimental_and_training_are_imported_by_nothing_below():
         for storey in ("experimental", "training"):
             if name.split(".")[0] not in (storey, "training"):
                 assert not [i for i in own_imports(path) if i.split(".")[0] == storey], name
+
+
+def test_imports_are_absolute_and_public():
+    for path in [*FILES, *PACKAGE.rglob("__main__.py"), ROOT / "train.py"]:
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            names += [alias.name for alias in node.names] if isinstance(node, ast.Import | ast.ImportFrom) else []
+            assert not (isinstance(node, ast.ImportFrom) and node.level), f"{path}:{node.lineno} is relative"
+            assert "_src" not in ".".join(names).split("."), f"{path}:{node.lineno} imports a private module of JAX"
+
+
+def test_modules_are_imported_by_name_in_few_places():
+    for path in FILES:
+        by_name = {"importlib", "__import__", "exec", "eval"} & {
+            node.id for node in ast.walk(parse(path)) if isinstance(node, ast.Name)
+        }
+        assert not by_name or name_of(path) in IMPORT_BY_NAME, f"{path} uses {by_name}"
+
+
+def test_backends_are_loaded_by_the_registry_alone():
+    """A module of `jaxlstm.recurrence`, a network or an experimental backend imports no backend."""
+    for path in FILES:
+        name = name_of(path)
+        if name.split(".")[0] in ("recurrence", "network", "lstm", "conv_lstm", "experimental"):
+            for imported in own_imports(path):
+                package, _, module = imported.partition(".")
+                is_backend = package == "recurrence" and module in RECURRENCE_BACKENDS
+                assert not is_backend, f"{name} imports jaxlstm.{imported}"
+
+
+def test_primitives_know_nothing_about_recurrent_networks():
+    for path in FILES:
+        if name_of(path).startswith("primitives."):
+            assert {i.split(".")[0] for i in own_imports(path)} <= {"primitives", "errors"}, path
 
 
 def test_backends_import_no_other_backend():

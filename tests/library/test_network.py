@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import typing
 import warnings
 from functools import partial
 
@@ -91,6 +92,16 @@ def test_last_outputs_equals_each_sequence_alone(bidirectional):
     assert not last[1].any()
     assert_equal(jaxlstm.last_outputs(ys[:, 0], lengths[0] + 7, bidirectional=bidirectional), last[0])
     assert_equal(jaxlstm.last_outputs(ys[:0], bidirectional=bidirectional), np.zeros_like(last))
+
+
+def test_last_outputs_of_a_conv_lstm_takes_its_lengths():
+    conv = jaxlstm.ConvLSTM(1, 2, (3, 4))
+    xs = np.random.default_rng(0).standard_normal((5, 2, 3, 4, 1)).astype(np.float32)
+    lengths = np.array([3, 0])
+    ys, state = conv(conv.init(jax.random.key(0)), xs, lengths=lengths)
+    last = jaxlstm.last_outputs(ys, lengths)
+    assert_equal(last[0], state.h[0, 0])
+    assert_equal(last[1], np.zeros_like(last[1]))
 
 
 def test_last_outputs_ignores_padding():
@@ -183,10 +194,11 @@ def test_public_names_are_listed_and_loaded_lazily():
 import sys, jaxlstm
 lazy = ["diagnostics", "interop", "flax", "export", "packing", "training", "experimental"]
 assert not [name for name in lazy if f"jaxlstm.{name}" in sys.modules]
-assert dir(jaxlstm) == sorted([*jaxlstm.__all__, "__version__"])
+assert {*jaxlstm.__all__, *lazy, "__version__"} <= set(dir(jaxlstm))
+assert not [name for name in dir(jaxlstm) if name.startswith("_") and name != "__version__"]
 for name in lazy:
     assert getattr(jaxlstm, name).__name__ == f"jaxlstm.{name}"
-for name in jaxlstm.__all__:
+for name in dir(jaxlstm):
     getattr(jaxlstm, name)
 try:
     jaxlstm.lstn
@@ -220,6 +232,22 @@ def test_functions_of_an_lstm_name_another_network():
         jaxlstm.recurrence.explain(conv, (3, 8, 1))
     with pytest.raises(TypeError, match=r"lstm must be a jaxlstm\.LSTM, got ConvLSTM"):
         jaxlstm.export.sequence(conv, conv.init(jax.random.key(0)))
+
+
+def test_cell_names_are_those_of_the_cells():
+    assert set(typing.get_args(jaxlstm.cells.CellName)) == {*jaxlstm.cells.CELLS, "rnn"}
+
+
+def test_star_import_needs_no_optional_package():
+    code = "import sys; sys.modules['flax'] = None; from jaxlstm import *; print(LSTM.__name__, 'training' in dir())"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout == "LSTM False\n"
+
+
+def test_submodules_of_submodules_are_loaded_on_first_use():
+    code = "import jaxlstm; print(jaxlstm.experimental.newton.Newton.__name__, jaxlstm.diagnostics.plots.__name__)"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout == "Newton jaxlstm.diagnostics.plots\n"
 
 
 def test_functions_of_a_result_name_another_object(tmp_path):
