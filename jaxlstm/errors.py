@@ -11,7 +11,7 @@ def first_line(error: BaseException) -> str:
 
 
 @contextlib.contextmanager
-def optional_package(package: str, *, extra: str, purpose: str) -> Iterator[None]:
+def optional_package(package: str, *, extra: str, purpose: str, distribution: str | None = None) -> Iterator[None]:
     """Turns a failed import of an optional package into one line that names the extra to install.
 
         with optional_package("onnx", extra="onnx", purpose="to_onnx"):
@@ -21,6 +21,7 @@ def optional_package(package: str, *, extra: str, purpose: str) -> Iterator[None
       package: name of the top-level package. The failed import of any other package is not changed.
       extra: name of the extra of this project that installs the package.
       purpose: subject of the message: the feature that needs the package.
+      distribution: name of the package on PyPI, if it differs.
 
     Raises:
       ImportError: if the package is not installed.
@@ -31,5 +32,6 @@ def optional_package(package: str, *, extra: str, purpose: str) -> Iterator[None
         if (error.name or "").partition(".")[0] != package:
             raise
         raise ImportError(
-            f"{purpose} needs {package}, which is not installed: pip install 'jaxlstm[{extra}]'", name=package
+            f"{purpose} needs {distribution or package}, which is not installed: pip install 'jaxlstm[{extra}]'",
+            name=package,
         ) from None

@@ -302,19 +302,19 @@ def _check_params_by_name(value: Params, expected: Params, widest: jnp.dtype) ->
             raise TypeError(f"{name} is {leaf.dtype}, wider than the {widest} of this configuration; set param_dtype")
 
 
-def state(value: Any, expected: State, why: str = "") -> State:
+def state(value: Any, expected: State, why: str = "", name: str = "state") -> State:
     """Returns a state of this configuration and batch, cast to its dtype; a tuple ``(h, c)`` becomes a `State`.
 
     ``why`` ends the message about a wrong shape.
     """
     if not isinstance(value, tuple) or len(value) != 2:
-        raise TypeError(f"state must be a jaxlstm.State(h, c) or a tuple (h, c), got {describe(value)}")
+        raise TypeError(f"{name} must be a jaxlstm.State(h, c) or a tuple (h, c), got {describe(value)}")
     h, c = value
     if (c is None) != (expected.c is None):
         wanted = "None: this cell has no cell state" if expected.c is None else f"an array {list(expected.c.shape)}"
-        raise ValueError(f"state.c must be {wanted}; got {describe(c)}")
-    h = _state_array("state.h", h, expected.h, why)
-    return State(h, None if expected.c is None else _state_array("state.c", c, expected.c, why))
+        raise ValueError(f"{name}.c must be {wanted}; got {describe(c)}")
+    h = _state_array(f"{name}.h", h, expected.h, why)
+    return State(h, None if expected.c is None else _state_array(f"{name}.c", c, expected.c, why))
 
 
 def _state_array(name: str, value: Any, expected: Any, why: str) -> Array:

@@ -26,6 +26,7 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "haiku": ("haiku", {}, {}),
     "haiku deep": ("haiku", {"num_layers": 3}, {}),
     "haiku both deep": ("haiku", {**BOTH, **DEEP}, {}),
+    "haiku rnn": ("haiku", {"cell": "rnn", "activation": "relu", **BOTH, **DEEP}, {}),
     "equinox": ("equinox", {}, {}),
     "equinox no bias": ("equinox", {**DEEP, "use_bias": False}, {}),
     "equinox both deep": ("equinox", {**BOTH, **DEEP}, {}),
@@ -95,18 +96,25 @@ def run_directions(run_direction, layer, state, xs):
     return jax.tree.map(lambda *a: jnp.stack(a), *new_states), jnp.concatenate(outputs, -1)
 
 
-def haiku(num_layers=1, bidirectional=False):
-    """Builds `hk.LSTM` modules, created layer by layer, forward before backward."""
+def haiku(num_layers=1, bidirectional=False, cell="lstm", activation=None):
+    """Builds `hk.LSTM` or `hk.VanillaRNN` modules, created layer by layer, forward before backward."""
     import haiku as hk
 
+    del activation  # hk.VanillaRNN has relu
+
     def run_direction(index, state, xs):
+        if cell == "rnn":
+            ys, h = hk.dynamic_unroll(hk.VanillaRNN(HIDDEN), xs, state["h"])
+            return {"h": h}, ys
         ys, new_state = hk.dynamic_unroll(hk.LSTM(HIDDEN), xs, hk.LSTMState(state["h"], state["c"]))
         return {"h": new_state.hidden, "c": new_state.cell}, ys
 
     run_layer = partial(run_directions, run_direction)
     net = hk.without_apply_rng(hk.transform(partial(run_layers, run_layer, num_layers)))
-    num_cells = num_layers * (1 + bidirectional)
-    return net.init(jax.random.key(0), zero_state(num_cells), jnp.zeros((STEPS, BATCH, INPUT))), net.apply
+    state = zero_state(num_layers * (1 + bidirectional))
+    if cell == "rnn":
+        del state["c"]
+    return net.init(jax.random.key(0), state, jnp.zeros((STEPS, BATCH, INPUT))), net.apply
 
 
 def equinox(num_layers=1, bidirectional=False, use_bias=True):

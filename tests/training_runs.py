@@ -3,6 +3,7 @@
 import contextlib
 import io
 import json
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -13,7 +14,7 @@ from pathlib import Path
 import jax
 from rich.console import Console
 
-from jaxlstm.training import cli
+from jaxlstm.training import checksum, cli, config
 from jaxlstm.training.loop import Trainer
 
 ROOT = Path(__file__).parent.parent
@@ -81,6 +82,30 @@ def train(arguments):
     except SystemExit:
         assert "SIGTERM received" in console.file.getvalue()
     return console.file.getvalue()
+
+
+def write_config(run_dir, options, **entries):
+    """Writes the ``config.json`` of a run of the given `Options`."""
+    values = {"options": config.to_json(options), "about": "text", "fingerprint": "0", "versions": {}}
+    checksum.write_checked_json(run_dir / "config.json", values | entries)
+
+
+def start_training(folder, arguments):
+    """Starts the command in a folder, in a forked process that has imported it already; it prints to ``out.txt``."""
+    processes = multiprocessing.get_context("forkserver")
+    processes.set_forkserver_preload(["jaxlstm.training.cli"])
+    process = processes.Process(target=train_in_child, args=(folder, [str(argument) for argument in arguments]))
+    process.start()
+    return process
+
+
+def train_in_child(folder, arguments):
+    """Runs the command in this process."""
+    os.chdir(folder)
+    out = os.open("out.txt", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(out, 1), os.dup2(out, 2)
+    os.environ["XDG_CACHE_HOME"] = CACHE.name
+    cli.train_main(arguments, "train.py")
 
 
 def read_metrics(run_dir):

@@ -25,6 +25,14 @@ GATE_LABELS = {"i": "input gate i", "f": "forget gate f", "g": "candidate g", "o
 SYMBOLS = {"\n": "↵", "\t": "⇥", " ": "·"}
 
 
+def literal(text: str) -> str:
+    """Returns text that matplotlib draws literally.
+
+    Two dollar signs would make it a formula. The name of a file may have bytes that are not UTF-8, shown as ``?``.
+    """
+    return text.encode("utf-8", "replace").decode().replace("$", r"\$")
+
+
 def draw_gates(values: DirectionTrace, text: str, *, units: Sequence[int] | None = None) -> "Figure":
     """Draws gates, cell state and output as heat maps of units over time, with the characters on the time axis.
 
@@ -49,7 +57,7 @@ def draw_gates(values: DirectionTrace, text: str, *, units: Sequence[int] | None
     for axes, (name, a) in zip(grid, panels.items()):
         low = -1 if name in (CANDIDATE, "c", "h") else 0
         image = axes.imshow(a[:, chosen].T, aspect="auto", cmap=COLORMAP, vmin=low, vmax=1, interpolation="nearest")
-        axes.set_ylabel({"c": "tanh(c)", "h": "output h"}.get(name, GATE_LABELS.get(name, name)))
+        axes.set_ylabel({"c": "tanh(c)", "h": "output h"}.get(name, literal(GATE_LABELS.get(name, name))))
         axes.set_yticks([])
         figure.colorbar(image, ax=axes, pad=0.01, ticks=[low, (low + 1) / 2, 1])
         axes.tick_params(axis="x", length=0)
@@ -89,7 +97,7 @@ def draw_cell_states(
                 symbol = SYMBOLS.get(text[t], text[t])
                 axes.text(x, y, symbol, ha="center", va="center", fontsize=7, family="monospace", color=color)
         image = axes.imshow(grid, aspect="auto", cmap=COLORMAP, vmin=-1, vmax=1, interpolation="nearest")
-        axes.set_title(title, fontsize=9, loc="left")
+        axes.set_title(literal(title), fontsize=9, loc="left")
         axes.set_axis_off()
     figure.colorbar(image, ax=list(panels), pad=0.01, ticks=[-1, 0, 1], label="tanh(c)", aspect=40)
     return figure
@@ -106,8 +114,8 @@ def draw_norms(axes: "Axes", norms: Mapping[str, Float[ArrayLike, " T"]], *, tit
     for (color, style), (name, values) in zip(cycle(LINES), norms.items()):
         a = np.asarray(values, np.float64)
         relative = np.where(a > 0, a / a[-1], np.nan)  # norms that underflow to zero have no logarithm
-        axes.semilogy(np.arange(1, len(a) + 1), relative, style, color=color, label=name)
-    axes.set(xlabel="step t", ylabel="gradient at step t / at the last step", title=title)
+        axes.semilogy(np.arange(1, len(a) + 1), relative, style, color=color, label=literal(name))
+    axes.set(xlabel="step t", ylabel="gradient at step t / at the last step", title=literal(title))
     axes.set_ylim(bottom=max(axes.get_ylim()[0], 1e-20))
 
 

@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
 from jaxlstm import validation
@@ -33,11 +34,23 @@ def apply_to_sequence(
     """Calls the network with the convention of Flax's `RNN`, and returns ``outputs`` or ``(carry, outputs)``.
 
     Unless ``time_major``, time is the last axis but one of ``inputs`` and of the outputs, and the last axis of ``mask``
-    and ``resets``.
+    and ``resets``. All arguments are checked here, before they are moved, so that errors have the caller's names and
+    shapes.
     """
+    axes = "T, *batch" if time_major else "*batch, T"
+    inputs = validation.inputs("inputs", promote_integers(inputs, lstm), (lstm.input_size,), axes)
+    batch = inputs.shape[1:-1] if time_major else inputs.shape[:-2]
+    mask, resets = (
+        None if a is None else validation.array(name, a, jnp.bool_, inputs.shape[:-1])
+        for name, a in (("mask", mask), ("resets", resets))
+    )
+    if seq_lengths is not None:
+        seq_lengths = validation.lengths("seq_lengths", seq_lengths, batch)
+    if initial_carry is not None:
+        initial_carry = _check_state(initial_carry, lstm.state_shapes(batch))
     if not time_major:
-        inputs = jnp.moveaxis(validation.inputs("inputs", inputs, (lstm.input_size,), "*batch, T"), -2, 0)
-        mask, resets = (None if a is None else jnp.moveaxis(jnp.asarray(a), -1, 0) for a in (mask, resets))
+        inputs = jnp.moveaxis(inputs, -2, 0)
+        mask, resets = (None if a is None else jnp.moveaxis(a, -1, 0) for a in (mask, resets))
     outputs, carry = lstm(
         params, inputs, initial_carry, lengths=seq_lengths, mask=mask, resets=resets, reverse=reverse, key=key
     )
@@ -83,11 +96,55 @@ def check_cell_options(lstm: LSTM) -> None:
             raise ValueError(f"{name}={getattr(lstm, name)} needs the whole sequence; use LSTM in place of LSTMCell")
 
 
+def promote_integers(inputs: Any, lstm: LSTM) -> Any:
+    """Returns integers and booleans in the dtype of the network's products, as Flax's cells do."""
+    if isinstance(inputs, Array | np.ndarray) and (
+        jnp.issubdtype(inputs.dtype, jnp.integer) or inputs.dtype == jnp.bool_
+    ):
+        return jnp.asarray(inputs).astype(lstm.output_dtype)
+    return inputs
+
+
 def apply_step(lstm: LSTM, params: Params, carry: Any, inputs: Array) -> tuple[Any, Array]:
-    """Runs one step with a carry of Flax: ``(c, h)``, or h alone for a cell without c."""
-    c, h = carry if isinstance(carry, tuple) else (None, carry)
-    new_state, y = lstm.step(params, jax.tree.map(lambda a: a[None], State(h, c)), inputs)
-    return carry_from_state(new_state), y
+    """Runs one step with a carry of Flax: ``(c, h)``, or h alone for a cell without c; or a `State` by name.
+
+    The new carry has the type of the old one, as scans require.
+    """
+    inputs = validation.inputs("inputs", promote_integers(inputs, lstm), (lstm.input_size,), "*batch")
+    state = _state_from_carry(lstm, carry, inputs.shape[:-1])
+    new_state, y = lstm.step(params, jax.tree.map(lambda a: a[None], state), inputs)
+    if isinstance(carry, State):
+        return jax.tree.map(lambda a: a[0], new_state), y
+    new_carry = carry_from_state(new_state)
+    return (list(new_carry) if isinstance(carry, list) else new_carry), y
+
+
+def _state_from_carry(lstm: LSTM, carry: Any, batch: tuple[int, ...]) -> State:
+    """Returns the state that a carry of Flax holds, without an axis for layers.
+
+    Raises:
+      ValueError, TypeError: if it has another form or other shapes; other named tuples might have another order.
+    """
+    has_c = lstm.resolved_cell.has_cell_state
+    is_pair = isinstance(carry, tuple | list) and len(carry) == 2 and not hasattr(carry, "_fields")
+    if isinstance(carry, State):
+        state = carry
+    elif has_c and is_pair:
+        state = State(h=carry[1], c=carry[0])
+    elif not has_c and not isinstance(carry, tuple | list):
+        state = State(h=carry, c=None)
+    else:
+        form = "(c, h)" if has_c else "h"
+        raise TypeError(f"carry must be {form} or a jaxlstm.State(h, c), got {validation.describe(carry)}")
+    expected = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape[1:], a.dtype), lstm.state_shapes(batch))
+    return validation.state(state, expected, name="carry")
+
+
+def _check_state(carry: Any, expected: State) -> State:
+    """Returns the initial state of a network; refuses a plain pair, which is (c, h) in Flax and (h, c) elsewhere."""
+    if not isinstance(carry, State):
+        raise TypeError(f"initial_carry must be a jaxlstm.State(h, c), got {validation.describe(carry)}")
+    return validation.state(carry, expected, name="initial_carry")
 
 
 def carry_from_state(state: State) -> Any:

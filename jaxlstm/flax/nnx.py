@@ -172,11 +172,15 @@ class LSTMCell(nnx.RNNCellBase):
         """Runs one step.
 
         Args:
-          carry: ``(c, h)``, or h alone, from `initialize_carry` or the previous step.
-          inputs: input of this step.
+          carry: ``(c, h)``, or h alone, from `initialize_carry` or the previous step; or a `jaxlstm.State` of the same
+            arrays.
+          inputs: input of this step; integers are promoted.
 
         Returns:
-          The new carry, and h in the ``dtype`` of the configuration.
+          The new carry, of the type of the old one, and h in the ``dtype`` of the configuration.
+
+        Raises:
+          ValueError, TypeError: for a wrong shape, size, dtype or type.
         """
         return common.apply_step(self.lstm, _param_arrays(self.params), carry, inputs)
 

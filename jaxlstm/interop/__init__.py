@@ -2,11 +2,11 @@
 
 | X           | weights                                                                                        |
 | ----------- | ---------------------------------------------------------------------------------------------- |
-| torch       | the ``state_dict`` of an `nn.LSTM`, or of an `nn.RNN` for ``cell="rnn"``                       |
+| torch       | the ``state_dict`` of an `nn.LSTM` or `nn.LSTMCell`; `nn.RNN`, `nn.RNNCell` for ``cell="rnn"``  |
 | keras       | the list ``get_weights()`` of `LSTM` or `Bidirectional`, or `SimpleRNN` for ``cell="rnn"``     |
 | flax_nnx    | a module or its state                                                                          |
 | flax_linen  | the variables that ``init`` returns                                                            |
-| haiku       | the parameters that ``init`` returns                                                           |
+| haiku       | the parameters that ``init`` returns, of `hk.LSTM`, or `hk.VanillaRNN` for ``cell="rnn"``      |
 | equinox     | a cell; a list of cells for several layers; pairs (forward, backward) for two directions       |
 | cudnn       | the flat vector of `jax.experimental.rnn`                                                      |
 | onnx        | an `onnx.ModelProto`; `to_onnx` writes the whole network                                       |

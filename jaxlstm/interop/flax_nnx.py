@@ -1,8 +1,11 @@
 """Flax nnx: `LSTMCell` and `OptimizedLSTMCell`, as a cell, in `RNN`, in `Bidirectional`, and stacked."""
 
+import sys
 from typing import Any
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxlstm import validation
 from jaxlstm.interop import cell_discovery, conversion
@@ -33,10 +36,12 @@ def from_flax_nnx(lstm: LSTM, module: Any) -> Params:
 
     Raises:
       ValueError: naming the cause, if the LSTM has an option that the cells do not have (no bias, a projection,
-        peepholes, coupled gates, layer normalization, a learned state), if the number of cells is not the number of
-        layers times directions, or if an array is missing, unexpected or of the wrong shape.
+        peepholes, coupled gates, layer normalization, a learned state), if a cell has other activations than the
+        LSTM's (a state or dictionary does not tell), if the number of cells is not the number of layers times
+        directions, or if an array is missing, unexpected or of the wrong shape.
       TypeError: naming the array, if ``param_dtype`` cannot represent its dtype exactly.
     """
+    _check_activations(module)
     arrays = {
         path: array
         for path, array in cell_discovery.arrays_by_path(module).items()
@@ -45,6 +50,31 @@ def from_flax_nnx(lstm: LSTM, module: Any) -> Params:
     is_optimized = any("dense_i/" in path for path in arrays)
     weight_format = FORMATS["OptimizedLSTMCell" if is_optimized else "LSTMCell"]
     return cell_discovery.params_from_cells(lstm, weight_format, arrays, CELL_PATTERN)
+
+
+def _check_activations(module: Any) -> None:
+    """Raises an error that names the cell, if the activations of a cell in the module are not the LSTM's."""
+    if "flax.nnx" not in sys.modules:  # then nothing in it is a module
+        return
+    from flax import nnx
+
+    for path, node in nnx.iter_graph(module):
+        if not isinstance(node, nnx.LSTMCell | nnx.OptimizedLSTMCell):
+            continue
+        for name, expected in (("gate_fn", jax.nn.sigmoid), ("activation_fn", jnp.tanh)):
+            received = getattr(node, name)
+            if not _same_function(received, expected):
+                cell = "/".join(map(str, path)) or type(node).__name__
+                raise ValueError(
+                    f"flax nnx cell {cell!r} has {name}={getattr(received, '__name__', received)}, "
+                    f"expected {expected.__name__}"
+                )
+
+
+def _same_function(received: Any, expected: Any) -> bool:
+    """Compares two activations by their values: another function may compute the same."""
+    x = jnp.linspace(-4, 4, 17, dtype=jnp.float32)
+    return received is expected or np.allclose(received(x), expected(x), atol=1e-5)
 
 
 def to_flax_nnx(lstm: LSTM, params: Params, cell: str = "LSTMCell") -> Any:

@@ -17,7 +17,7 @@ import numpy as np
 from jax import Array
 
 from jaxlstm import validation
-from jaxlstm.errors import optional_package
+from jaxlstm.errors import first_line, optional_package
 from jaxlstm.interop import conversion
 from jaxlstm.interop.conversion import GATES, OptionValues, WeightFormat, add_biases, position_name, reorder_gates
 from jaxlstm.lstm import LSTM
@@ -26,6 +26,9 @@ from jaxlstm.params import Params, Weights
 OPSET, IR_VERSION = 17, 8  # of 2022: supported by every runtime in use, and with today's versions of the operators
 OPERATOR_INPUTS = ("X", "W", "R", "B", "sequence_lens", "initial_h", "initial_c", "P")  # by position; RNN has six
 WEIGHT_INPUTS = ("W", "R", "B", "P")
+ONNX_DOMAINS = ("", "ai.onnx")  # of the operators that the specification defines
+# Operators that exporters write between two layers; they change the shape of their first input only.
+SHAPE_OPERATORS = ("Transpose", "Reshape", "Squeeze", "Unsqueeze", "Identity", "Dropout")
 
 OperatorArrays = dict[str, np.ndarray]  # weights of one operator by input name, each (D, ...)
 
@@ -47,6 +50,8 @@ OPERATORS = {
     "cifg": Operator("LSTM", GATES, "iofg", has_coupled_gates=True),
     "rnn": Operator("RNN", "h", "h"),
 }
+# Attributes that change neither the weights nor, with the supported activations, the equations.
+WITHOUT_EFFECT = ("activation_alpha", "activation_beta", "layout")
 DEFAULT_ACTIVATIONS = {"LSTM": ["Sigmoid", "Tanh", "Tanh"], "RNN": ["Tanh"]}  # of the operators, for one direction
 
 
@@ -84,6 +89,7 @@ def to_onnx(lstm: LSTM, params: Params, *, with_state: bool = False, with_length
     onnx = _import_onnx("to_onnx")
     conversion.check_supported(lstm, FORMATS["lstm"])
     _check_arithmetic(lstm)
+    with_state, with_lengths = validation.flag("with_state", with_state), validation.flag("with_lengths", with_lengths)
     helper = onnx.helper
     elem_type = helper.np_dtype_to_tensor_dtype(np.dtype(lstm.param_dtype))
     state_names = _state_names(lstm)
@@ -104,7 +110,10 @@ def to_onnx(lstm: LSTM, params: Params, *, with_state: bool = False, with_length
 
 
 def from_onnx(lstm: LSTM, model: Any) -> Params:
-    """Returns the parameters of the LSTM or RNN operators in an ONNX model; all other operators are ignored.
+    """Returns the parameters of the LSTM or RNN operators in an ONNX model.
+
+    Operators before the first layer and after the last one are ignored; between two layers only the shape may change.
+    No file is read: external data must be loaded already, as ``onnx.load`` does.
 
     Args:
       lstm: the configuration of the model.
@@ -116,7 +125,8 @@ def from_onnx(lstm: LSTM, model: Any) -> Params:
 
     Raises:
       ValueError, TypeError: for an option that the operator does not support; for an operator or an array that is
-        missing, unexpected or of another configuration; or if ``param_dtype`` cannot represent a dtype exactly.
+        missing, unexpected or of another configuration; for operators that are not layers of one stack; or if
+        ``param_dtype`` cannot represent a dtype exactly.
       ImportError: if onnx is not installed: ``pip install 'jaxlstm[onnx]'``.
     """
     onnx = _import_onnx("from_onnx")
@@ -125,12 +135,17 @@ def from_onnx(lstm: LSTM, model: Any) -> Params:
     if not isinstance(model, onnx.ModelProto):
         raise TypeError(f"model must be an onnx.ModelProto, got {validation.describe(model)}")
     nodes = [node for node in model.graph.node if node.op_type == op_type]
+    for n, node in enumerate(nodes):
+        if node.domain not in ONNX_DOMAINS:
+            raise ValueError(f"{op_type} operator {n} is of the domain {node.domain!r}, expected the operator of ONNX")
     if len(nodes) != lstm.num_layers:
         raise ValueError(f"num_layers={lstm.num_layers}, but the model has {len(nodes)} {op_type} operators")
+    _check_stack(model.graph, nodes)
     constants = {tensor.name: tensor for tensor in model.graph.initializer}
     for node in model.graph.node:
-        if node.op_type == "Constant":
-            (constants[node.output[0]],) = (attribute.t for attribute in node.attribute)
+        for attribute in node.attribute:
+            if node.op_type == "Constant" and attribute.name == "value":
+                constants[node.output[0]] = attribute.t
     operators = []
     for n, node in enumerate(nodes):
         label = f"{op_type} operator {n}"
@@ -140,9 +155,41 @@ def from_onnx(lstm: LSTM, model: Any) -> Params:
             if name in WEIGHT_INPUTS and source:
                 if source not in constants:
                     raise ValueError(f"{label}: {name} is {source!r}, which is not a constant of the model")
-                arrays[name] = onnx.numpy_helper.to_array(constants[source])
+                arrays[name] = _tensor_to_array(onnx, f"{label}: {name}", constants[source])
         operators.append(arrays)
     return params_from_operators(lstm, operators)
+
+
+def _check_stack(graph: Any, nodes: Sequence[Any]) -> None:
+    """Checks that each operator after the first one reads the outputs of the operator before it."""
+    producers = {output: node for node in graph.node for output in node.output}
+    for n in range(1, len(nodes)):
+        source, remaining = next(iter(nodes[n].input), ""), len(graph.node)  # a damaged graph may have a cycle
+        while source in producers and producers[source].op_type in SHAPE_OPERATORS and remaining:
+            source, remaining = next(iter(producers[source].input), ""), remaining - 1
+        if source not in nodes[n - 1].output[:1]:
+            op_type = nodes[n].op_type
+            received = f"from {producers[source].op_type}" if source in producers else "not from an operator"
+            raise ValueError(
+                f"{op_type} operator {n}: X must be Y of {op_type} operator {n - 1}, the layer before it; "
+                f"got {source!r}, {received}"
+            )
+
+
+def _tensor_to_array(onnx: Any, label: str, tensor: Any) -> np.ndarray:
+    """Returns the array in a tensor; never reads a file."""
+    if tensor.data_location == onnx.TensorProto.EXTERNAL:
+        files = [entry.value for entry in tensor.external_data if entry.key == "location"]
+        raise ValueError(
+            f"{label} is in the external file {', '.join(files)!r}, which is not loaded; onnx.load(path) loads it"
+        )
+    try:
+        array = onnx.numpy_helper.to_array(tensor)
+    except Exception as error:  # of many types, for tensors that are damaged in different ways
+        raise ValueError(f"{label} is not a valid tensor: {type(error).__name__}: {first_line(error)}") from None
+    if array.shape != tuple(tensor.dims):
+        raise ValueError(f"{label} is not a valid tensor: its shape is {list(tensor.dims)}")
+    return array
 
 
 def operators_from_params(lstm: LSTM, params: Params) -> list[OperatorArrays]:
@@ -264,17 +311,26 @@ def _attributes(lstm: LSTM) -> dict[str, Any]:
 def _check_attributes(lstm: LSTM, label: str, attributes: Mapping[str, Any]) -> None:
     """Checks that the attributes of an operator match the configuration."""
     op_type = OPERATORS[str(lstm.cell)].op_type
-    activations = [name.decode().capitalize() for name in attributes.get("activations", [])]  # ONNX ignores case
-    received = {
-        "direction": attributes.get("direction", b"forward").decode(),
-        "activations": activations or DEFAULT_ACTIVATIONS[op_type] * lstm.num_directions,
-        "clip": attributes.get("clip"),
-        "input_forget": attributes.get("input_forget", 0),
-    }
     expected = _attributes(lstm) | {"clip": None, "input_forget": 0}
-    for name, value in received.items():
-        if value != expected[name]:
+    defaults = expected | {
+        "direction": "forward",
+        "activations": DEFAULT_ACTIVATIONS[op_type] * lstm.num_directions,
+    }
+    received = {name: _decode(value) for name, value in attributes.items()}
+    if isinstance(received.get("activations"), list):
+        received["activations"] = [str(name).capitalize() for name in received["activations"]]  # ONNX ignores case
+    for name, value in (defaults | received).items():
+        if name in expected and value != expected[name]:
             raise ValueError(f"{label}: {name} must be {expected[name]!r} for this configuration, got {value!r}")
+        if name not in (*expected, *WITHOUT_EFFECT):
+            raise ValueError(f"{label} has an unknown attribute {name!r}")
+
+
+def _decode(value: Any) -> Any:
+    """Returns an attribute with strings instead of bytes."""
+    if isinstance(value, list):
+        return [_decode(item) for item in value]
+    return value.decode(errors="replace") if isinstance(value, bytes) else value
 
 
 def _state_names(lstm: LSTM) -> tuple[str, ...]:

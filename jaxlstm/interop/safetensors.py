@@ -8,6 +8,7 @@ from jaxlstm.errors import optional_package
 from jaxlstm.interop.torch import from_torch, lstm_array_names, to_torch
 from jaxlstm.lstm import LSTM
 from jaxlstm.params import Params
+from jaxlstm.regular_file import open_regular
 
 
 def load_safetensors(lstm: LSTM, path: str | os.PathLike[str], prefix: str | None = None) -> Params:
@@ -22,14 +23,15 @@ def load_safetensors(lstm: LSTM, path: str | os.PathLike[str], prefix: str | Non
 
     Raises:
       ImportError: if safetensors is not installed: ``pip install 'jaxlstm[interop]'``.
-      FileNotFoundError, safetensors.SafetensorError: if the file does not exist or has another format.
+      OSError, safetensors.SafetensorError: if the file does not exist, is not a regular file or has another format.
       ValueError, TypeError: as `from_torch`.
     """
     with optional_package("safetensors", extra="interop", purpose="load_safetensors"):
         from safetensors import safe_open
+    open_regular(Path(path)).close()  # safetensors waits for the writer of a named pipe
     with safe_open(path, framework="numpy") as file:
         names = lstm_array_names(file.keys(), prefix)
-        return from_torch(lstm, {name: file.get_tensor(name) for name in names}, prefix)
+        return from_torch(lstm, {name: file.get_tensor(source) for name, source in names.items()}, prefix)
 
 
 def save_safetensors(lstm: LSTM, params: Params, path: str | os.PathLike[str], *, overwrite: bool = False) -> None:

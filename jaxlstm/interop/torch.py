@@ -1,4 +1,4 @@
-"""PyTorch: the ``state_dict`` of an `nn.LSTM`, or of an `nn.RNN` for ``cell="rnn"``."""
+"""PyTorch: the ``state_dict`` of an `nn.LSTM` or `nn.LSTMCell`; `nn.RNN` and `nn.RNNCell` for ``cell="rnn"``."""
 
 import re
 from collections.abc import Collection, Mapping
@@ -13,14 +13,21 @@ from jaxlstm.interop.conversion import OptionValues, WeightFormat, add_biases
 from jaxlstm.lstm import LSTM
 from jaxlstm.params import Params, Weights
 
-FIRST_NAME = "weight_ih_l0"  # every nn.LSTM has it
-ARRAY_PATTERN = re.compile(r"(weight|bias)_(ih|hh|hr)_\w+")  # includes unexpected names, so that they raise an error
+FIRST_NAME = re.compile(r"(?P<prefix>(.*\.)?)weight_ih(_l0)?")  # every nn.LSTM and every nn.LSTMCell has it
+ARRAY_PATTERN = re.compile(r"(weight|bias)_(ih|hh|hr)(_\w+)?")  # includes unexpected names, so that they raise an error
+WEIGHT = r"(?P<weight>(weight|bias)_(ih|hh|hr)(_l\d+)?(_reverse)?)"
+PARAMETRIZED = (  # tensors from which a weight is computed, by weight norm or another parametrization
+    re.compile(rf"(?P<prefix>(.*\.)?){WEIGHT}_(g|v|orig)"),
+    re.compile(rf"(?P<prefix>(.*\.)?)parametrizations\.{WEIGHT}\..*"),
+)
+RAW = "_raw"  # ends the names of AWD-LSTM's trained weights; the weight without it is a copy with dropout
 
 
 def from_torch(lstm: LSTM, state_dict: Mapping[str, Any], prefix: str | None = None) -> Params:
-    """Returns parameters from the ``state_dict`` of an `nn.LSTM`, or of a module that contains one.
+    """Returns parameters from the ``state_dict`` of an `nn.LSTM` or `nn.LSTMCell`, or of a module that contains one.
 
-    The two biases of PyTorch are added. Entries outside the LSTM are ignored.
+    The two biases of PyTorch are added. Entries outside the LSTM are ignored. With the weight drop of AWD-LSTM, the
+    trained weights ``*_raw`` are taken, not their copies with dropout.
 
     Args:
       lstm: the configuration; for ``cell="rnn"`` with the activation of the module.
@@ -33,21 +40,30 @@ def from_torch(lstm: LSTM, state_dict: Mapping[str, Any], prefix: str | None = N
     Raises:
       ValueError: naming the cause, if the LSTM has an option that `nn.LSTM` does not have (peepholes, coupled gates,
         layer normalization, a learned state), if there is no LSTM or more than one, or if an array is missing,
-        unexpected or of the wrong shape.
+        unexpected, of the wrong shape, without values (on the meta device), or computed from others (weight norm).
       TypeError: naming the array, if ``param_dtype`` cannot represent its dtype exactly.
     """
     if not isinstance(state_dict, Mapping):
         raise TypeError(f"state_dict must be a mapping of names to arrays, got {validation.describe(state_dict)}")
     conversion.check_supported(lstm, TORCH)
+    names = lstm_array_names(state_dict, prefix)
     prefix = _resolve_prefix(state_dict, prefix)
-    arrays = {name: _tensor_to_array(state_dict[name]) for name in lstm_array_names(state_dict, prefix)}
-    return conversion.params_from_arrays(lstm, TORCH, arrays, lambda n, d, name: prefix + _torch_name(n, d, name))
+    is_cell = f"{prefix}weight_ih" in names
+    if is_cell and lstm.num_layers * lstm.num_directions > 1:
+        raise ValueError(
+            f"torch weight {prefix + 'weight_ih'!r} is of a cell, which is one layer in one direction; expected weights"
+            f" for num_layers={lstm.num_layers} and bidirectional={lstm.bidirectional}"
+        )
+    arrays = {name: _tensor_to_array(source, state_dict[source]) for name, source in names.items()}
+    return conversion.params_from_arrays(
+        lstm, TORCH, arrays, lambda n, d, name: prefix + (name if is_cell else _torch_name(n, d, name))
+    )
 
 
 def to_torch(lstm: LSTM, params: Params) -> dict[str, np.ndarray]:
     """Returns the ``state_dict`` of an `nn.LSTM`, or of an `nn.RNN` for ``cell="rnn"``, as NumPy arrays.
 
-    The second of PyTorch's biases is zero.
+    The second of PyTorch's biases is zero. An `nn.LSTMCell` has the same names without ``_l0``.
 
         module.load_state_dict({name: torch.from_numpy(array) for name, array in to_torch(lstm, params).items()})
 
@@ -61,29 +77,69 @@ def to_torch(lstm: LSTM, params: Params) -> dict[str, np.ndarray]:
     return conversion.arrays_from_params(lstm, TORCH, params, _torch_name)
 
 
-def lstm_array_names(names: Collection[str], prefix: str | None) -> list[str]:
-    """Returns the names that belong to the LSTM with this prefix, or look as if they did."""
+def lstm_array_names(names: Collection[str], prefix: str | None) -> dict[str, str]:
+    """Returns the names that belong to the LSTM with this prefix, or look as if they did.
+
+    Returns:
+      For each name the entry that holds its array: the name itself, or with weight drop the trained weight.
+
+    Raises:
+      ValueError: if there is no LSTM or more than one, or if a weight is computed from other tensors.
+    """
     prefix = _resolve_prefix(names, prefix)
-    return [name for name in names if name.startswith(prefix) and ARRAY_PATTERN.fullmatch(name.removeprefix(prefix))]
+    _check_not_parametrized(names, prefix)
+    local = [name for name in names if name.startswith(prefix) and ARRAY_PATTERN.fullmatch(name.removeprefix(prefix))]
+    sources = {name: name for name in local if not name.endswith(RAW)}
+    for parent in (prefix, prefix.removesuffix("module.")):  # of the LSTM, or of the module that drops its weights
+        for name in names:
+            if name.startswith(parent) and ARRAY_PATTERN.fullmatch(name.removeprefix(parent)) and name.endswith(RAW):
+                sources[prefix + name.removeprefix(parent).removesuffix(RAW)] = name
+    return sources
+
+
+def _check_not_parametrized(names: Collection[str], prefix: str) -> None:
+    """Raises an error that names the tensors from which a weight of this LSTM is computed."""
+    found: dict[str, list[str]] = {}
+    for name in names:
+        parent, weight = _parametrized_weight(name) or (None, "")
+        if parent == prefix:
+            found.setdefault(weight, []).append(name)
+    for weight, tensors in found.items():
+        raise ValueError(
+            f"torch weight {prefix + weight!r} is computed from {', '.join(map(repr, tensors))}: remove the weight norm"
+            " or other parametrization from the module before calling state_dict()"
+        )
+
+
+def _parametrized_weight(name: str) -> tuple[str, str] | None:
+    """Returns prefix and weight if the name is of a tensor from which a weight is computed."""
+    match = PARAMETRIZED[0].fullmatch(name) or PARAMETRIZED[1].fullmatch(name)
+    return match and (match["prefix"], match["weight"])
 
 
 def _resolve_prefix(names: Collection[str], prefix: str | None) -> str:
     """Returns the prefix with its dot; for None, the prefix of the only LSTM among the names."""
     if prefix is not None:
         return prefix if prefix == "" or prefix.endswith(".") else f"{prefix}."
-    prefixes = [name.removesuffix(FIRST_NAME) for name in names if re.fullmatch(rf"(.*\.)?{FIRST_NAME}", name)]
+    prefixes = [match["prefix"] for name in names if (match := FIRST_NAME.fullmatch(name))]
+    prefixes += [parametrized[0] for name in names if (parametrized := _parametrized_weight(name))]
+    prefixes = list(dict.fromkeys(prefixes))
     if not prefixes:
-        raise ValueError(f"state_dict has no LSTM: no name is {FIRST_NAME!r} or ends in '.{FIRST_NAME}'")
+        raise ValueError(
+            "state_dict has no LSTM: no name is 'weight_ih_l0' or ends in '.weight_ih_l0', or 'weight_ih' for a cell"
+        )
     if len(prefixes) > 1:
         choices = ", ".join(map(repr, prefixes))
         raise ValueError(f"state_dict has {len(prefixes)} LSTMs; choose one with prefix=: {choices}")
     return prefixes[0]
 
 
-def _tensor_to_array(value: Any) -> Any:
+def _tensor_to_array(name: str, value: Any) -> Any:
     """Converts a tensor to an array; returns anything else unchanged."""
     if not hasattr(value, "detach"):
         return value
+    if getattr(value, "is_meta", False):
+        raise ValueError(f"torch weight {name!r} is on the meta device, which has no values; load the weights first")
     value = value.detach().cpu()
     if str(value.dtype) == "torch.bfloat16":  # PyTorch cannot convert it to NumPy; JAX can read it
         return jnp.from_dlpack(value)

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
+from jax.export import is_symbolic_dim
 
 from jaxlstm.dropout import RegularizerMasks
 from jaxlstm.params import State
@@ -20,10 +21,11 @@ def scan_in_chunks(run: Callable[[Any, Any], tuple[Any, Any]], carry: Any, xs: A
       run: ``(carry, xs of a chunk) -> (carry, ys of the chunk)``.
       carry: the carry before the first step.
       xs: tree of arrays with a leading time axis.
-      size: steps per chunk.
+      size: steps per chunk. A symbolic number of steps, of a program being exported, is one chunk: `jax.lax.scan` needs
+        to know that there is at least one whole chunk.
     """
     num_steps = jax.tree.leaves(xs)[0].shape[0]
-    if size >= num_steps:
+    if is_symbolic_dim(num_steps) or size >= num_steps:
         return run(carry, xs)
     whole = num_steps - num_steps % size
     chunks = jax.tree.map(lambda a: a[:whole].reshape(whole // size, size, *a.shape[1:]), xs)

@@ -6,6 +6,7 @@ import dataclasses
 import logging
 import signal
 import sys
+import traceback
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -23,6 +24,11 @@ from jaxlstm.training.config import Options
 from jaxlstm.training.data.text import cache_folder
 from jaxlstm.training.loop import Trainer
 from jaxlstm.training.malloc import keep_freed_memory
+from jaxlstm.training.memory import check_memory
+from jaxlstm.training.output import check_written, make_output_lenient, printable
+from jaxlstm.training.processes import end_process
+from jaxlstm.training.run_directory import lacks_config
+from jaxlstm.training.stop_signals import Interrupted, raise_on_stop_signals
 from jaxlstm.training.tasks import TASKS
 from jaxlstm.training.tasks.task import LanguageTaskModule
 
@@ -59,12 +65,15 @@ def run_cli(arguments: Sequence[str], console: Console, prog: str = "train.py") 
 
 
 def set_up_process() -> None:
-    """Configures memory, logging and the compilation cache; for programs, not for libraries."""
+    """Configures output, signals, memory, logging and the compilation cache; for programs, not for libraries."""
+    raise_on_stop_signals()
+    make_output_lenient()
     keep_freed_memory()
     for name in ("absl", "asyncio"):  # Orbax logs, in each of its threads, errors that it also raises
         logging.getLogger(name).setLevel(logging.CRITICAL)
     sys.unraisablehook = _ignore_closed_event_loop
     warnings.filterwarnings("ignore", "Error writing persistent compilation cache entry")
+    warnings.filterwarnings("ignore", "Glyph .* missing from font")  # matplotlib draws a box
     jax.config.update("jax_compilation_cache_dir", str(cache_folder() / "compiled"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
 
@@ -77,18 +86,23 @@ def _ignore_closed_event_loop(unraisable: "sys.UnraisableHookArgs") -> None:
 
 @contextlib.contextmanager
 def one_line_errors(prog: str) -> Iterator[None]:
-    """Ends the process with one line for mistakes of the user and failures of the machine."""
+    """Ends the process with one line for mistakes of the user and failures of the machine, and for stop signals."""
     try:
         yield
     except (ValueError, OSError, FloatingPointError, ImportError, MemoryError) as error:
-        raise SystemExit(f"{prog}: {str(error) or 'out of memory'}") from None
+        end_process(prog, str(error) or "out of memory")
     except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
+        if "RESOURCE_EXHAUSTED" not in str(error) and not jax.distributed.is_initialized():
             raise
-        raise SystemExit(f"{prog}: {first_line(error)}") from None
-    except KeyboardInterrupt:
-        print(f"{prog}: interrupted", file=sys.stderr)
-        raise SystemExit(128 + signal.SIGINT) from None
+        end_process(prog, first_line(error))
+    except KeyboardInterrupt as error:
+        number = error.number if isinstance(error, Interrupted) else signal.SIGINT
+        end_process(prog, "interrupted", 128 + number)
+    except Exception:
+        if not jax.distributed.is_initialized():
+            raise
+        traceback.print_exc()
+        end_process(prog, "failed", 1)
 
 
 def parse(arguments: Sequence[str], prog: str = "train.py") -> Options:
@@ -99,16 +113,15 @@ def parse(arguments: Sequence[str], prog: str = "train.py") -> Options:
         run to resume.
     """
     early = _parse_early(arguments)
-    defaults = config.load_config(early.resume, "--resume")[0] if early.resume else _task_defaults(early)
+    configured = early.resume if early.resume and not lacks_config(early.resume) else None
+    defaults = config.load_config(configured, "--resume")[0] if configured else _task_defaults(early)
     options = _parse_groups(arguments, defaults, prog)
-    if early.resume:
-        if mismatches := config.differences(options, config.to_json(defaults)):
-            raise ValueError(f"--resume {early.resume} continues with the options of that run: {mismatches[0]}")
-        if options.run_dir is not None:
-            raise ValueError(
-                f"--resume {early.resume} continues in that folder and cannot be combined with "
-                f"--run-dir {options.run_dir}"
-            )
+    if configured and (mismatches := config.differences(config.to_json(options), config.to_json(defaults))):
+        raise ValueError(f"--resume {early.resume} continues with the options of that run: {mismatches[0]}")
+    if early.resume and options.run_dir is not None:
+        raise ValueError(
+            f"--resume {early.resume} continues in that folder and cannot be combined with --run-dir {options.run_dir}"
+        )
     for name in TASKS[options.task].UNUSED:
         if (value := getattr(options, name)) != getattr(defaults, name):
             raise ValueError(f"--task {options.task} does not use {config.flag(name)}, got {value}")
@@ -184,13 +197,15 @@ def sample(options: Options, console: Console, flag: str = "--sample") -> None:
 
     Args:
       options: with ``sample``, the run directory, and ``prompt``, ``length``, ``temperature`` and ``seed``.
-      console: its file receives the text unchanged: Rich would interpret tabs and emoji codes.
+      console: its file receives the text unchanged, as Rich would interpret tabs and emoji codes; a terminal receives
+        control characters spelled out.
       flag: the option that named the run directory, for error messages.
 
     Raises:
       ValueError: if the folder is not a run of a language model, or the prompt has unknown characters.
     """
     assert options.sample is not None
+    check_memory(12 * options.length, "--length")  # ids, as an array and as a list
     run_options, run_config = config.load_config(options.sample, flag)
     task = TASKS[run_options.task]
     if not isinstance(task, LanguageTaskModule):
@@ -206,7 +221,8 @@ def sample(options: Options, console: Console, flag: str = "--sample") -> None:
         key=jax.random.key(options.seed),
         temperature=options.temperature,
     )
-    console.file.write(text + "\n")
+    console.file.write((printable(text.replace("\r\n", "\n")) if console.is_terminal else text) + "\n")
+    check_written(console.file)
 
 
 @dataclass(frozen=True)
@@ -215,8 +231,8 @@ class Sample:
 
     run_dir: Annotated[Path, tyro.conf.Positional]
     """Run directory."""
-    prompt: str = Options.prompt
-    """Beginning of the text."""
+    prompt: Annotated[str | None, tyro.conf.arg(metavar="STR", help_behavior_hint="")] = None
+    """Beginning of the text. Default: a line break, or a character of a text without line breaks."""
     length: int = Options.length
     """Characters or words to write."""
     temperature: float = Options.temperature

@@ -1,16 +1,21 @@
 """Options of a training run: names, defaults, limits, help texts, and their form in ``config.json``."""
 
 import dataclasses
-import json
 import math
+import reprlib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_type_hints
 
 from jaxlstm.cells import CellName
+from jaxlstm.training import checksum
 from jaxlstm.training.data import text
+from jaxlstm.training.json_types import check_entries
 
-Limit = Literal["positive", "non-negative", "fraction"]
+CONFIG = "config.json"  # in the run directory
+Limit = Literal["positive", "size", "layers", "non-negative", "fraction"]
+MAX_SIZE = 2**31 - 1  # of an axis; larger ones are mistakes that no machine can hold
+MAX_LAYERS = 100  # tracing takes time and memory for each layer
 
 
 def _option(default: Any, help_text: str, limit: Limit | None = None) -> Any:
@@ -34,30 +39,40 @@ class Options:
         text.EMBEDDED,
         "Text: python-reference, tinyshakespeare (downloaded) or a UTF-8 file; for forecast a CSV file with dates.",
     )
-    batch: int = _option(32, "Batch size: sequences, or parallel streams of text, per step.", "positive")
+    batch: int = _option(32, "Batch size: sequences, or parallel streams of text, per step.", "size")
     window: int = _option(
         64,
         "Steps per sequence; for text, characters or words per stream and step (truncated backpropagation).",
-        "positive",
+        "size",
     )
-    horizon: int = _option(26, "Steps to forecast.", "positive")
-    season: int = _option(52, "Steps of one season: the baseline forecast repeats the last one.", "positive")
+    horizon: int = _option(26, "Steps to forecast.", "size")
+    season: int = _option(52, "Steps of one season: the baseline forecast repeats the last one.", "size")
+
+    time: str | None = _option(
+        None, "Column of times in the CSV file. Default: date, time, ..., or the only one of dates."
+    )
+    target: str | None = _option(
+        None, "Columns to forecast, separated by commas. Default: all columns of numbers that do not count rows."
+    )
+    delimiter: str | None = _option(None, "Separator of cells. Default: the most frequent of , ; | and tab.")
+    decimal: Literal[".", ","] = _option(".", "Decimal separator.")
+    date_format: str | None = _option(
+        None, "Format of dates, such as %d.%m.%y. Default: ISO 8601 or a common form, recognized."
+    )
 
     # Model.
     cell: CellName = _option(
         "lstm", "Cell: LSTM, with peepholes, with coupled input and forget gates (CIFG), or vanilla RNN."
     )
-    hidden: int = _option(512, "Hidden size of each layer.", "positive")
-    layers: int = _option(1, "Number of layers.", "positive")
+    hidden: int = _option(512, "Hidden size of each layer.", "size")
+    layers: int = _option(1, "Number of layers.", "layers")
     bidirectional: bool = _option(False, "Add a direction that runs backward in time; not for language models.")
-    embedding: int = _option(64, "Embedding size.", "positive")
-    projection: int | None = _option(
-        None, "Size to project each layer's outputs to. Default: no projection.", "positive"
-    )
+    embedding: int = _option(64, "Embedding size.", "size")
+    projection: int | None = _option(None, "Size to project each layer's outputs to. Default: no projection.", "size")
     tied: bool = _option(False, "Share the softmax weights with the embedding, whose size must equal the output size.")
     layer_norm: bool = _option(False, "Normalize the pre-activations and cell states of each layer.")
     chrono: int | None = _option(
-        None, "Longest dependency in steps, for the initial gate biases. Default: set by adding and copy.", "positive"
+        None, "Longest dependency in steps, for the initial gate biases. Default: set by adding and copy.", "size"
     )
     dtype: Literal["float32", "bfloat16"] = _option(
         "float32", "Dtype of matrix products; parameters, sums and state stay float32."
@@ -144,8 +159,10 @@ class Options:
 
     # Sampling.
     sample: Path | None = _option(None, "Run directory: write text with its best parameters instead of training.")
-    prompt: str = _option("\n", "Beginning of the text.")
-    length: int = _option(500, "Characters or words to write.", "positive")
+    prompt: str | None = _option(
+        None, "Beginning of the text. Default: a line break, or a character of a text without line breaks."
+    )
+    length: int = _option(500, "Characters or words to write.", "size")
     temperature: float = _option(
         0.8, "Divisor of the logits: lower is safer, 0 always takes the most likely character.", "non-negative"
     )
@@ -158,15 +175,16 @@ class Options:
 
 # `--help` shows the options in groups: the first option of each, in the order of `Options`.
 FIRST_OF_GROUP = {
-    "task": "data_and_task",
+    "task": "task",
     "cell": "model",
     "dropout": "regularization",
     "max_steps": "optimization",
-    "run_dir": "run_and_output",
+    "run_dir": "run",
     "mesh": "device",
     "sample": "sampling",
 }
 CHANGEABLE_ON_RESUME = (
+    "data",  # the file may have moved; its content is compared
     "max_steps",
     "max_seconds",
     "log_every",
@@ -178,7 +196,7 @@ CHANGEABLE_ON_RESUME = (
     "tensorboard",
     "profile",
 )
-# No influence on training, so ignored when a configuration is loaded or compared.
+# No influence on training, so neither saved nor compared.
 NOT_PART_OF_A_RUN = (
     "coordinator",
     "processes",
@@ -190,6 +208,11 @@ NOT_PART_OF_A_RUN = (
     "length",
     "temperature",
 )
+
+
+# Types of the entries of config.json; language models save their vocabulary too.
+CONFIG_TYPES: dict[str, Any] = {"options": dict[str, Any], "about": str, "fingerprint": str, "versions": dict[str, str]}
+VOCABULARY_TYPES: dict[str, Any] = {"charlm": str, "wordlm": list[str]}
 
 
 def groups() -> dict[str, list[dataclasses.Field[Any]]]:
@@ -215,8 +238,11 @@ def check_limit(name: str, value: Any, limit: Limit | None) -> None:
     """
     if limit is None or value is None:
         return
-    if limit == "positive" and not 0 < value < math.inf:
+    if limit in ("positive", "size", "layers") and not 0 < value < math.inf:
         raise ValueError(f"{name} must be greater than 0, got {value}")
+    maximum = {"size": MAX_SIZE, "layers": MAX_LAYERS}.get(limit, math.inf)
+    if value > maximum:
+        raise ValueError(f"{name} must be at most {maximum:,}, got {reprlib.repr(value)}")
     if limit == "non-negative" and not 0 <= value < math.inf:
         raise ValueError(f"{name} must be finite and not negative, got {value}")
     if limit == "fraction" and not 0 <= value < 1:
@@ -233,10 +259,14 @@ def check_seed(seed: int) -> None:
         raise ValueError(f"--seed must be less than 2**63, got {seed}")
 
 
+def saved_types() -> dict[str, Any]:
+    """Returns the types of the options that are part of a run, by name."""
+    return {name: hint for name, hint in get_type_hints(Options).items() if name not in NOT_PART_OF_A_RUN}
+
+
 def to_json(options: Options) -> dict[str, Any]:
-    """Returns the options as JSON values, for ``config.json``."""
-    values = {field.name: getattr(options, field.name) for field in dataclasses.fields(Options)}
-    return {name: str(value) if isinstance(value, Path) else value for name, value in values.items()}
+    """Returns the options that are part of a run as JSON values, for ``config.json``."""
+    return {name: getattr(options, name) for name in saved_types()}
 
 
 def load_config(run_dir: Path, flag: str) -> tuple[Options, dict[str, Any]]:
@@ -250,29 +280,32 @@ def load_config(run_dir: Path, flag: str) -> tuple[Options, dict[str, Any]]:
       The run's options, and all of ``config.json``.
 
     Raises:
-      ValueError: if the folder is not a run directory, or its configuration is damaged.
+      ValueError: if the folder is not a run directory, or its configuration is damaged, has an unknown or a missing
+        key, or a value of another type.
     """
-    path = run_dir / "config.json"
-    known = {field.name for field in dataclasses.fields(Options)}.difference(NOT_PART_OF_A_RUN)
+    path = run_dir / CONFIG
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-        return Options(**{name: value for name, value in config["options"].items() if name in known}), config
+        config = checksum.read_checked_json(path)
     except OSError as error:
         raise ValueError(f"{flag} {run_dir} is not the folder of a run: {path}: {error.strerror}") from None
-    except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path} is not the configuration of a run: {error!r}") from None
+    check_entries(config.get("options"), saved_types(), f"{path}: options")
+    vocabulary = VOCABULARY_TYPES.get(config["options"]["task"])
+    check_entries(config, CONFIG_TYPES | ({} if vocabulary is None else {"vocabulary": vocabulary}), str(path))
+    try:
+        return Options(**config["options"]), config
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
 
 
-def differences(options: Options, saved: dict[str, Any]) -> list[str]:
-    """Lists options that differ from a run's, such as ``--hidden is 256, expected 512``.
+def differences(received: dict[str, Any], expected: dict[str, Any]) -> list[str]:
+    """Lists the differences of two runs, such as ``--hidden is 256, expected 512``.
 
     Args:
-      options: the expected options.
-      saved: options of the run, as `to_json` gives them; those that may change on resuming are not compared.
+      received: options of one run, as `to_json` gives them; those that may change on resuming are not compared.
+      expected: options of the other run.
     """
-    expected = to_json(options)
     return [
-        f"{flag(name)} is {saved.get(name)}, expected {value}"
+        f"{flag(name)} is {received.get(name)}, expected {value}"
         for name, value in expected.items()
-        if name not in (*CHANGEABLE_ON_RESUME, *NOT_PART_OF_A_RUN) and saved.get(name) != value
+        if name not in (*CHANGEABLE_ON_RESUME, *NOT_PART_OF_A_RUN) and received.get(name) != value
     ]

@@ -13,9 +13,10 @@ from rich.console import Console
 from rich.progress import Progress
 
 from jaxlstm.diagnostics import gate_statistics, plots, trace
-from jaxlstm.training import inspect_run, vanishing_gradient, vanishing_plots
-from jaxlstm.training.cli import help_text, one_line_errors
-from jaxlstm.training.config import check_seed
+from jaxlstm.training import cli, inspect_run, vanishing_gradient, vanishing_plots
+from jaxlstm.training.cli import help_text
+from jaxlstm.training.config import check_limit, check_seed
+from jaxlstm.training.memory import check_memory
 from jaxlstm.training.metrics import print_line
 
 DESCRIPTION = """Look inside recurrent networks.
@@ -47,11 +48,15 @@ class Vanishing:
         for name, minimum in (("steps", 2), ("hidden", 1), ("updates", 1), ("batch", 1), ("seed", 0)):
             if getattr(self, name) < minimum:
                 raise ValueError(f"--{name} must be at least {minimum}, got {getattr(self, name)}")
+            if name != "seed":
+                check_limit(f"--{name}", getattr(self, name), "size")
         check_seed(self.seed)
 
     def run(self, console: Console) -> None:
         """Trains the networks, draws the figure and prints its numbers."""
         out = check_new_figure(self.out)
+        recurrent_weights, outputs = 4 * self.hidden**2, self.steps * self.batch * self.hidden
+        check_memory(4 * (recurrent_weights + outputs), "--hidden, --steps or --batch")
         results = {}
         with Progress(console=console, disable=not console.is_terminal) as bar:
             for name, (lstm, learning_rate) in vanishing_gradient.compared_networks(self.hidden).items():
@@ -86,7 +91,7 @@ class Inspect:
     """Input text; the figure of the gates shows its first 120 characters."""
     layer: int = 0
     """Layer, from 0."""
-    out: Path | None = None
+    out: Annotated[Path | None, tyro.conf.arg(metavar="PATH", help_behavior_hint="")] = None
     """Folder of the figures, new or empty. Default: a folder in the run directory named by the time."""
 
     def run(self, console: Console) -> None:
@@ -150,5 +155,6 @@ def main(arguments: Sequence[str], prog: str = "python -m jaxlstm.diagnostics") 
 
 
 def _run(prog: str, parse: Callable[[], Any]) -> None:
-    with one_line_errors(prog):
+    cli.set_up_process()
+    with cli.one_line_errors(prog):
         parse().run(Console())

@@ -6,7 +6,7 @@ import math
 import signal
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -14,17 +14,42 @@ from rich.console import Console
 
 from jaxlstm.training import params_file, run_directory, saturation, sharding, train_step
 from jaxlstm.training.checkpointing import Checkpoints
-from jaxlstm.training.config import Options
-from jaxlstm.training.metrics import Report, draw_curves, print_line, write_json
-from jaxlstm.training.optimizer import DEFAULT_PEAK, make_optimizer
+from jaxlstm.training.checksum import write_checked_json
+from jaxlstm.training.config import CONFIG, Options
+from jaxlstm.training.memory import check_memory, num_bytes
+from jaxlstm.training.metrics import Report, draw_curves, print_line, summary_writer
+from jaxlstm.training.optimizer import DEFAULT_PEAK, SCHEDULE_TICKS, learning_rate_schedule, make_optimizer
+from jaxlstm.training.processes import check_same_options, connected_processes
 from jaxlstm.training.profiling import StepProfiler
 from jaxlstm.training.run_directory import RunRecord
 from jaxlstm.training.stop_signals import catch_stop_signals
 from jaxlstm.training.tasks import TASKS
 from jaxlstm.training.tasks.task import LanguageTaskModule
-from jaxlstm.training.train_step import StepMetrics
+from jaxlstm.training.train_step import StepMetrics, TrainState
 
 DEFAULT_MAX_STEPS = 1200  # of a run without --max-steps and --max-seconds
+
+
+class Limits(NamedTuple):
+    """Limits of a run; infinite if it has none of the kind."""
+
+    steps: float
+    seconds: float
+
+    def progress(self, step: int, seconds: float, reserve: float) -> float:
+        """Returns the completed fraction of the run.
+
+        Args:
+          step: the current step.
+          seconds: wall-clock seconds of the run so far.
+          reserve: seconds left for the last validation.
+        """
+        return min(1.0, max(step / self.steps, seconds / max(self.seconds - reserve, 1e-9)))
+
+
+def make_limits(max_steps: int | None, max_seconds: float | None) -> Limits:
+    """Returns the limits that ``--max-steps`` and ``--max-seconds`` give."""
+    return Limits(max_steps or (math.inf if max_seconds else DEFAULT_MAX_STEPS), max_seconds or math.inf)
 
 
 class Trainer:
@@ -43,8 +68,7 @@ class Trainer:
         self.console = console
         self.command = command
         self.start_time = time.perf_counter()
-        self.max_seconds = options.max_seconds or math.inf
-        self.max_steps = options.max_steps or (math.inf if options.max_seconds else DEFAULT_MAX_STEPS)
+        self.limits = make_limits(options.max_steps, options.max_seconds)
         self.progress = 0.0  # completed fraction of the run
         self.stop_signal = 0  # the signal that ended the run early
         self.pending: list[StepMetrics] = []  # of the steps since the last row of metrics.jsonl
@@ -64,28 +88,40 @@ class Trainer:
             raise SystemExit(128 + self.stop_signal)
 
     def setup(self, exit_stack: contextlib.ExitStack) -> None:
-        """Builds task, model and initial state, then creates or resumes the run directory."""
-        self.setup_task()
+        """Builds task, model and initial state, then creates or resumes the run directory.
+
+        Everything that can refuse the options comes first: until `setup_output` an existing run directory is only read.
+        """
+        if self.options.tensorboard:
+            summary_writer()
+        self.setup_task(exit_stack)
         self.setup_state()
+        self.check_step()
         self.setup_run_dir(exit_stack)
         self.setup_output()
 
-    def setup_task(self) -> None:
-        """Connects the devices and prepares the data."""
+    def setup_task(self, exit_stack: contextlib.ExitStack) -> None:
+        """Connects processes and devices, and prepares the data."""
         options = self.options
-        self.mesh = sharding.initialize_devices(options.mesh, options.coordinator, options.processes, options.process)
+        exit_stack.enter_context(connected_processes(options, self.command.removeprefix("python ")))
+        self.mesh = sharding.initialize_devices(options.mesh, options.processes)
+        check_same_options(options)
         self.num_devices = 1 if self.mesh is None else self.mesh.size
         device = jax.devices()[0]
         self.device = f"{device.device_kind} ({device.platform})"
-        if self.mesh is not None and options.batch % self.mesh.shape["data"]:
-            raise ValueError(f"--batch {options.batch} is not divisible by data={self.mesh.shape['data']} of --mesh")
+        for option, axis in (("batch", "data"), ("hidden", "model")):
+            size, devices = getattr(options, option), 1 if self.mesh is None else self.mesh.shape[axis]
+            if size % devices:
+                raise ValueError(f"--{option} {size} is not divisible by {axis}={devices} of --mesh")
         self.task = TASKS[options.task].make(options)
 
     def setup_state(self) -> None:
         """Initializes parameters and training state; the step is compiled at its first call."""
         options, task = self.options, self.task
+        peak = options.learning_rate or DEFAULT_PEAK[options.optimizer]
+        self.schedule = jax.jit(learning_rate_schedule(options.optimizer, peak, options.warmup))
         optimizer = make_optimizer(
-            options.learning_rate or DEFAULT_PEAK[options.optimizer],
+            peak,
             warmup=options.warmup,
             weight_decay=options.weight_decay,
             clip=options.clip,
@@ -93,18 +129,41 @@ class Trainer:
         )
         self.key = jax.random.key(options.seed)
         k_init, k_steps = jax.random.split(self.key)
-        params = task.init(k_init)
-        self.num_parameters = sum(leaf.size for leaf in jax.tree.leaves(params))
-        averaged = options.optimizer == "asgd"
-        state = train_step.init_train_state(params, optimizer, task.init_carry(params), k_steps, averaged=averaged)
-        self.state = sharding.place_state(self.mesh, state)
-        self.train_step = train_step.make_step(task.loss, optimizer)
+
+        def init_state(k_init: jax.Array, k_steps: jax.Array) -> TrainState:
+            params, averaged = task.init(k_init), options.optimizer == "asgd"
+            return train_step.init_train_state(params, optimizer, task.init_carry(params), k_steps, averaged=averaged)
+
+        shapes = jax.eval_shape(init_state, k_init, k_steps)
+        gradients = shapes.params
+        steps = 0 if "window" in TASKS[options.task].UNUSED else options.window
+        outputs = jax.ShapeDtypeStruct(
+            (options.layers, steps, options.batch, options.projection or options.hidden), options.dtype
+        )
+        check_memory(num_bytes((shapes, gradients, outputs)), "--hidden, --embedding, --layers, --batch or --window")
+        self.num_parameters = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes.params))
+        self.state = sharding.place_state(self.mesh, init_state(k_init, k_steps))
+        self.train_step = train_step.make_step(task.loss, optimizer, sharding.state_sharding(self.mesh, self.state))
         self.gate_saturation = saturation.gate_saturation(task.lstm, task.lstm_inputs)
+
+    def check_step(self) -> None:
+        """Traces the step on a first batch, so that options that it refuses are reported before anything is written."""
+        batch = jax.tree.map(sharding.place_batch(self.mesh), next(self.task.batches(0)))
+        with self.mesh_context():
+            jax.eval_shape(self.train_step, self.state, batch, self.progress)
+
+    def mesh_context(self) -> contextlib.AbstractContextManager[Any]:
+        """Returns the context of all computations on the mesh."""
+        return contextlib.nullcontext() if self.mesh is None else jax.set_mesh(self.mesh)
+
+    def learning_rate(self, progress: float) -> float:
+        """Returns the learning rate at a completed fraction of the run."""
+        return float(self.schedule(progress * SCHEDULE_TICKS))
 
     def setup_run_dir(self, exit_stack: contextlib.ExitStack) -> None:
         """Creates or resumes the run directory; of several processes, only process 0 writes to it."""
         options = self.options
-        run_dir = options.resume or run_directory.create_run_dir(options)
+        run_dir = options.resume or run_directory.create_run_dir(options, self.task)
         is_writer = jax.process_index() == 0
         if is_writer:
             exit_stack.enter_context(run_directory.lock_run_dir(run_dir))
@@ -113,17 +172,60 @@ class Trainer:
             run_dir, self.console = run_directory.temporary_copy(run_dir), Console(quiet=True)
         self.run_dir: Path = run_dir
         self.record = RunRecord()
-        if options.resume and self.checkpoints.steps():
-            self.state, self.record = run_directory.restore_run(self.checkpoints, options, self.task, self.state)
+        if options.resume:
+            self.resume(options.resume)
+        self.is_complete = self.progress == 1
         self.first_step, self.previous_seconds = self.record.step, self.record.seconds
         self.num_restored_losses = len(self.record.losses)
-        self.best_loss = min(self.record.valid_losses, default=math.inf)
+        self.best_loss = min(self.record.valid_losses, default=math.inf) if self.record.best_step else math.inf
+
+    def resume(self, run_dir: Path) -> None:
+        """Restores the latest checkpoint, if there is one, and prints what differs from the run so far."""
+        options, task = self.options, self.task
+        if not self.checkpoints.steps():
+            run_directory.check_start(run_dir, options, task)
+            if run_directory.lacks_config(run_dir):
+                print_line(self.console, f"{run_dir} has no config.json yet: it gets the options of this command")
+            return
+        self.state, self.record, saved = run_directory.restore_run(self.checkpoints, options, task, self.state)
+        if changes := run_directory.changed_versions(saved):
+            print_line(self.console, f"resumed with other versions, so losses may differ slightly: {changes}")
+        self.check_best_params()
+        self.resume_progress(make_limits(saved["options"].get("max_steps"), saved["options"].get("max_seconds")))
+
+    def check_best_params(self) -> None:
+        """Reads the best parameters so far, which the end of the run needs; starts without them if they are missing.
+
+        Raises:
+          ValueError: if they are damaged.
+        """
+        path = self.run_dir / params_file.BEST
+        if self.record.best_step and not path.exists():
+            print_line(self.console, f"{path} is missing: the next validation gives the best parameters")
+            self.record.best_step = 0
+        if self.record.best_step:
+            params_file.load_params(path, self.task.init)
+
+    def resume_progress(self, limits_before: Limits) -> None:
+        """Continues the progress of the run; prints the change of the learning rate if the limits have changed."""
+        record = self.record
+        progress_before, self.progress = (
+            limits.progress(record.step, record.seconds, record.valid_seconds)
+            for limits in (limits_before, self.limits)
+        )
+        before, after = self.learning_rate(progress_before), self.learning_rate(self.progress)
+        if before != after:
+            print_line(
+                self.console,
+                f"the learning rate changes from {before:.2g} to {after:.2g}: with the new limits step "
+                f"{record.step:,} is at {self.progress:.0%} of the run, before at {progress_before:.0%}",
+            )
 
     def setup_output(self) -> None:
         """Writes ``config.json``, prints the first line and opens the metrics."""
         options, task, run_dir = self.options, self.task, self.run_dir
         self.config = run_directory.saved_config(options, task)
-        write_json(run_dir / "config.json", self.config | dict(task.extra_config))
+        write_checked_json(run_dir / CONFIG, self.config | dict(task.extra_config))
         self.print_start()
         self.stop_signals = catch_stop_signals()
         self.report = Report(
@@ -132,6 +234,7 @@ class Trainer:
             task.unit_name,
             task.format_loss,
             self.record.rows,
+            self.record.step,
             tensorboard=options.tensorboard,
         )
         self.profiler = StepProfiler(run_dir / "profile", options.profile)
@@ -139,17 +242,21 @@ class Trainer:
     def print_start(self) -> None:
         """Prints data, model and devices of the run."""
         devices = f"{self.num_devices} x {self.device}" if self.num_devices > 1 else self.device
+        for note in self.task.notes:
+            print_line(self.console, note)
         resumed = f"; resumed after step {self.record.step:,}" if self.options.resume else ""
         print_line(self.console, f"{self.task.description}; {self.num_parameters:,} parameters on {devices}{resumed}")
-        if self.record.step >= self.max_steps:
-            print_line(
-                self.console,
-                f"nothing left to do: the run ended at step {self.record.step:,} and --max-steps is {self.max_steps}",
-            )
+        if self.is_complete:
+            by_steps = f"at step {self.record.step:,} and --max-steps is {self.limits.steps}"
+            by_time = f"after {self.record.seconds:,.0f} s and --max-seconds is {self.limits.seconds:g}"
+            ended = by_steps if self.record.step >= self.limits.steps else by_time
+            print_line(self.console, f"nothing left to do: the run ended {ended}")
 
     @property
     def seconds(self) -> float:
-        """Wall-clock seconds of the run so far, those before resuming included."""
+        """Wall-clock seconds of the run so far, those before resuming included; a complete run adds none."""
+        if self.is_complete:
+            return self.previous_seconds
         return self.previous_seconds + time.perf_counter() - self.start_time
 
     def fit(self) -> None:
@@ -158,8 +265,8 @@ class Trainer:
         save_interval = max(1, options.save_every // 2)  # while one checkpoint is written, the previous one is complete
         batches = train_step.prefetch(self.task.batches(record.step), sharding.place_batch(self.mesh))
         self.row_start_time = time.perf_counter()
-        self.report.start_clock(min(1.0, max(record.step / self.max_steps, self.seconds / self.max_seconds)))
-        while record.step < self.max_steps and self.progress < 1:
+        self.report.start_clock(self.progress)
+        while self.progress < 1:
             received = self.stop_signals[0] if self.stop_signals else 0
             seconds, self.stop_signal = sharding.sync_stop(self.seconds, received)
             if self.stop_signal:
@@ -190,12 +297,11 @@ class Trainer:
         """
         record, interval = self.record, self.options.diagnose
         record.step += 1
-        # Leaves time for the last validation, assumed to take as long as the previous one.
-        max_seconds = max(self.max_seconds - record.valid_seconds, 1e-9)
-        self.progress = min(1.0, max(record.step / self.max_steps, seconds / max_seconds))
+        # The last validation is assumed to take as long as the previous one.
+        self.progress = self.limits.progress(record.step, seconds, record.valid_seconds)
         diagnosing = interval > 0 and record.step % interval == 0
         self.profiler.before_step(record.step - self.first_step)
-        with contextlib.nullcontext() if self.mesh is None else jax.set_mesh(self.mesh):
+        with self.mesh_context():
             saturated = self.gate_saturation(self.state.params, self.state.carry, batch) if diagnosing else {}
             self.state, metrics = self.train_step(self.state, batch, self.progress)
         self.pending.append(metrics)
@@ -226,7 +332,8 @@ class Trainer:
         mean = float(np.mean(finite)) if finite.size else math.nan
         num_units = (len(losses) - self.num_restored_losses) * self.task.units_per_step
         speed = num_units / (time.perf_counter() - self.row_start_time)
-        self.report.training_row(record.step, mean, speed, self.progress, int(metrics.skipped))
+        learning_rate = self.learning_rate(self.progress)
+        self.report.training_row(record.step, mean, speed, self.progress, learning_rate, int(metrics.skipped))
         record.losses, self.pending, self.num_restored_losses = [], [], 0
         self.row_start_time = time.perf_counter()
 
@@ -263,7 +370,8 @@ class Trainer:
         record.valid_seconds = time.perf_counter() - start
 
     def save(self) -> None:
-        """Starts to write a checkpoint of state and record."""
+        """Starts to write a checkpoint of state and record, once the rows that it counts are on disk."""
+        self.report.sync()
         record = dataclasses.replace(
             self.record, seconds=self.seconds, rows=len(self.report.rows), losses=self.losses_since_row()
         )
@@ -285,7 +393,6 @@ class Trainer:
         task, record, run_dir = self.task, self.record, self.run_dir
         params = params_file.load_params(run_dir / params_file.BEST, task.init)
         test_figures = task.test(params)
-        task.draw(params, run_dir)
         summary = {
             "valid_loss": self.best_loss,
             **test_figures,
@@ -295,9 +402,10 @@ class Trainer:
             "wall_seconds": self.seconds,
             "device": self.device,
         }
-        write_json(run_dir / "summary.json", summary)
+        write_checked_json(run_dir / "summary.json", summary)
         title = f"{task.title} of {self.num_parameters:,} parameters"
         draw_curves(run_dir / "curves.png", self.report.rows, title, task.loss_unit)
+        task.draw(params, run_dir)
         best = f"best validation loss {task.format_loss(self.best_loss)} at step {record.best_step:,}"
         tested = "".join(f"; {name} {value:.4g}" for name, value in test_figures.items())
         can_sample = isinstance(TASKS[self.options.task], LanguageTaskModule)

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +15,11 @@ from rich.table import Column
 from rich.text import Text
 
 from jaxlstm.atomic_write import atomic_write, write_error
+from jaxlstm.diagnostics.plots import literal
 from jaxlstm.errors import optional_package
+from jaxlstm.training.output import printable
+
+SPLITS = ("train", "valid", "diagnosis")  # kinds of rows
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -23,22 +28,37 @@ def write_json(path: Path, value: Any) -> None:
         file.write((json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())
 
 
-def truncate_rows(path: Path, count: int) -> list[dict[str, Any]]:
-    """Truncates a file of JSON lines to its first ``count`` rows, and returns them.
+def truncate_rows(path: Path, count: int, last_step: int) -> list[dict[str, Any]]:
+    """Removes all but the undamaged ones among the first ``count`` rows from ``metrics.jsonl``, and returns these.
+
+    Args:
+      path: the file; a missing one has no rows.
+      count: number of rows to keep.
+      last_step: step of the last of them; later ones are removed, also if a damaged line lets them move up.
 
     Raises:
-      ValueError: if there are fewer rows, or one of them is not JSON.
+      ValueError: if the path is not a file.
     """
-    lines = path.read_text(encoding="utf-8").splitlines()[:count] if path.exists() else []
-    try:
-        rows = [json.loads(line) for line in lines]
-    except json.JSONDecodeError:
-        raise ValueError(f"{path} is damaged: the first {count:,} lines are not all JSON") from None
-    if len(rows) < count:
-        raise ValueError(f"{path} is damaged: {len(rows):,} lines, expected at least {count:,}")
+    if path.exists() and not path.is_file():
+        raise ValueError(f"{path} is not a regular file")
+    lines = path.read_bytes().split(b"\n")[:count] if path.exists() else []
+    rows = [row for line in lines if (row := parse_row(line)) is not None and row["step"] <= last_step]
     with atomic_write(path) as file:
-        file.write("".join(line + "\n" for line in lines).encode())
+        file.write("".join(json.dumps(row) + "\n" for row in rows).encode())
     return rows
+
+
+def parse_row(line: bytes) -> dict[str, Any] | None:
+    """Returns a row of ``metrics.jsonl``, or None if the line is damaged."""
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(row, dict) or type(row.get("step")) is not int or row.get("split") not in SPLITS:
+        return None
+    figures = [value for name, value in row.items() if name not in ("step", "split")]
+    is_whole = all(value is None or type(value) in (int, float) for value in figures)
+    return row if is_whole and ("loss" in row or row["split"] == "diagnosis") else None
 
 
 def format_duration(seconds: float) -> str:
@@ -51,8 +71,8 @@ def format_duration(seconds: float) -> str:
 
 
 def print_line(console: Console, text: str) -> None:
-    """Prints text literally: without markup, emoji codes or line wrapping."""
-    console.print(text, markup=False, emoji=False, highlight=False, soft_wrap=True)
+    """Prints text literally: without markup, emoji codes, escape sequences or line wrapping."""
+    console.print(printable(text), markup=False, emoji=False, highlight=False, soft_wrap=True)
 
 
 class _RemainingTime(ProgressColumn):
@@ -69,7 +89,8 @@ class Report:
       unit_name: unit of the training speed, such as ``"characters"``.
       format_loss: formats a loss with its unit.
       num_rows: number of rows of an existing ``metrics.jsonl`` to keep; rows that a killed run wrote after its last
-        checkpoint are removed.
+        checkpoint are removed, and so are damaged ones.
+      last_step: step of the last row to keep.
       tensorboard: whether to write the metrics for TensorBoard too, into the folder ``tensorboard``.
     """
 
@@ -80,6 +101,7 @@ class Report:
         unit_name: str,
         format_loss: Callable[[float], str],
         num_rows: int = 0,
+        last_step: int = 0,
         *,
         tensorboard: bool = False,
     ) -> None:
@@ -87,10 +109,14 @@ class Report:
         self._unit_name, self._format_loss = unit_name, format_loss
         self._short_unit = {"characters": "char", "words": "word"}.get(unit_name, unit_name)
         self._path = run_dir / "metrics.jsonl"
-        self.rows = truncate_rows(self._path, num_rows)
+        self.rows = truncate_rows(self._path, num_rows, last_step)
+        if len(self.rows) < num_rows:
+            lost = f"{num_rows - len(self.rows):,} of {num_rows:,} rows of {self._path} are damaged or missing"
+            self.print_line(f"{lost}; the others are kept, and training goes on")
         self._file = self._path.open("a", encoding="utf-8")
-        last_step = self.rows[-1]["step"] if self.rows else 0
-        self._tensorboard = _summary_writer(run_dir / "tensorboard", last_step + 1) if tensorboard else None
+        self._tensorboard = None
+        if tensorboard:  # figures that a killed run wrote after its last checkpoint are hidden
+            self._tensorboard = summary_writer()(str(run_dir / "tensorboard"), purge_step=last_step + 1)
         columns = (
             TextColumn("{task.fields[figures]}", markup=False),
             BarColumn(None),
@@ -119,7 +145,16 @@ class Report:
         if self._tensorboard is not None:
             self._tensorboard.close()
 
-    def training_row(self, step: int, loss: float, speed: float, progress: float, skipped: int) -> None:
+    def sync(self) -> None:
+        """Flushes ``metrics.jsonl`` to disk."""
+        try:
+            os.fsync(self._file.fileno())
+        except OSError as error:
+            raise write_error(self._path, error) from None
+
+    def training_row(
+        self, step: int, loss: float, speed: float, progress: float, learning_rate: float, skipped: int
+    ) -> None:
         """Records the training loss and updates the progress.
 
         Args:
@@ -127,9 +162,11 @@ class Report:
           loss: mean of the finite losses since the last row; NaN if there was none.
           speed: units per second.
           progress: completed fraction of the run, for the remaining time.
+          learning_rate: learning rate of the step.
           skipped: number of steps skipped so far.
         """
-        self._write(step, "train", {"loss": loss, f"{self._unit_name}_per_second": speed, "skipped": skipped})
+        figures = {"loss": loss, f"{self._unit_name}_per_second": speed, "learning_rate": learning_rate}
+        self._write(step, "train", figures | {"skipped": skipped})
         done = progress - self._start_progress
         seconds_left = (time.perf_counter() - self._start_time) * (1 - progress) / done if done > 0 else math.inf
         left = format_duration(seconds_left)
@@ -181,11 +218,15 @@ class Report:
             self._tensorboard.flush()
 
 
-def _summary_writer(folder: Path, first_step: int) -> Any:
-    """Returns a writer of TensorBoard files; figures that a killed run wrote from ``first_step`` on are hidden."""
+def summary_writer() -> Any:
+    """Returns the class that writes TensorBoard files.
+
+    Raises:
+      ImportError: if its package is not installed.
+    """
     with optional_package("tensorboardX", extra="tensorboard", purpose="--tensorboard"):
         from tensorboardX import SummaryWriter
-    return SummaryWriter(str(folder), purge_step=first_step)
+    return SummaryWriter
 
 
 def draw_curves(path: Path, rows: list[dict[str, Any]], title: str, unit: str) -> None:
@@ -205,7 +246,7 @@ def draw_curves(path: Path, rows: list[dict[str, Any]], title: str, unit: str) -
         points = [(row["step"], row["loss"]) for row in rows if row["split"] == split and row["loss"] is not None]
         if points:
             axes.plot(*zip(*points), label=label, color=color, marker=marker, markersize=4, linewidth=1.4)
-    axes.set(xlabel="step", ylabel=f"loss ({unit})", title=title)
+    axes.set(xlabel="step", ylabel=f"loss ({unit})", title=literal(title))
     if unit.startswith("nats"):
         bits = axes.secondary_yaxis("right", functions=(_nats_to_bits, _bits_to_nats))
         bits.set_ylabel(unit.replace("nats", "bits"))

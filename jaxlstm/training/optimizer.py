@@ -11,6 +11,8 @@ DEFAULT_PEAK = {"adamw": 4e-3, "asgd": 0.3}  # learning rate at the end of the w
 SCHEDULE_TICKS = 10_000  # length of every run in units of the schedule
 FINAL_FRACTION = 0.01  # of the peak, at the end of the cosine
 
+NOT_DECAYED = {"b", "b_out", "w_c", "norm", "state"}  # biases, peepholes, layer normalization, learned initial states
+
 OptimizerName = Literal["adamw", "asgd"]
 
 
@@ -42,7 +44,7 @@ def make_optimizer(
     Args:
       learning_rate: the peak.
       warmup: fraction of the run in which the rate rises from 0 to its peak.
-      weight_decay: decoupled weight decay, of matrices only.
+      weight_decay: decoupled weight decay of all parameters but those in `NOT_DECAYED`, whatever their number of axes.
       clip: largest global norm of a gradient.
       name: ``"adamw"``, or ``"asgd"``, SGD for averaging of the parameters (Merity, Keskar & Socher 2018).
     """
@@ -56,12 +58,16 @@ def make_optimizer(
     chain = optax.chain(
         optax.clip_by_global_norm(clip),
         optax.identity() if name == "asgd" else optax.scale_by_adam(b2=0.99),
-        optax.add_decayed_weights(weight_decay, _is_matrix),
+        optax.add_decayed_weights(weight_decay, _is_decayed),
         optax.GradientTransformationExtraArgs(optax.init_empty_state, scale),
     )
     unlimited = int(jnp.iinfo(jnp.int32).max)  # the training loop decides when too many steps were skipped
     return optax.with_extra_args_support(optax.apply_if_finite(chain, max_consecutive_errors=unlimited))
 
 
-def _is_matrix(params: Any) -> Any:
-    return jax.tree.map(lambda p: p.ndim > 1, params)
+def _is_decayed(params: Any) -> Any:
+    """Returns for each parameter whether it decays: by its role, which its name tells."""
+    return jax.tree.map_with_path(
+        lambda path, _: NOT_DECAYED.isdisjoint(jax.tree_util.keystr(path, simple=True, separator=".").split(".")),
+        params,
+    )

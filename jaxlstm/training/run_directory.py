@@ -1,10 +1,12 @@
 """The run directory: creation, lock, record of the run in each checkpoint, and the copy for other processes.
 
-Each run writes ``config.json``, ``metrics.jsonl``, ``best.msgpack``, ``checkpoints/``, ``summary.json`` and
+Each run writes ``config.json``, ``metrics.jsonl``, ``best.safetensors``, ``checkpoints/``, ``summary.json`` and
 ``curves.png`` into it.
 """
 
 import contextlib
+import functools
+import hashlib
 import shutil
 import tempfile
 import time
@@ -14,12 +16,20 @@ from pathlib import Path
 from typing import Any
 
 import jax
+from jax.experimental import multihost_utils
 
+import jaxlstm
+from jaxlstm.atomic_write import PARTIAL
 from jaxlstm.training import config
-from jaxlstm.training.checkpointing import CheckpointError, Checkpoints
+from jaxlstm.training.checkpointing import CheckpointError, Checkpoints, checkpoint_steps, make_folder
 from jaxlstm.training.config import Options
+from jaxlstm.training.data.text import DOWNLOADS, EMBEDDED
+from jaxlstm.training.json_types import check_entries, from_json
+from jaxlstm.training.params_file import check_finite
 from jaxlstm.training.tasks.task import Task
 from jaxlstm.training.train_step import TrainState
+
+KNOWN_DATA = (EMBEDDED, *DOWNLOADS, "co2")  # names that --data takes for no file
 
 
 @dataclass
@@ -35,31 +45,53 @@ class RunRecord:
     losses: list[float] = field(default_factory=list)  # of the steps since the last row of metrics.jsonl
 
 
-def create_run_dir(options: Options) -> Path:
+def create_run_dir(options: Options, task: Task) -> Path:
     """Creates the directory of a new run; of several processes, only process 0 creates it.
 
+    The directory of a run with the same options and data that has no checkpoint yet is used again.
+
     Raises:
-      ValueError: if the directory is not empty, or several processes have no common one.
+      ValueError: if the directory has other files, or several processes have no common one.
     """
     run_dir = options.run_dir or Path("runs") / time.strftime("%Y-%m-%d-%H%M%S")
     if jax.process_count() > 1 and options.run_dir is None:
         raise ValueError("several processes need --run-dir or --resume: one run directory for all of them")
-    if jax.process_index() > 0:
-        return run_dir
-    if run_dir.exists() and (not run_dir.is_dir() or any(run_dir.iterdir())):
-        raise ValueError(f"--run-dir {run_dir} is not an empty folder; a run never overwrites another")
-    run_dir.mkdir(parents=True, exist_ok=True)
+    if jax.process_index() == 0:
+        if run_dir.exists() and not (lacks_config(run_dir) or _is_same_start(run_dir, options, task)):
+            raise ValueError(f"--run-dir {run_dir} is not an empty folder; a run never overwrites another")
+        make_folder(run_dir)
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices("run directory created")
     return run_dir
+
+
+def lacks_config(run_dir: Path) -> bool:
+    """Returns whether a folder is empty or has only the files of a run that ended before it wrote ``config.json``."""
+    if not run_dir.is_dir():
+        return False
+    names = {path.name for path in run_dir.iterdir() if ".partial" not in path.name}
+    return names <= {"lock", "checkpoints"} and not checkpoint_steps(run_dir / "checkpoints")
+
+
+def _is_same_start(run_dir: Path, options: Options, task: Task) -> bool:
+    """Returns whether a folder has a run of the same options and data, and neither checkpoint nor result."""
+    try:
+        saved = config.load_config(run_dir, "--run-dir")[1]
+    except ValueError:
+        return False
+    has_results = checkpoint_steps(run_dir / "checkpoints") or (run_dir / "summary.json").exists()
+    return not has_results and not _mismatches(saved, options, task)
 
 
 @contextlib.contextmanager
 def lock_run_dir(run_dir: Path) -> Iterator[None]:
     """Locks a run directory for one process; the system releases the lock however the process ends.
 
-    There is no such lock on Windows, so nothing keeps a second process out there.
+    Temporary files of a killed process are removed. There is no such lock on Windows, so nothing keeps a second process
+    out there.
 
     Raises:
-      ValueError: if another process holds the lock.
+      ValueError: if another process holds the lock, or the file of the lock is not a regular file.
     """
     try:
         import fcntl
@@ -67,11 +99,15 @@ def lock_run_dir(run_dir: Path) -> Iterator[None]:
         yield
         return
     path = run_dir / "lock"
+    if path.exists() and not path.is_file():  # a named pipe would block
+        raise ValueError(f"{path} is not a regular file")
     with path.open("a") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise ValueError(f"another process is training in {run_dir}: {path} is locked") from None
+        for unfinished in run_dir.glob(PARTIAL):
+            unfinished.unlink()
         yield
 
 
@@ -86,18 +122,58 @@ def temporary_copy(run_dir: Path) -> Path:
 
 def saved_config(options: Options, task: Task) -> dict[str, Any]:
     """Returns the part of ``config.json`` that every checkpoint repeats, to recognize its run."""
-    return {"options": config.to_json(options), "about": task.description, "fingerprint": task.fingerprint}
+    values = config.to_json(options)
+    if options.data not in KNOWN_DATA and Path(options.data).is_file():
+        values["data"] = str(Path(options.data).absolute())  # a resume may start in another folder
+    return {"options": values, "about": task.description, "fingerprint": task.fingerprint, "versions": versions()}
+
+
+@functools.cache
+def versions() -> dict[str, str]:
+    """Returns the versions of the package and of JAX, and the SHA-256 of the package's code."""
+    package = Path(jaxlstm.__file__).parent
+    digest = hashlib.sha256()
+    for path in sorted(package.rglob("*.py")):
+        content = path.read_bytes()
+        digest.update(f"{path.relative_to(package).as_posix()} {len(content)} ".encode() + content)
+    return {"jaxlstm": jaxlstm.__version__, "jax": jax.__version__, "code": digest.hexdigest()}
+
+
+def changed_versions(saved: dict[str, Any]) -> str:
+    """Returns the versions that differ from the ones in a configuration, as text; empty if none do."""
+    before = saved["versions"]
+    changes = [
+        f"{name} {before.get(name, 'unknown')!s:.12} -> {value:.12}"
+        for name, value in versions().items()
+        if before.get(name) != value
+    ]
+    return ", ".join(changes)
+
+
+def check_start(run_dir: Path, options: Options, task: Task) -> None:
+    """Checks that a run without a checkpoint can start in its directory.
+
+    Raises:
+      ValueError: if the run has other options or data, or has results already.
+    """
+    if lacks_config(run_dir):
+        return
+    if (run_dir / "summary.json").exists():
+        raise ValueError(f"{run_dir} has results but no checkpoint; --run-dir with another folder starts a new run")
+    saved = config.load_config(run_dir, "--resume")[1]
+    if mismatches := _mismatches(saved, options, task):
+        raise ValueError(f"{run_dir} is of another run: {mismatches[0]}")
 
 
 def restore_run(
     checkpoints: Checkpoints, options: Options, task: Task, template: TrainState
-) -> tuple[TrainState, RunRecord]:
-    """Returns state and record of the latest checkpoint.
+) -> tuple[TrainState, RunRecord, dict[str, Any]]:
+    """Returns state and record of the latest checkpoint, and the configuration of the run when it was written.
 
     Args:
       checkpoints: checkpoints of the run.
       options: options of this command, compared with the saved ones.
-      task: task of this command; its data are compared with the saved description.
+      task: task of this command; its data are compared with the saved ones.
       template: a state of the same structure, shapes and shardings.
 
     Raises:
@@ -106,14 +182,27 @@ def restore_run(
     step, saved = checkpoints.latest_record()
     path = checkpoints.folder / str(step)
     try:
-        mismatches = config.differences(options, saved["options"])
-        if saved["about"] != task.description:
-            mismatches.append(f"the data are {saved['about']}, expected {task.description}")
-        elif saved["fingerprint"] != task.fingerprint:
-            mismatches.append(f"the data of --data {options.data} have changed since it began")
-        record = RunRecord(**saved["loop"])
-    except (KeyError, TypeError) as error:
-        raise CheckpointError(f"checkpoint {path} was not written by train.py: {error!r}") from None
-    if mismatches:
+        check_entries(saved, config.CONFIG_TYPES | {"loop": dict[str, Any]}, "its record")
+        check_entries(saved["options"], config.saved_types(), "its record: options")
+        record = from_json(RunRecord, saved["loop"], "its record: loop")
+    except ValueError as error:
+        raise CheckpointError(f"checkpoint {path} was not written by train.py: {error}") from None
+    if record.step != step:
+        raise CheckpointError(f"checkpoint {path} was not written by train.py: its record is of step {record.step}")
+    if mismatches := _mismatches(saved, options, task):
         raise CheckpointError(f"checkpoint {path} is of another run: {mismatches[0]}")
-    return checkpoints.restore(template), record
+    state = checkpoints.restore(template)
+    check_finite(f"checkpoint {path}", state.params)
+    return state, record, saved
+
+
+def _mismatches(saved: dict[str, Any], options: Options, task: Task) -> list[str]:
+    """Lists the differences of a saved configuration from the options and data of this command."""
+    result = config.differences(saved["options"], config.to_json(options))
+    if saved["fingerprint"] != task.fingerprint:
+        received, expected = (f"{value!s:.12}" for value in (task.fingerprint, saved["fingerprint"]))
+        result.append(
+            f"--data {options.data} has the content with SHA-256 {received}, expected {expected}, "
+            "the content when the run began"
+        )
+    return result

@@ -14,10 +14,8 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from jaxlstm.errors import first_line
-
 AXES = ("data", "model")
-AUTO = "auto"  # instead of the address of process 0
+MAX_CPU_DEVICES = 1024  # of one process; the time to create them grows with their number
 SPLIT_BY_UNITS = ("w_x", "w_h", "b")  # of a recurrent layer; their leading axis holds gates times hidden units
 
 
@@ -35,42 +33,32 @@ def parse_mesh(text: str) -> dict[str, int]:
     return {name: int(sizes.get(name, 1)) for name in AXES}
 
 
-def initialize_devices(mesh: str | None, coordinator: str | None, processes: int, process: int) -> Mesh | None:
-    """Connects the processes and returns the device mesh; must be called before anything else uses a device.
+def initialize_devices(mesh: str | None, processes: int) -> Mesh | None:
+    """Returns the device mesh; must be called before anything else uses a device, with the processes connected.
 
     On CPUs it creates as many devices as the mesh needs.
 
     Args:
       mesh: axes and sizes such as ``data=4,model=2``; None for a single device.
-      coordinator: address and port of process 0, for more than one process; ``"auto"`` asks a cluster that JAX knows
-        for the address, the number of processes and the index of this one.
-      processes: number of processes; with ``"auto"`` needed on CPUs only.
-      process: index of this process; ignored with ``"auto"``.
+      processes: number of processes; for those that a cluster connects needed on CPUs only.
 
     Returns:
       The mesh, or None for a single device.
 
     Raises:
-      ValueError: if the cluster is unknown, or has fewer devices than the mesh needs.
+      ValueError: if there are fewer devices than the mesh needs, or the processes cannot share them out evenly.
     """
-    if coordinator != AUTO and processes == 1 and (coordinator is not None or process != 0):
-        raise ValueError(f"--coordinator and --process need --processes, got --processes {processes}")
     sizes = parse_mesh(mesh) if mesh else dict.fromkeys(AXES, 1)
     needed = math.prod(sizes.values())
     if needed % processes:
         raise ValueError(f"--mesh {mesh} needs {needed} devices, which {processes} processes cannot share out evenly")
+    in_cluster = processes == 1 and jax.distributed.is_initialized()
+    if needed // processes > MAX_CPU_DEVICES and not in_cluster:
+        raise ValueError(
+            f"--mesh {mesh} needs {needed // processes:,} devices per process, expected at most {MAX_CPU_DEVICES:,}"
+        )
     if mesh:
         jax.config.update("jax_num_cpu_devices", needed // processes)
-    if coordinator == AUTO:
-        try:
-            jax.distributed.initialize()
-        except (ValueError, RuntimeError) as error:
-            message = f"--coordinator {AUTO} finds no cluster that JAX knows: {first_line(error)}"
-            raise ValueError(message) from None
-    elif processes > 1:
-        if coordinator is None:
-            raise ValueError(f"--processes {processes} needs --coordinator HOST:PORT, the address of process 0")
-        jax.distributed.initialize(coordinator, processes, process)
     if needed > len(jax.devices()):
         raise ValueError(f"--mesh {mesh} needs {needed} devices, got {len(jax.devices())}")
     if not mesh:
@@ -123,6 +111,11 @@ def _state_spec(mesh: Mesh, path: Any, shape: tuple[int, ...]) -> PartitionSpec:
         return PartitionSpec()
     divisible = all(name is None or size % mesh.shape[name] == 0 for size, name in zip(shape, spec))
     return spec if divisible else PartitionSpec()
+
+
+def state_sharding(mesh: Mesh | None, state: Any) -> Any:
+    """Returns the sharding of every array of a placed state; None for a single device."""
+    return None if mesh is None else jax.tree.map(lambda a: a.sharding, state)
 
 
 def gather_to_host(tree: Any) -> Any:

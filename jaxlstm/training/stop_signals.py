@@ -1,10 +1,28 @@
-"""Ctrl-C and SIGTERM: the first one stops a run after its current step, the second one at once."""
+"""Ctrl-C, SIGTERM and a closed terminal end the start-up at once, and a run after its current step."""
 
 import signal
+from types import FrameType
+
+STOP_SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
+
+
+class Interrupted(KeyboardInterrupt):
+    """A signal that ends the process; ``number`` is the signal."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(signal.Signals(number).name)
+        self.number = number
+
+
+def raise_on_stop_signals() -> None:
+    """Makes stop signals raise `Interrupted`, so that files being written are removed; ``nohup`` is respected."""
+    for kind in STOP_SIGNALS:
+        if not _ignores_hangup(kind):
+            signal.signal(kind, _interrupt)
 
 
 def catch_stop_signals() -> list[signal.Signals]:
-    """Installs handlers for SIGINT and SIGTERM.
+    """Installs handlers of the stop signals.
 
     Returns:
       An empty list to which the first signal is appended when it arrives; the previous handlers are then active again.
@@ -16,5 +34,14 @@ def catch_stop_signals() -> list[signal.Signals]:
         for kind, previous in previous_handlers.items():
             signal.signal(kind, previous)
 
-    previous_handlers = {kind: signal.signal(kind, handler) for kind in (signal.SIGINT, signal.SIGTERM)}
+    caught = [kind for kind in STOP_SIGNALS if not _ignores_hangup(kind)]
+    previous_handlers = {kind: signal.signal(kind, handler) for kind in caught}
     return received
+
+
+def _ignores_hangup(kind: int) -> bool:
+    return kind not in (signal.SIGINT, signal.SIGTERM) and signal.getsignal(kind) == signal.SIG_IGN
+
+
+def _interrupt(number: int, _: FrameType | None) -> None:
+    raise Interrupted(number)

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax import Array
 from jax.typing import ArrayLike
@@ -86,7 +87,8 @@ def maybe_start_averaging(state: TrainState, valid_losses: Sequence[float], *, p
         return state
     if valid_losses[-1] <= min(valid_losses[: -patience - 1], default=math.inf):
         return state
-    return state._replace(average=state.average._replace(started=jnp.ones((), bool)))
+    started = jax.device_put(np.ones((), bool), state.average.started.sharding)
+    return state._replace(average=state.average._replace(started=started))
 
 
 def _update_average(average: Average | None, params: Any) -> Average | None:
@@ -100,7 +102,7 @@ def _update_average(average: Average | None, params: Any) -> Average | None:
     return Average(mean, steps, average.started)
 
 
-def make_step(loss: Loss, optimizer: optax.GradientTransformationExtraArgs) -> Step:
+def make_step(loss: Loss, optimizer: optax.GradientTransformationExtraArgs, state_sharding: Any = None) -> Step:
     """Returns one compiled step of training that donates its state.
 
     If the loss or its gradient is not finite, only the key advances: parameters, optimizer state, average and
@@ -109,12 +111,15 @@ def make_step(loss: Loss, optimizer: optax.GradientTransformationExtraArgs) -> S
     Args:
       loss: ``(params, carry, batch, key) -> (minimized loss, (reported loss, new carry))``.
       optimizer: from `jaxlstm.training.optimizer.make_optimizer`.
+      state_sharding: sharding of every array of the state, before and after the step. Left to the compiler, some arrays
+        change theirs at the first step: the second step is then compiled again, and a run resumed with the original
+        shardings adds floats in another order. None for a single device.
 
     Returns:
       ``step(state, batch, progress) -> (state, metrics)``; ``progress`` in [0, 1] sets the learning rate.
     """
 
-    @partial(jax.jit, donate_argnums=0)
+    @partial(jax.jit, donate_argnums=0, out_shardings=(state_sharding, None))
     def step(state: TrainState, batch: Any, progress: ArrayLike) -> tuple[TrainState, StepMetrics]:
         key, k_step = jax.random.split(state.key)
         # The carried state is not differentiated: backpropagation is truncated at the edge of the batch.

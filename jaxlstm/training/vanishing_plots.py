@@ -5,7 +5,7 @@ from itertools import cycle
 
 from matplotlib.figure import Figure
 
-from jaxlstm.diagnostics.plots import LINES, draw_norms
+from jaxlstm.diagnostics.plots import LINES, draw_norms, literal
 from jaxlstm.training.data.synthetic import ADDING_BASELINE
 from jaxlstm.training.vanishing_gradient import TrainingResult
 
@@ -26,7 +26,7 @@ def draw_vanishing(results: Mapping[str, TrainingResult], *, title: str = "") ->
     draw_norms(after, {name: result.gradient_norms_after for name, result in results.items()}, title="after training")
     after.set_ylabel("")
     for (color, style), (name, result) in zip(cycle(LINES), results.items()):
-        learning.semilogy(result.updates, result.errors, style, color=color, label=name)
+        learning.semilogy(result.updates, result.errors, style, color=color, label=literal(name))
     learning.axhline(ADDING_BASELINE, color="0.4", linewidth=0.8)
     right, below = learning.get_xlim()[1], ADDING_BASELINE * 0.85
     learning.text(right, below, "always answering 1 ", ha="right", va="top", fontsize=8)
@@ -35,5 +35,5 @@ def draw_vanishing(results: Mapping[str, TrainingResult], *, title: str = "") ->
     for axes in (before, after, learning):
         axes.grid(alpha=0.3)
     if title:
-        figure.suptitle(title)
+        figure.suptitle(literal(title))
     return figure

@@ -57,6 +57,13 @@ def fake_gpu(monkeypatch):
     jax.clear_caches()
 
 
+OTHER_CONFIGURATIONS = {
+    "two layers bidirectional": {"num_layers": 2, "bidirectional": True},
+    "no bias": {"use_bias": False},
+    "lstm dropout": {"dropout": 0.4, "num_layers": 3},
+}
+
+
 @slow
 @pytest.mark.parametrize(
     ("inputs", "configuration"),
@@ -65,7 +72,7 @@ def fake_gpu(monkeypatch):
         ("plain", "two layers"),
         ("plain", "two layers bidirectional"),
         ("plain", "no bias"),
-        ("plain", "dropout"),
+        ("plain", "lstm dropout"),
         ("lengths", "two layers bidirectional"),
         ("reverse", "one layer"),
         ("reverse", "two layers"),
@@ -75,6 +82,9 @@ def fake_gpu(monkeypatch):
 )
 def test_cudnn_equals_oracle(configuration, inputs, fake_gpu):
     fake_gpu.setattr(rnn, "lstm", reference_lstm)
+    for name, options in OTHER_CONFIGURATIONS.items():
+        fake_gpu.setitem(cases.CONFIGURATIONS, name, options)
+    fake_gpu.setattr(cases, "WITH_KEY", (*cases.WITH_KEY, "lstm dropout"))
     case = cases.make(configuration, inputs)
     lstm = cases.network(configuration, "cudnn", param_dtype=jnp.float32)
 

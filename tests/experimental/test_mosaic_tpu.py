@@ -34,7 +34,7 @@ PARITY_CASES = [
     ("cifg", "everything"),
     ("rnn", "everything"),
     ("rnn", "everything reverse"),
-    ("all options", "everything"),
+    ("all options of a layer", "everything"),
 ]
 
 
@@ -66,7 +66,7 @@ def test_pallas_higher_derivatives_equal_oracle():
 
 def test_pallas_higher_derivatives_of_all_options_equal_oracle(monkeypatch):
     """Without remat: under `jax.checkpoint` there are only first derivatives."""
-    options = {name: value for name, value in cases.CONFIGURATIONS["all options"].items() if name != "remat"}
+    options = {name: value for name, value in cases.CONFIGURATIONS["all options of a layer"].items() if name != "remat"}
     # The length of the name seeds the weights. With these the third derivatives, the error of the finite differences,
     # are small enough for the tolerance.
     name = "unchunked"

@@ -29,7 +29,7 @@ UNSTABLE = {"recurrent_scale": 8.0, "forget_bias": 6.0}  # differences grow by a
 @pytest.mark.parametrize("inputs", ["everything", "everything reverse"])
 @pytest.mark.parametrize(
     "configuration",
-    ["two layers bidirectional projection", "projection", "remat", "peephole", "cifg", "rnn", "all options"],
+    ["two layers bidirectional projection", "projection", "remat", "peephole", "cifg", "rnn", "all options of a layer"],
 )
 def test_newton_equals_oracle(configuration, inputs):
     parity.check_outputs_and_gradients(configuration, inputs, "newton")

@@ -11,7 +11,7 @@ ROOT = Path(__file__).parent.parent.parent
 PACKAGE = ROOT / "jaxlstm"
 LEVELS = [  # lowest first; a module imports from its own subpackage and from lower levels
     {"errors"},
-    {"params", "packing", "atomic_write"},
+    {"params", "packing", "atomic_write", "regular_file"},
     {"cells", "primitives", "initializers", "dropout"},
     {"validation"},
     {"activation_regularization", "outputs", "recurrence"},
@@ -196,7 +196,7 @@ def private_names_of_others(tree):
     for node in ast.walk(tree):
         if isinstance(node, ast.Attribute) and node.attr.startswith("_") and not node.attr.startswith("__"):
             of_module = is_name(node.value) and node.value.id in modules
-            if node.attr not in ("_replace", "_asdict", "_fields") and (node.attr not in own or of_module):
+            if node.attr not in ("_replace", "_asdict", "_fields", "_exit") and (node.attr not in own or of_module):
                 yield node
 
 

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import equations
+from cases import equations, random_params
 from tolerance import tolerance
 
 import jaxlstm
@@ -39,7 +39,7 @@ def batch_sizes(fn, *args):
 
 def test_vmap_folds_sequences_into_the_batch():
     lstm, xs = make_lstm(), draw(T, B, INPUT_SIZE)
-    params = lstm.init(jax.random.key(0))
+    params = random_params(lstm, np.random.default_rng(1))
     assert batch_sizes(partial(loss_of_mapped, lstm), params, xs) == [B] * 2  # the recurrence of each layer
     gradient = jax.grad(loss_of_mapped, (1, 2))
     assert batch_sizes(partial(gradient, lstm), params, xs) == [B] * 4  # and its transpose
@@ -51,10 +51,10 @@ def test_vmap_folds_sequences_into_the_batch():
 @pytest.mark.parametrize("axis", [0, *(pytest.param(n, marks=pytest.mark.slow) for n in (1, 2))])
 def test_vmap_of_batches_equals_one_batch(axis):
     lstm, xs = make_lstm(), draw(T, B, 2, INPUT_SIZE)
-    params = lstm.init(jax.random.key(0))
+    params = random_params(lstm, np.random.default_rng(1))
 
     def value_and_gradient(run):
-        return jax.value_and_grad(lambda params: (run(params) ** 2 * (1 + xs[..., :1])).sum())(params)
+        return jax.jit(jax.value_and_grad(lambda params: (run(params) ** 2 * (1 + xs[..., :1])).sum()))(params)
 
     def mapped(params):
         return jax.vmap(partial(outputs, lstm, params), axis, 1)(jnp.moveaxis(xs, 1, axis))

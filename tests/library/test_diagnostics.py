@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from cases import random_params
 from jax.ad_checkpoint import checkpoint_name
 from matplotlib.figure import Figure
 from tolerance import tolerance
@@ -28,13 +29,11 @@ STEP_MASK = np.array([[1, 1], [0, 1], [1, 1], [1, 0], [1, 0]], bool)  # of lengt
 
 def make_network(key=0, **options):
     lstm = jaxlstm.LSTM(INPUT, H, param_dtype=jnp.float64, **options)
-    leaves, tree = jax.tree.flatten(lstm.init(jax.random.key(key)))
-    rng = np.random.default_rng(key)
-    return lstm, jax.tree.unflatten(tree, [a + 0.4 * rng.standard_normal(a.shape) for a in leaves])
+    return lstm, random_params(lstm, np.random.default_rng(key))
 
 
 def draw_inputs(*batch):
-    return jax.random.normal(jax.random.key(7), (STEPS, *batch, INPUT), jnp.float64)
+    return np.random.default_rng(7).standard_normal((STEPS, *batch, INPUT))
 
 
 def assert_close(a, b):
@@ -43,7 +42,7 @@ def assert_close(a, b):
 
 CONFIGURATIONS = [
     {},
-    {"num_layers": 2, "bidirectional": True, "proj_size": 2},
+    {"bidirectional": True, "proj_size": 2},
     {"cell": "peephole", "layer_norm": True},
     {"cell": "cifg", "zoneout_h": 0.2, "zoneout_c": 0.3},
     {"cell": "rnn", "num_layers": 2},
@@ -70,14 +69,14 @@ def test_trace_equals_the_call(options, reverse):
         for leaf in jax.tree.leaves(layer):
             assert (np.asarray(leaf)[~STEP_MASK] == 0).all()
     top = [values.h for values in trace.layers[-1].directions]
-    assert_close(jnp.concatenate(top, -1), trace.ys)
+    assert_close(np.concatenate(top, -1), trace.ys)
 
 
 @pytest.mark.parametrize("cell", ["lstm", "cifg", "peephole"])
 def test_trace_gates_satisfy_the_equations(cell):
     lstm, params = make_network(cell=cell)
     xs = draw_inputs(B)
-    state = jaxlstm.State(*jax.random.normal(jax.random.key(3), (2, 1, B, H), jnp.float64))
+    state = jaxlstm.State(*np.random.default_rng(3).standard_normal((2, 1, B, H)))
     (values,) = diagnostics.trace(lstm, params, xs, state).layers[0].directions
     assert list(values.gates) == list("ifgo")
     w, xs, values = jax.tree.map(np.asarray, (params.layers[0].forward, xs, values))

@@ -109,6 +109,29 @@ def test_step_runs_in_user_function_with_symbolic_batch():
     np.testing.assert_allclose(program.call(x), first_output(x), **tolerance(np.float32, 10))
 
 
+@pytest.mark.parametrize(
+    "options",
+    [{"cell": "peephole"}, pytest.param({"implementation": "scan", "remat": 3}, marks=pytest.mark.slow)],
+    ids=["fused", "scan in chunks"],
+)
+def test_gradient_exports_with_symbolic_steps_and_batch(options):
+    lstm, params = network(**options)
+
+    def loss(params, xs, lengths):
+        return (lstm(params, xs, lengths=lengths)[0] ** 2).sum()
+
+    gradient = jax.jit(jax.grad(loss, argnums=(0, 1)))
+    steps, batch = jax.export.symbolic_shape("T, B")
+    shapes = jax.ShapeDtypeStruct((steps, batch, 3), jnp.float32), jax.ShapeDtypeStruct((batch,), jnp.int32)
+    program = jax.export.export(gradient)(lstm.param_shapes(), *shapes)
+    for num_steps in (1, 5, 13):
+        xs = np.random.default_rng(num_steps).standard_normal((num_steps, 2, 3)).astype(np.float32)
+        lengths = np.array([num_steps, num_steps // 2], np.int32)
+        expected = jax.tree.leaves(gradient(params, xs, lengths))
+        for a, b in zip(jax.tree.leaves(program.call(params, xs, lengths)), expected, strict=True):
+            np.testing.assert_allclose(a, b, **tolerance(np.float32, 400))
+
+
 def test_save_is_atomic_and_needs_overwrite(tmp_path, monkeypatch):
     lstm, params = network()
     program = export.step(lstm, params, platforms=("cpu",))

@@ -1,8 +1,9 @@
 """The Flax modules compute what the network computes, inside Flax's own scans, transforms and optimizers."""
 
+import re
 import subprocess
 import sys
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
 import cases
@@ -228,18 +229,25 @@ def test_cell_starts_from_the_default_carry_of_flax(api):
     assert_close(api.jitted_apply(module, INPUTS, **options), api.jitted_apply(flax_module, INPUTS, **options))
 
 
+LOSS_WEIGHT = np.random.default_rng(3).standard_normal((BATCH, STEPS, HIDDEN))
+
+
+@lru_cache
+def gradient_of_lstm():
+    def loss(params):
+        return (batch_major(SINGLE(params, XS)[0]) * LOSS_WEIGHT).sum()
+
+    return jax.jit(jax.grad(loss))(random_params(SINGLE))
+
+
 @both_apis
 def test_gradients_match_lstm(api):
     params = random_params(SINGLE)
-    loss_weight = np.random.default_rng(3).standard_normal((BATCH, STEPS, HIDDEN))
 
     def loss(apply):
-        return (apply(INPUTS) * loss_weight).sum()
+        return (apply(INPUTS) * LOSS_WEIGHT).sum()
 
-    def loss_of_params(params):
-        return (batch_major(SINGLE(params, XS)[0]) * loss_weight).sum()
-
-    expected = sorted(jax.tree.leaves(jax.jit(jax.grad(loss_of_params))(params)), key=jnp.shape)
+    expected = sorted(jax.tree.leaves(gradient_of_lstm()), key=jnp.shape)
     for module in (api.network(SINGLE, params), api.rnn_of_cell(SINGLE, params)):
         assert_close(sorted(api.gradient(module, loss), key=jnp.shape), expected)
 
@@ -453,8 +461,95 @@ def test_nnx_network_rejects_wrong_inputs():
     module = jaxlstm.flax.LSTM(SINGLE, params=random_params(SINGLE))
     with pytest.raises(ValueError, match=r"inputs must have shape \(\*batch, T, 4\), got \[4\]"):
         module(INPUTS[0, 0])
-    with pytest.raises(TypeError, match="state must be"):
-        module(INPUTS, initial_carry=jnp.zeros((BATCH, HIDDEN)))
+
+
+class OtherState(NamedTuple):
+    """A named tuple in the order of Haiku's state."""
+
+    hidden: Any
+    cell: Any
+
+
+SHORT = np.zeros((BATCH, HIDDEN - 1))
+STATE = np.zeros((BATCH, HIDDEN))
+
+
+@both_apis
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"mask": np.ones((STEPS, BATCH), bool)}, ValueError, "mask must have shape [3, 6], got [6, 3]"),
+        ({"resets": np.ones((BATCH, STEPS))}, TypeError, "resets must be boolean, got float64[3, 6]"),
+        ({"seq_lengths": np.ones(4, int)}, ValueError, "seq_lengths must have shape [3], got [4]"),
+        ({"initial_carry": (STATE, STATE)}, TypeError, "initial_carry must be a jaxlstm.State(h, c), got tuple"),
+        (
+            {"initial_carry": jaxlstm.State(STATE, STATE)},
+            ValueError, "initial_carry.h must have shape [1, 3, 5], got [3, 5]",
+        ),
+    ],
+)  # fmt: skip
+def test_network_checks_arguments_in_the_callers_terms(api, arguments, error, message):
+    module = api.network(SINGLE, random_params(SINGLE))
+    with pytest.raises(error, match=re.escape(message)):
+        api.apply(module, INPUTS, **arguments)
+
+
+@both_apis
+def test_network_and_cell_promote_integer_inputs(api):
+    params, integers = random_params(SINGLE), (3 * INPUTS).astype(int)
+    for module in (api.network(SINGLE, params), api.rnn_of_cell(SINGLE, params)):
+        outputs = api.apply(module, integers)
+        assert outputs.dtype == jnp.float64
+        assert_close(outputs, batch_major(SINGLE(params, batch_major(integers).astype(float))[0]))
+    assert api.apply(api.network(SINGLE, params), integers > 0).dtype == jnp.float64
+
+
+class NnxCell:
+    def step(self, params, carry, x):
+        return jaxlstm.flax.LSTMCell(SINGLE, params=params)(carry, x)
+
+
+class LinenCell:
+    def step(self, params, carry, x):
+        return jaxlstm.flax.linen.LSTMCell(SINGLE).apply({"params": {"lstm": params}}, carry, x)
+
+
+both_cells = pytest.mark.parametrize("cell", [NnxCell(), LinenCell()], ids=["nnx", "linen"])
+
+
+@both_cells
+def test_cell_takes_carry_by_position_and_by_name(cell):
+    params, state = random_params(SINGLE), jax.tree.map(lambda a: a[0], random_state(SINGLE))
+    (c, h), y = cell.step(params, (state.c, state.h), XS[0])
+    for carry, expected in ((state, jaxlstm.State(h, c)), ([state.c, state.h], [c, h])):
+        new_carry, output = cell.step(params, carry, XS[0])
+        assert type(new_carry) is type(carry)
+        assert_equal((new_carry, output), (expected, y))
+
+
+@both_cells
+@pytest.mark.parametrize(
+    ("carry", "error", "message"),
+    [
+        (STATE, TypeError, "carry must be (c, h) or a jaxlstm.State(h, c), got float64[3, 5]"),
+        ((STATE,), TypeError, "carry must be (c, h) or a jaxlstm.State(h, c), got tuple"),
+        (OtherState(STATE, STATE), TypeError, "carry must be (c, h) or a jaxlstm.State(h, c), got OtherState"),
+        ((STATE, SHORT), ValueError, "carry.h must have shape [3, 5], got [3, 4]"),
+        ((SHORT, STATE), ValueError, "carry.c must have shape [3, 5], got [3, 4]"),
+        (jaxlstm.State(STATE[None], STATE[None]), ValueError, "carry.h must have shape [3, 5], got [1, 3, 5]"),
+        ((None, STATE), ValueError, "carry.c must be an array [3, 5]; got NoneType"),
+        ((STATE.astype(int), STATE), TypeError, "carry.c must be floating-point, got int64[3, 5]"),
+    ],
+)
+def test_cell_checks_carry(cell, carry, error, message):
+    with pytest.raises(error, match=re.escape(message)):
+        cell.step(random_params(SINGLE), carry, XS[0])
+
+
+def test_cell_without_cell_state_refuses_a_pair():
+    lstm = jaxlstm.LSTM(INPUT, HIDDEN, cell="rnn", param_dtype="float64")
+    with pytest.raises(TypeError, match=re.escape("carry must be h or a jaxlstm.State(h, c), got tuple")):
+        jaxlstm.flax.LSTMCell(lstm, params=random_params(lstm))((STATE, STATE), XS[0])
 
 
 def test_flax_not_installed_names_the_extra():

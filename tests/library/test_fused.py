@@ -53,9 +53,9 @@ def test_choose_layout_at_the_limits_of_each_rule(sizes, layout, hoist_inputs, c
 @pytest.mark.parametrize(
     "configuration",
     [
-        "two layers bidirectional projection",
+        "learned state",
         "remat",  # its h is wider than x
-        *(pytest.param(name, marks=pytest.mark.slow) for name in ("rnn", "all options")),
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("rnn", "all options of a layer")),
     ],
 )
 @pytest.mark.parametrize(
@@ -154,7 +154,7 @@ def test_fused_loops_carry_bfloat16_as_uint16(batch_size, hidden_size):
     ],
 )
 def test_fused_over_chunks_of_time_equals_scan(inputs, batch_size, chunks, rest):
-    configuration = "two layers bidirectional projection"
+    configuration = "learned state"
     num_steps = chunks * choose_layout(batch_size, cases.HIDDEN_SIZE, FLOAT64, FLOAT64).chunk_size + rest
     case = cases.make(configuration, inputs, num_steps=num_steps, batch_size=batch_size)
 

@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 from cases import random_params
 from framework_parity import assert_close, assert_parity
+from time_limit import time_limit
 
 import jaxlstm
 from jaxlstm import interop
@@ -139,7 +140,7 @@ def compute(name):
 @pytest.mark.parametrize("name", mark_slow(RECORDED_CASES))
 def test_lstm_matches_recorded_library(name):
     lstm, to_params, _ = conversions(name)
-    assert_parity(lstm, to_params, *load_recorded(name))
+    assert_parity(lstm, to_params, *load_recorded(name), num_biases=2 if name == "haiku rnn" else 1)
 
 
 @pytest.mark.parametrize("name", mark_slow(LIVE_CASES))
@@ -161,7 +162,12 @@ def test_installed_library_accepts_converted_weights(name):
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=[needs("equinox")] if n.startswith("equinox") else []) for n in RECORDED_CASES]
+    "name",
+    [
+        pytest.param(n, marks=[needs("equinox")] if n.startswith("equinox") else [])
+        for n in RECORDED_CASES
+        if n != "haiku rnn"  # its two biases are added
+    ],
 )
 def test_recorded_weights_round_trip(name):
     _, to_params, to_weights = conversions(name)
@@ -237,6 +243,7 @@ def params_with_special_values(lstm, name):
         ("torch", {"cell": "rnn", "use_bias": False}),
         ("keras", {"use_bias": False, "bidirectional": True}),
         ("keras", {"cell": "rnn", "activation": "sigmoid", "num_layers": 2}),
+        ("haiku", {"cell": "rnn", "activation": "relu", "num_layers": 2, "bidirectional": True}),
         pytest.param("equinox", {"use_bias": False, "num_layers": 2}, marks=needs("equinox")),
     ],
 )
@@ -408,6 +415,36 @@ def test_from_haiku_finds_modules_by_name():
     assert_bitwise_equal(interop.from_haiku(lstm, {**first, **second}, name="b/lstm"), params)
 
 
+def test_from_flax_nnx_refuses_other_activations():
+    from flax import nnx
+
+    lstm = jaxlstm.LSTM(3, 4, param_dtype=jnp.float64)
+
+    def create(cell_class, **options):
+        return cell_class(3, 4, param_dtype=jnp.float64, rngs=nnx.Rngs(0), **options)
+
+    for cell_class in (nnx.LSTMCell, nnx.OptimizedLSTMCell):
+        same = create(cell_class, gate_fn=lambda x: 0.5 * (jnp.tanh(0.5 * x) + 1))
+        interop.from_flax_nnx(lstm, nnx.RNN(same))
+        hard, relu = create(cell_class, gate_fn=nnx.hard_sigmoid), create(cell_class, activation_fn=nnx.relu)
+        for module, message in (
+            (hard, f"flax nnx cell '{cell_class.__name__}' has gate_fn=hard_sigmoid, expected sigmoid"),
+            (nnx.RNN(relu), "flax nnx cell 'cell' has activation_fn=relu, expected tanh"),
+            ([relu], "flax nnx cell '0' has activation_fn=relu, expected tanh"),
+        ):
+            with pytest.raises(ValueError, match=message):
+                interop.from_flax_nnx(lstm, module)
+
+
+def test_from_haiku_takes_a_single_bias_of_vanilla_rnn():
+    lstm = jaxlstm.LSTM(3, 4, cell="rnn", activation="relu")
+    params = float32_params(lstm)
+    modules = interop.to_haiku(lstm, params)
+    assert list(modules) == ["vanilla_rnn/linear", "vanilla_rnn/linear_1"]
+    del modules["vanilla_rnn/linear_1"]["b"]
+    assert_bitwise_equal(interop.from_haiku(lstm, modules), params)
+
+
 # Errors
 
 SINGLE = jaxlstm.LSTM(3, 4)
@@ -440,7 +477,7 @@ def test_from_framework_accepts_weights_of_the_error_cases():
     [
         ("cell", "peephole", FRAMEWORKS),
         ("cell", "cifg", FRAMEWORKS),
-        ("cell", "rnn", ("flax_nnx", "flax_linen", "haiku", "equinox", "cudnn")),
+        ("cell", "rnn", ("flax_nnx", "flax_linen", "equinox", "cudnn")),
         ("layer_norm", True, FRAMEWORKS),
         ("learned_state", True, FRAMEWORKS),
         ("proj_size", 2, FRAMEWORKS[1:]),
@@ -471,6 +508,99 @@ def test_torch_rejects_user_defined_cell():
     lstm = jaxlstm.LSTM(3, 4, cell=SINGLE.resolved_cell)
     with pytest.raises(ValueError, match=r"torch weights do not support cell=Cell\("):
         interop.to_torch(lstm, float32_params(lstm))
+
+
+def test_haiku_names_unsupported_activation_of_rnn():
+    lstm = jaxlstm.LSTM(3, 4, cell="rnn")  # hk.VanillaRNN has relu
+    with pytest.raises(ValueError, match="haiku weights do not support activation=None"):
+        interop.to_haiku(lstm, float32_params(lstm))
+
+
+def with_prefix(prefix, arrays):
+    return {prefix + name: array for name, array in arrays.items()}
+
+
+def test_from_torch_takes_an_lstm_cell():
+    cell = {name.removesuffix("_l0"): array for name, array in TORCH.items()}
+    assert_bitwise_equal(interop.from_torch(SINGLE, cell), PARAMS)
+    assert_bitwise_equal(interop.from_torch(SINGLE, with_prefix("decoder.cell.", cell)), PARAMS)
+    with pytest.raises(ValueError, match=r"weight 'weight_ih' is of a cell, .*; expected weights for num_layers=2"):
+        interop.from_torch(jaxlstm.LSTM(3, 4, num_layers=2), cell)
+    with pytest.raises(ValueError, match=r"state_dict has 2 LSTMs; choose one with prefix=: 'a\.', 'b\.'"):
+        interop.from_torch(SINGLE, with_prefix("a.", cell) | with_prefix("b.", TORCH))
+
+
+@pytest.mark.parametrize("raw_prefix", ["rnns.0.module.", "rnns.0."], ids=["beside the copies", "in the parent"])
+@pytest.mark.parametrize("has_copy", [True, False])
+def test_from_torch_takes_the_trained_weights_of_weight_drop(raw_prefix, has_copy):
+    model = with_prefix("rnns.0.module.", TORCH)
+    dropped = model.pop("rnns.0.module.weight_hh_l0") * 0
+    model[f"{raw_prefix}weight_hh_l0_raw"] = TORCH["weight_hh_l0"]
+    if has_copy:
+        model["rnns.0.module.weight_hh_l0"] = dropped
+    assert_bitwise_equal(interop.from_torch(SINGLE, model), PARAMS)
+    assert_bitwise_equal(interop.from_torch(SINGLE, model, prefix="rnns.0.module"), PARAMS)
+
+
+@needs("safetensors")
+def test_load_safetensors_takes_the_trained_weights_of_weight_drop(tmp_path):
+    from safetensors.numpy import save_file
+
+    model = with_prefix("module.", TORCH) | {"module.weight_hh_l0": TORCH["weight_hh_l0"] * 0}
+    save_file(model | {"weight_hh_l0_raw": TORCH["weight_hh_l0"]}, tmp_path / "model.safetensors")
+    assert_bitwise_equal(interop.load_safetensors(SINGLE, tmp_path / "model.safetensors"), PARAMS)
+
+
+@pytest.mark.parametrize("weight", ["weight_ih_l0", "weight_hh_l0"])
+@pytest.mark.parametrize(
+    "names", [("{}_g", "{}_v"), ("parametrizations.{}.original0", "parametrizations.{}.original1")]
+)
+def test_from_torch_names_the_tensors_of_weight_norm(weight, names):
+    first, second = (name.format(weight) for name in names)
+    state_dict = without(TORCH, weight) | {first: np.ones((16, 1), np.float32), second: TORCH[weight]}
+    message = f"torch weight '{weight}' is computed from '{first}', '{second}': remove the weight norm"
+    with pytest.raises(ValueError, match=re.escape(message)):
+        interop.from_torch(SINGLE, state_dict)
+    with pytest.raises(ValueError, match="state_dict has 2 LSTMs"):
+        interop.from_torch(SINGLE, with_prefix("encoder.", state_dict) | with_prefix("decoder.", TORCH))
+
+
+class MetaTensor:
+    """Stands in for a tensor on PyTorch's meta device."""
+
+    is_meta = True
+
+    def detach(self):
+        return self
+
+    def cpu(self):
+        raise NotImplementedError("Cannot copy out of meta tensor; no data!")
+
+
+def test_from_torch_names_a_tensor_on_the_meta_device():
+    message = "torch weight 'bias_hh_l0' is on the meta device, which has no values; load the weights first"
+    with pytest.raises(ValueError, match=message):
+        interop.from_torch(SINGLE, TORCH | {"bias_hh_l0": MetaTensor()})
+
+
+@needs("torch")
+def test_from_torch_reads_or_refuses_modules_of_installed_torch():
+    import torch
+
+    lstm, cell = jaxlstm.LSTM(3, 4), torch.nn.LSTMCell(3, 4)
+    x, h, c = (torch.randn(2, size) for size in (3, 4, 4))
+    state = jaxlstm.State(h.numpy()[None], c.numpy()[None])
+    new_state, _ = lstm.step(interop.from_torch(lstm, cell.state_dict()), state, x.numpy())
+    expected_h, expected_c = (a.detach().numpy() for a in cell(x, (h, c)))
+    np.testing.assert_allclose(new_state.h[0], expected_h, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(new_state.c[0], expected_c, rtol=1e-5, atol=1e-6)
+    with torch.device("meta"):
+        on_meta = torch.nn.LSTM(3, 4)
+    with pytest.raises(ValueError, match="torch weight 'weight_ih_l0' is on the meta device"):
+        interop.from_torch(lstm, on_meta.state_dict())
+    normed = torch.nn.utils.parametrizations.weight_norm(torch.nn.LSTM(3, 4), "weight_hh_l0")
+    with pytest.raises(ValueError, match="torch weight 'weight_hh_l0' is computed from 'parametrizations"):
+        interop.from_torch(lstm, normed.state_dict())
 
 
 def without(arrays, name):
@@ -645,6 +775,14 @@ def test_safetensors_file_round_trips(tmp_path, dtype):
     interop.save_safetensors(lstm, params, path)
     assert_bitwise_equal(interop.load_safetensors(lstm, str(path)), params)
     assert list(tmp_path.iterdir()) == [path]
+
+
+@needs("safetensors")
+@pytest.mark.skipif(os.name == "nt", reason="no named pipes on Windows")
+def test_load_safetensors_refuses_a_named_pipe_without_waiting(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    with time_limit(20), pytest.raises(OSError, match="not a regular file"):
+        interop.load_safetensors(SINGLE, tmp_path / "pipe")
 
 
 @needs("safetensors")

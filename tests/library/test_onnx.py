@@ -36,7 +36,7 @@ def random_params(lstm):
 
 
 def assert_outputs_match(lstm, params, arrays, expected):
-    """Asserts that our outputs for the inputs in ``arrays`` are those of the model."""
+    """Asserts that our outputs for the inputs in ``arrays`` equal the outputs of the model."""
     state = jaxlstm.State(arrays["initial_h"], arrays.get("initial_c")) if "initial_h" in arrays else None
     ys, new_state = lstm(params, arrays["xs"], state, lengths=arrays.get("lengths"))
     assert ys.shape == expected["ys"].shape
@@ -257,6 +257,151 @@ def test_from_onnx_rejects_unsupported_models():
     attribute = next(a for a in node.attribute if a.name == "activations")
     attribute.strings[1] = b"relu"
     assert_rejected(other_activation, "activations must be .*, got .'Sigmoid', 'Relu', 'Tanh'.")
+
+
+def stack(**options):
+    """Returns a configuration whose layers all have inputs of the same size, its parameters and its model."""
+    lstm = jaxlstm.LSTM(**{"input_size": 4, "hidden_size": 4, "num_layers": 2} | options)
+    params = random_params(lstm)
+    return lstm, params, to_onnx(lstm, params)
+
+
+def operators(model):
+    return [node for node in model.graph.node if node.op_type == "LSTM"]
+
+
+def read_hidden_state(model):
+    operators(model)[1].input[0] = operators(model)[0].output[1]
+
+
+def insert_relu(model):
+    second = operators(model)[1]
+    relu = model.graph.node.add()
+    relu.op_type = "Relu"
+    relu.input.append(second.input[0])
+    relu.output.append("positive")
+    second.input[0] = "positive"
+
+
+def make_cycle(model):
+    reshape = next(node for node in model.graph.node if node.op_type == "Reshape")
+    reshape.input[0] = reshape.output[0]
+
+
+@needs("onnx")
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda model: operators(model)[1].input.__setitem__(0, "xs"), "got 'xs', not from an operator"),
+        (read_hidden_state, "got 'h.0', from LSTM"),
+        (insert_relu, "got 'positive', from Relu"),
+        (make_cycle, "got 'ys.0', from Reshape"),
+        (lambda model: operators(model)[1].ClearField("input"), "got '', not from an operator"),
+    ],
+)
+def test_from_onnx_rejects_operators_that_are_not_a_stack(change, message):
+    lstm, _, model = stack()
+    change(model)
+    with pytest.raises(ValueError, match=f"^LSTM operator 1: X must be Y of LSTM operator 0, the layer.*{message}$"):
+        from_onnx(lstm, model)
+
+
+@needs("onnx")
+def test_from_onnx_accepts_other_shape_operators_between_layers():
+    lstm, params, model = stack(num_layers=3)
+    for node in operators(model)[1:]:
+        dropout = model.graph.node.add()
+        dropout.op_type = "Dropout"
+        dropout.input.append(node.input[0])
+        dropout.output.append(f"{node.name}.dropped")
+        node.input[0] = dropout.output[0]
+    assert_params_equal(from_onnx(lstm, model), params)
+
+
+@needs("onnx")
+def test_from_onnx_rejects_operators_of_another_domain():
+    lstm, params, model = stack()
+    operators(model)[1].domain = "com.example"
+    message = "^LSTM operator 1 is of the domain 'com.example', expected the operator of ONNX$"
+    with pytest.raises(ValueError, match=message):
+        from_onnx(lstm, model)
+    operators(model)[1].domain = "ai.onnx"
+    assert_params_equal(from_onnx(lstm, model), params)
+
+
+@needs("onnx")
+def test_from_onnx_never_reads_external_data(tmp_path, monkeypatch):
+    import onnx
+
+    lstm, params, model = stack()
+    path = tmp_path / "model.onnx"
+    onnx.save_model(model, path, save_as_external_data=True, location="weights.bin", size_threshold=0)
+    assert_params_equal(from_onnx(lstm, onnx.load(path)), params)
+    monkeypatch.chdir(tmp_path)  # onnx would find the file there
+    message = r"^LSTM operator 0: W is in the external file 'weights.bin', which is not loaded; onnx.load\(path\) loads"
+    with pytest.raises(ValueError, match=message):
+        from_onnx(lstm, onnx.load(path, load_external_data=False))
+
+
+def set_dtype(tensor):
+    tensor.data_type = 99
+
+
+@needs("onnx")
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda tensor: setattr(tensor, "raw_data", b"123"), "buffer size must be a multiple of element size"),
+        (lambda tensor: tensor.ClearField("raw_data"), "cannot reshape array of size 0"),
+        (lambda tensor: tensor.ClearField("dims"), "cannot reshape array of size 64"),
+        (lambda tensor: tensor.dims.__setitem__(0, -1), r"its shape is \[-1, 16, 4\]"),
+        (lambda tensor: tensor.dims.__setitem__(0, 2**60), "cannot reshape|array is too big|Maximum allowed"),
+        (set_dtype, "KeyError: 99"),
+    ],
+)
+def test_from_onnx_rejects_damaged_tensors_in_one_line(change, message):
+    lstm, _, model = stack()
+    change(next(tensor for tensor in model.graph.initializer if tensor.name == "W.0"))
+    with pytest.raises(ValueError, match=f"^LSTM operator 0: W is not a valid tensor: .*({message})") as error:
+        from_onnx(lstm, model)
+    assert "\n" not in str(error.value)
+
+
+@needs("onnx")
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("hidden_size", 7, "hidden_size must be 4 for this configuration, got 7"),
+        ("direction", b"\xff", "direction must be 'forward' for this configuration, got "),
+        ("direction", 3, "direction must be 'forward' for this configuration, got 3"),
+        ("activations", 3, r"activations must be \['Sigmoid', 'Tanh', 'Tanh'\] for this configuration, got 3"),
+        ("speed", 3, "LSTM operator 0 has an unknown attribute 'speed'"),
+    ],
+)
+def test_from_onnx_rejects_other_attributes(name, value, message):
+    import onnx
+
+    lstm, _, model = stack()
+    attributes = operators(model)[0].attribute
+    kept = [attribute for attribute in attributes if attribute.name != name]
+    del attributes[:]
+    attributes.extend([*kept, onnx.helper.make_attribute(name, value)])
+    with pytest.raises(ValueError, match=message):
+        from_onnx(lstm, model)
+
+
+@needs("onnx")
+def test_onnx_rejects_other_networks_and_flags_that_are_not_bools():
+    conv = jaxlstm.ConvLSTM(3, 4, (5,))
+    lstm, params, model = stack()
+    for other, name in ((conv, "ConvLSTM"), (None, "NoneType")):
+        for convert, value in ((to_onnx, params), (from_onnx, model)):
+            with pytest.raises(TypeError, match=f"^lstm must be a jaxlstm.LSTM, got {name}$"):
+                convert(other, value)
+    for flag in ("with_state", "with_lengths"):
+        for value in ("yes", 1, None):
+            with pytest.raises(TypeError, match=f"^{flag} must be True or False, got {value!r}$"):
+                to_onnx(lstm, params, **{flag: value})
 
 
 def test_params_from_operators_rejects_wrong_number_of_directions():

@@ -16,7 +16,7 @@ def test_outputs_and_gradients_equal_oracle(configuration, inputs, implementatio
 
 @every_backend
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-@pytest.mark.parametrize("configuration", ["one layer", "two layers bidirectional projection", "rnn"])
+@pytest.mark.parametrize("configuration", ["learned state", "rnn"])
 def test_narrow_dtypes_equal_oracle(configuration, dtype, implementation):
     parity.check_narrow_dtype(configuration, dtype, implementation)
 
@@ -28,7 +28,9 @@ def test_batch_axes_equal_oracle(batch, implementation):
 
 
 @every_backend
-@pytest.mark.parametrize("configuration", ["projection", "rnn", pytest.param("all options", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "configuration", ["projection", "rnn", pytest.param("all options of a layer", marks=pytest.mark.slow)]
+)
 def test_higher_derivatives_equal_oracle(configuration, implementation):
     parity.check_higher_derivatives(configuration, implementation)
 

@@ -63,18 +63,18 @@ def test_sequence_cut_in_two_equals_whole(implementation, reverse, mask, resets,
     for part in (slice(cut, None), slice(cut)) if reverse else (slice(cut), slice(cut, None)):
         options = {"mask": mask[part], "resets": resets[part], "reverse": reverse}
         outputs[part.start], state = lstm(params, xs[part], state, **options)
-    assert_same(whole, (jnp.concatenate([outputs[None], outputs[cut]]), state))
+    assert_same(whole, (np.concatenate([outputs[None], outputs[cut]]), state))
 
 
 @every_backend
 def test_packed_sequences_equal_separate_sequences(implementation):
-    lstm = network(implementation, bidirectional=True, num_layers=2)
+    lstm = network(implementation, bidirectional=True)
     params, xs, _ = random_args(lstm)
     resets = np.zeros((NUM_STEPS, BATCH_SIZE), bool)
     resets[[0, 1, 2, 3]] = True
     packed, _ = lstm(params, xs, resets=resets)
     separate = [lstm(params, xs[part])[0] for part in (slice(1), slice(1, 2), slice(2, 3), slice(3, 6))]
-    assert_same(packed, jnp.concatenate(separate))
+    assert_same(packed, np.concatenate(separate))
 
 
 @lru_cache
@@ -92,7 +92,7 @@ def loss_and_gradient(lstm):
 @settings(max_examples=25, deadline=None)
 @given(mask=step_masks, lengths=hnp.arrays(np.int32, (BATCH_SIZE,), elements=st.integers(0, NUM_STEPS)))
 def test_skipped_inputs_reach_no_output_or_gradient(implementation, mask, lengths):
-    lstm = network(implementation, bidirectional=True, num_layers=2)
+    lstm = network(implementation, bidirectional=True)
     params, xs, state = random_args(lstm)
     step_mask = mask & (np.arange(NUM_STEPS)[:, None] < lengths)
     options = {"mask": mask, "lengths": lengths}
@@ -128,7 +128,7 @@ def test_reverse_equals_flipped_sequences(implementation):
 
 
 @every_backend
-@pytest.mark.parametrize("options", [{}, {"proj_size": 2}, {"cell": "rnn"}, {"use_bias": False}])
+@pytest.mark.parametrize("options", [{}, {"proj_size": 2, "use_bias": False}, {"cell": "rnn"}])
 def test_step_by_step_equals_sequence(implementation, options):
     params, xs, state = random_args(network(num_layers=2, **options))
     expected = network(implementation, num_layers=2, **options)(params, xs, state)
@@ -137,7 +137,7 @@ def test_step_by_step_equals_sequence(implementation, options):
     for x in xs:
         state, y = lstm.step(params, state, x)
         outputs.append(y)
-    assert_same((jnp.stack(outputs), state), expected)
+    assert_same((np.stack(outputs), state), expected)
 
 
 @every_backend
@@ -239,7 +239,7 @@ def test_empty_sequence_returns_initial_state(implementation):
     ys, last = lstm(params, xs[:0], state)
     assert ys.shape == (0, BATCH_SIZE, 2 * HIDDEN_SIZE)
     assert_identical(last, state)
-    gradient, state_gradient = jax.grad(lambda p, s: lstm(p, xs[:0], s)[1].c.sum(), (0, 1))(params, state)
+    gradient, state_gradient = jax.jit(jax.grad(lambda p, s: lstm(p, xs[:0], s)[1].c.sum(), (0, 1)))(params, state)
     assert not any(np.any(a) for a in jax.tree.leaves(gradient))
     np.testing.assert_array_equal(state_gradient.c, 1)
 
@@ -255,7 +255,7 @@ def test_empty_batch_returns_empty_arrays(implementation):
 
 def test_vmap_maps_ensemble_of_parameters():
     lstm = network("scan")
-    xs = random_args(lstm)[1]
-    params = jax.jit(jax.vmap(lstm.init))(jax.random.split(jax.random.key(0), 4))
+    params, xs, _ = random_args(lstm)
+    params = jax.tree.map(lambda a: np.stack([a, 2 * a, -a]), params)
     ys, _ = jax.vmap(lstm, (0, None))(params, xs)
     assert_same(ys[2], lstm(jax.tree.map(lambda a: a[2], params), xs)[0])

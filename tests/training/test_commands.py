@@ -1,6 +1,7 @@
 """The command ``jaxlstm`` and ``python -m jaxlstm.diagnostics``: subcommands, help, missing packages."""
 
 import importlib
+import re
 import runpy
 import subprocess
 import sys
@@ -42,6 +43,9 @@ def test_jaxlstm_command_has_help(monkeypatch, capsys, name):
     assert callable(getattr(importlib.import_module(module), function))
     printed = run_jaxlstm(monkeypatch, capsys, name, "--help")
     assert f"usage: jaxlstm {name} [-h]" in printed
+    assert "{None}" not in printed
+    assert "(default: None)" not in printed
+    assert not re.search(r"'\s+│\n", printed)  # a raw newline in a default
 
 
 def test_commands_name_the_extra_of_a_missing_package():
@@ -66,6 +70,7 @@ error_of(lambda: runpy.run_path("train.py", run_name="__main__"))
 
 
 def test_diagnostics_module_runs_the_same_commands(monkeypatch, capsys):
+    monkeypatch.setattr(importlib.import_module("jaxlstm.training.cli"), "set_up_process", lambda: None)
     monkeypatch.setattr(sys, "argv", ["jaxlstm.diagnostics", "vanishing", "--steps", "1"])
     with pytest.raises(SystemExit) as end:
         runpy.run_module("jaxlstm.diagnostics", run_name="__main__", alter_sys=False)
@@ -75,7 +80,7 @@ def test_diagnostics_module_runs_the_same_commands(monkeypatch, capsys):
 @pytest.mark.slow
 def test_jaxlstm_trains_samples_and_inspects(tmp_path):
     def jaxlstm(*arguments):
-        program = "from jaxlstm.training.commands import main; main()"
+        program = "from jaxlstm_main import main; main()"
         done = subprocess.run(
             [sys.executable, "-c", program, *map(str, arguments)],
             cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True, encoding="utf-8", timeout=240,

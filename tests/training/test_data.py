@@ -4,6 +4,7 @@ import functools
 import hashlib
 import http.server
 import itertools
+import os
 import threading
 import tracemalloc
 
@@ -22,8 +23,8 @@ from jaxlstm.training.data.text import (
     embedded_text,
     evaluation_windows,
     fetch_cached,
-    load_characters,
     load_text,
+    read_text,
     training_windows,
 )
 
@@ -91,8 +92,9 @@ def test_evaluation_windows_predict_every_token_but_the_first_once(length, batch
 
 
 def test_training_windows_need_one_window_of_every_stream():
-    with pytest.raises(DataError, match="40 tokens to train on are fewer than batch x window \\+ window = 500"):
-        training_windows(np.zeros(40, np.int32), 4, 100, 0)
+    message = "40 words to train on are too few for --batch 4 and --window 100, which need 500: use a longer text"
+    with pytest.raises(DataError, match=message):
+        training_windows(np.zeros(40, np.int32), 4, 100, 0, unit_name="words")
 
 
 @pytest.mark.parametrize(
@@ -106,6 +108,27 @@ def test_load_text_rejects_files_that_are_not_text(tmp_path, content, message):
         path.write_bytes(content)
     with pytest.raises(DataError, match=message):
         load_text(str(path))
+
+
+def test_load_text_refuses_a_text_that_changes_while_it_is_read(tmp_path, monkeypatch):
+    path = tmp_path / "text.txt"
+    path.write_text("abc")
+    fstat = os.fstat
+
+    def stat_and_append(descriptor):
+        stat = fstat(descriptor)
+        path.write_text("abcd")
+        return stat
+
+    monkeypatch.setattr(os, "fstat", stat_and_append)
+    with pytest.raises(DataError, match=r"text\.txt changed while it was read; start again once no program writes it"):
+        load_text(str(path))
+
+
+def test_read_text_refuses_a_named_pipe(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(DataError, match="pipe is not a regular file"):
+        read_text(tmp_path / "pipe")
 
 
 def test_load_text_keeps_every_character_but_the_byte_order_mark(tmp_path):
@@ -125,51 +148,6 @@ def test_training_windows_resume_after_skipped_windows(length, batch, window, st
             np.testing.assert_array_equal(x, y)
 
 
-@pytest.fixture
-def memory_mapped(tmp_path, monkeypatch):
-    """Makes `load_characters` use a memory map for files of a thousand bytes or more; returns the cache folder."""
-    monkeypatch.setattr("jaxlstm.training.data.text.MEMORY_MAP_BYTES", 1000)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    return tmp_path / "cache"
-
-
-def test_load_characters_of_a_large_file_equal_those_of_its_text(tmp_path, memory_mapped):
-    text = "The quick brown fox: Привет, мир! 世界\r\n" * 30_000  # read in two pieces
-    path = tmp_path / "text.txt"
-    path.write_text("\ufeff" + text, encoding="utf-8", newline="")
-    ids, vocabulary = load_characters(str(path))
-    assert isinstance(ids, np.memmap)
-    assert ids.dtype == np.uint16
-    assert vocabulary == CharVocabulary.from_text(text)
-    np.testing.assert_array_equal(ids, vocabulary.encode(text))
-    assert next(evaluation_windows(ids, 8, 32)).inputs.dtype == np.int32
-
-
-def test_load_characters_encodes_a_large_file_again_only_if_it_changed(tmp_path, memory_mapped):
-    path = tmp_path / "text.txt"
-    path.write_text("abc" * 1000)
-    assert len(load_characters(str(path))[0]) == 3000
-    (ids_path,) = memory_mapped.rglob("*.npy")
-    written = ids_path.stat().st_mtime_ns
-    load_characters(str(path))
-    assert ids_path.stat().st_mtime_ns == written
-    path.write_text("abd" * 900)
-    ids, vocabulary = load_characters(str(path))
-    assert (len(ids), vocabulary.characters) == (2700, "abd")
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [(b"a" * 2000 + b"\xe9", "is not UTF-8 text: unexpected end of data"), (b"\xe9" * 2000, "is not UTF-8 text")],
-)
-def test_load_characters_leaves_no_files_for_a_damaged_large_file(tmp_path, memory_mapped, content, message):
-    path = tmp_path / "text.txt"
-    path.write_bytes(content)
-    with pytest.raises(DataError, match=message):
-        load_characters(str(path))
-    assert not list(memory_mapped.rglob("*.*"))
-
-
 def test_windows_of_a_memory_map_read_only_what_they_return(tmp_path):
     ids = np.lib.format.open_memmap(tmp_path / "zeros.npy", "w+", np.uint16, (50_000_000,))
     tracemalloc.start()
@@ -178,14 +156,6 @@ def test_windows_of_a_memory_map_read_only_what_they_return(tmp_path):
         next(training), next(evaluation)
     assert tracemalloc.get_traced_memory()[1] < 2**20
     tracemalloc.stop()
-
-
-def test_unwritable_cache_folder_raises_one_line(tmp_path, memory_mapped):
-    memory_mapped.touch()  # a file in place of the folder
-    path = tmp_path / "text.txt"
-    path.write_text("abc" * 1000)
-    with pytest.raises(DataError, match=r"cannot create .*jaxlstm: "):
-        load_characters(str(path))
 
 
 def test_word_vocabulary_replaces_rare_words():

@@ -7,10 +7,10 @@ import jax
 import numpy as np
 import pytest
 from rich.console import Console
+from training_runs import write_config
 
-from jaxlstm.training import config, inspect_run, params_file
+from jaxlstm.training import cli, config, inspect_run, params_file
 from jaxlstm.training.diagnose_cli import Inspect, main
-from jaxlstm.training.metrics import write_json
 from jaxlstm.training.tasks import language
 
 
@@ -21,7 +21,7 @@ def trained_run(tmp_path):
     folder = tmp_path / "run"
     folder.mkdir()
     characters = '\n "()abc'
-    write_json(folder / "config.json", {"options": config.to_json(asked), "vocabulary": characters})
+    write_config(folder, asked, vocabulary=characters)
     model = language.build_language_model(asked, len(characters))
     params_file.save_params(folder / params_file.BEST, model.init(jax.random.key(0)))
     return folder
@@ -38,7 +38,9 @@ def test_inspect_writes_figures_and_prints_the_report(trained_run, tmp_path, cap
     jax.tree.map(np.testing.assert_array_equal, params, model.init(jax.random.key(0)))
 
 
-def test_inspect_errors_are_one_clear_line(trained_run, tmp_path, capsys):
+def test_inspect_errors_are_one_clear_line(trained_run, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(cli, "set_up_process", lambda: None)
+
     def error_of(*arguments):
         with pytest.raises(SystemExit) as stop:
             main(["inspect", *map(str, arguments)])
@@ -57,11 +59,10 @@ def test_inspect_errors_are_one_clear_line(trained_run, tmp_path, capsys):
     )
     whole = (run / params_file.BEST).read_bytes()
     (run / params_file.BEST).write_bytes(whole[:100])
-    assert "best.msgpack is damaged or of another model" in error_of(run, "--text", "a")
+    assert "best.safetensors is damaged" in error_of(run, "--text", "a")
     (run / params_file.BEST).unlink()
     assert "no checkpoint" in error_of(run, "--text", "a")
-    config = (run / "config.json").read_text()
-    (run / "config.json").write_text(config.replace('"charlm"', '"digits"'))
+    write_config(run, config.Options(task="digits"))
     assert "expected a run of --task charlm" in error_of(run, "--text", "a")
 
 

@@ -3,10 +3,10 @@
 import jax
 import numpy as np
 import pytest
+from training_runs import write_config
 
-from jaxlstm.training.config import Options, to_json
+from jaxlstm.training.config import Options
 from jaxlstm.training.inspect_run import load_character_model, most_predictive_units, text_properties
-from jaxlstm.training.metrics import write_json
 from jaxlstm.training.params_file import BEST, save_params
 from jaxlstm.training.tasks.language import build_language_model
 
@@ -34,7 +34,7 @@ def test_most_predictive_units_of_a_text_without_properties_is_unit_0():
 def write_run(run_dir, task="charlm"):
     characters = '\n "()abc'
     options = Options(task=task, hidden=8, embedding=4)
-    write_json(run_dir / "config.json", {"options": to_json(options), "vocabulary": characters})
+    write_config(run_dir, options, **({"vocabulary": characters} if task == "charlm" else {}))
     params = build_language_model(options, len(characters)).init(jax.random.key(0))
     save_params(run_dir / BEST, params)
     return params

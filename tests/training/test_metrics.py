@@ -3,13 +3,21 @@
 import gzip
 import io
 import json
+import os
 
 import pytest
 from rich.console import Console
 from rich.text import Text
 from training_runs import SMALL, TEXT, read_metrics, train
 
-from jaxlstm.training.metrics import Report, print_line
+from jaxlstm.training.metrics import Report, print_line, truncate_rows
+
+ROWS = [
+    {"step": 1, "split": "train", "loss": 2.5},
+    {"step": 1, "split": "diagnosis", "gate": None},
+    {"step": 2, "split": "valid", "loss": 2.25},
+]
+LINES = [json.dumps(row).encode() for row in ROWS]
 
 
 @pytest.mark.slow
@@ -37,9 +45,9 @@ def test_report_shows_the_remaining_time_at_any_width(tmp_path, width):
     report = Report(tmp_path, console, "characters", lambda loss: f"{loss:.4f} nats  {1.44 * loss:.4f} bits/char")
     report.start_clock(0.0)
     with report:
-        report.training_row(3120, 0.9517, 45646.0, 0.5, 0)
+        report.training_row(3120, 0.9517, 45646.0, 0.5, 1e-3, 0)
         report.validation_row(3120, {"loss": 0.8443}, 1e6, is_best=True, sample="")
-        report.training_row(3140, 0.9517, 45646.0, 0.6, 0)
+        report.training_row(3140, 0.9517, 45646.0, 0.6, 1e-3, 0)
     last = Text.from_ansi(console.file.getvalue()).plain.split("\n")[-2]
     assert last.startswith("step  3,140  loss 0.9517 nats")
     assert last.endswith(":00 left")
@@ -51,3 +59,43 @@ def test_print_line_prints_text_literally():
     console = Console(file=io.StringIO(), width=20)
     print_line(console, "runs/a[/x] :x: [b]not bold[/b], and longer than the line")
     assert console.file.getvalue() == "runs/a[/x] :x: [b]not bold[/b], and longer than the line\n"
+
+
+def test_truncate_rows_removes_rows_after_the_checkpoint(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b"\n".join([*LINES, b'{"ste']))
+    assert truncate_rows(path, 2, 1) == ROWS[:2]
+    assert path.read_bytes() == b"\n".join(LINES[:2]) + b"\n"
+
+
+@pytest.mark.parametrize(
+    ("content", "kept"),
+    [
+        (None, []),
+        (b"", []),
+        (b"\0" * 4096, []),
+        (b"\n".join(LINES)[:-5], ROWS[:2]),
+        (b"\n".join([LINES[0], b"\xff" + LINES[1], LINES[2]]), [ROWS[0], ROWS[2]]),
+        (b"\n".join([LINES[0], b"[" * 100_000, LINES[2]]), [ROWS[0], ROWS[2]]),
+        (b"\n".join([b'{"step": "1", "split": "train", "loss": 1}', *LINES[1:]]), ROWS[1:]),
+        (b"\n".join([b'{"step": 1, "split": "train"}', *LINES[1:]]), ROWS[1:]),
+        (b"\n".join([b'{"step": 1, "split": "train", "loss": "a"}', *LINES[1:]]), ROWS[1:]),
+        (b"\n".join([LINES[0] + LINES[1], LINES[2], b'{"step": 3, "split": "valid", "loss": 2}']), ROWS[2:]),
+    ],
+)
+def test_report_keeps_the_whole_rows_of_a_damaged_file(tmp_path, content, kept):
+    path = tmp_path / "metrics.jsonl"
+    if content is not None:
+        path.write_bytes(content)
+    console = Console(file=io.StringIO(), width=200)
+    with Report(tmp_path, console, "words", str, num_rows=3, last_step=2) as report:
+        assert report.rows == kept
+    lost = f"{3 - len(kept)} of 3 rows of {path} are damaged or missing; the others are kept, and training goes on\n"
+    assert console.file.getvalue() == lost
+    assert read_metrics(tmp_path) == kept
+
+
+def test_report_refuses_metrics_that_are_not_a_file(tmp_path):
+    os.mkfifo(tmp_path / "metrics.jsonl")
+    with pytest.raises(ValueError, match=r"metrics\.jsonl is not a regular file"):
+        Report(tmp_path, Console(quiet=True), "words", str)

@@ -9,7 +9,6 @@ from training_runs import read_metrics, read_summary, run_command, run_process, 
 
 from jaxlstm.training.cli import parse
 from jaxlstm.training.config import Options
-from jaxlstm.training.data.csv_series import read_series
 from jaxlstm.training.data.shuffling import shuffled_batches
 from jaxlstm.training.data.text import DataError, fingerprint
 from jaxlstm.training.tasks import TASKS, forecast
@@ -71,7 +70,7 @@ def test_task_reads_exactly_the_options_that_it_declares(task):
 @pytest.mark.parametrize("task", TASKS)
 def test_unused_option_is_rejected_by_name(task):
     values = dict.fromkeys(unused_options(), "0.3") | {"data": "x", "window": "9", "embedding": "7"}
-    values |= dict.fromkeys(OPTION_GROUPS["forecasting"], "7")
+    values |= dict.fromkeys(OPTION_GROUPS["forecasting"], "7") | {"decimal": ","}
     for name in TASKS[task].UNUSED:
         option = f"--{name.replace('_', '-')}"
         with pytest.raises(ValueError, match=f"--task {task} does not use {option}, got "):
@@ -140,6 +139,36 @@ def test_wordlm_learns_and_generates_words(tmp_path):
     assert set(text.split()) <= set(STORY.split())
 
 
+@pytest.mark.parametrize(
+    ("task", "text", "note"),
+    [
+        (
+            "wordlm",
+            "\n".join(f"{n}字{n}" for n in range(500)),
+            "100% of the words to train on and 100% of those to valid",
+        ),
+        ("wordlm", STORY, None),
+        ("charlm", STORY, None),
+    ],
+)
+def test_language_tasks_tell_of_texts_of_unknown_words(tmp_path, task, text, note):
+    (tmp_path / "text.txt").write_text(text)
+    options = parse(["--task", task, "--data", str(tmp_path / "text.txt"), "--window", "5"])
+    notes = TASKS[task].make(options).notes
+    assert notes == () if note is None else note in notes[0]
+
+
+@pytest.mark.parametrize("task", ["charlm", "wordlm"])
+def test_language_tasks_tell_of_tables(tmp_path, task):
+    path = tmp_path / "prices.csv"
+    hint = f"{path} is a table by its name: it is read as text; --task forecast forecasts its columns"
+    path.write_text("date,price\n" + "2020-01-01,5\n" * 400)
+    assert TASKS[task].make(parse(["--task", task, "--data", str(path), "--window", "5"])).notes[0] == hint
+    path.write_text("date,price\n" + "2020-01-01,5\n" * 4)
+    with pytest.raises(DataError, match=f"to train on are too few .*; {hint}"):
+        TASKS[task].make(parse(["--task", task, "--data", str(path)]))
+
+
 def test_wordlm_reads_a_folder_with_two_files(tmp_path):
     (tmp_path / "ptb.train.txt").write_text(STORY)
     (tmp_path / "ptb.valid.txt").write_text("the cat lay on a penguin .\n")
@@ -156,7 +185,7 @@ def test_forecast_of_two_columns_beats_the_naive_forecast_and_draws_a_figure(tmp
     rng = np.random.default_rng(0)
     two = np.stack([np.sin(2 * np.pi * t / 12) + 0.02 * t, np.cos(2 * np.pi * t / 12) - 0.03 * t], -1)
     two += 0.02 * rng.normal(size=two.shape)
-    rows = [f"{a!s},2000-{n},{b!s}" if n % 50 else f",2000-{n},{b!s}" for n, (a, b) in enumerate(two)]
+    rows = [f"{a if n % 50 else ''},{2000 + n},{b}" for n, (a, b) in enumerate(two, 1)]
     (tmp_path / "two.csv").write_text("up,date,down\n" + "\n".join(rows) + "\n")
     options = "--task forecast --window 24 --season 12 --horizon 6 --hidden 16 --max-steps 200 --learning-rate 0.02"
     summary, last = train_task(tmp_path, *options.split(), "--data", tmp_path / "two.csv")
@@ -164,53 +193,6 @@ def test_forecast_of_two_columns_beats_the_naive_forecast_and_draws_a_figure(tmp
     # Errors are in units of the mean change over a season, and the trend makes the naive forecast wrong by one of them.
     assert last["seasonal_naive_error"] == pytest.approx(1, rel=0.1)
     assert (tmp_path / "run" / "forecast.png").read_bytes().startswith(b"\x89PNG")
-
-
-def test_read_series_finds_the_date_column_and_fills_gaps(tmp_path):
-    path = tmp_path / "s.csv"
-    path.write_text("a,Date,b\n1,x,\n,y,4\n3,z,5\n\n")
-    names, dates, values = read_series(path)
-    assert (names, dates) == (("a", "b"), ("x", "y", "z"))
-    np.testing.assert_array_equal(values, [[1, 4], [2, 4], [3, 5]])
-
-
-def test_read_series_of_the_default_data():
-    assert read_series(forecast.co2_path()).values.shape == (2284, 1)
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        ("", "is empty"),
-        ("date\nx\n", "expected a date column and number columns separated by commas, got \\['date'\\]"),
-        ("date;a\nx;1\n", "got \\['date;a'\\]"),
-        ("date,a\n\n\nx,one\n", "line 4, a: 'one' is not a number"),
-        ('date,a\nx,"' + "1" * 200_000, "field larger than field limit"),
-        ("date,a\nx,1\ny\n", "line 3 has 1 cells, the header 2"),
-        ("date,a\nx,one\n", "line 2, a: 'one' is not a number"),
-        ("date,a\nx,\n", "a has no number"),
-    ],
-    ids=range(8),
-)
-def test_read_series_names_the_fault_of_a_file(tmp_path, content, message):
-    path = tmp_path / "s.csv"
-    path.write_text(content)
-    with pytest.raises(DataError, match=message):
-        read_series(path)
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        ("date,a\n" + "x,1\n" * 14, "14 steps are too few for windows of 8 and a horizon of 2"),
-        ("date,a\n" + "x,1\n" * 99, "a does not change from season to season"),
-    ],
-)
-def test_forecast_rejects_series_that_cannot_be_scored(tmp_path, content, message):
-    path = tmp_path / "s.csv"
-    path.write_text(content)
-    with pytest.raises(DataError, match=message):
-        forecast.make(parse([*SMALL_SERIES, "--data", str(path)]))
 
 
 @pytest.mark.parametrize("name", ["adding", "copy", "digits", "forecast"])

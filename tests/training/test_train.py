@@ -12,7 +12,17 @@ import time
 
 import jax
 import pytest
-from training_runs import ENVIRONMENT, ROOT, SMALL, TEXT, read_metrics, read_summary, run_command, run_process
+from training_runs import (
+    ENVIRONMENT,
+    ROOT,
+    SMALL,
+    TEXT,
+    read_metrics,
+    read_summary,
+    run_command,
+    run_process,
+    write_config,
+)
 
 from jaxlstm.training import cli, sharding
 from jaxlstm.training.config import Options, groups
@@ -33,15 +43,16 @@ def test_run_writes_metrics_summary_config_and_parameters(finished_run):
     folder, _ = finished_run
     rows = read_metrics(folder)
     assert all(list(row)[:4] == ["step", "split", "loss", "characters_per_second"] for row in rows)
-    assert all(list(row)[4:] == (["skipped"] if row["split"] == "train" else []) for row in rows)
+    assert all(list(row)[4:] == (["learning_rate", "skipped"] if row["split"] == "train" else []) for row in rows)
     train = [row for row in rows if row["split"] == "train"]
     valid = [row for row in rows if row["split"] == "valid"]
     assert [row["step"] for row in train] == [10, 20, 30, 40, 50, 60]
     assert [row["step"] for row in valid] == [20, 40, 60]
+    assert train[0]["learning_rate"] > train[1]["learning_rate"] > train[-1]["learning_rate"] > 0
     assert train[-1]["loss"] < train[0]["loss"] < math.log(len(set(TEXT))) + 0.5
     assert all(row["characters_per_second"] > 0 for row in rows)
     summary = read_summary(folder)
-    assert set(summary) == {"valid_loss", "best_step", "steps", "parameters", "wall_seconds", "device"}
+    assert set(summary) == {"sha256", "valid_loss", "best_step", "steps", "parameters", "wall_seconds", "device"}
     best = min(valid, key=lambda row: row["loss"])
     assert (summary["valid_loss"], summary["best_step"]) == (best["loss"], best["step"])
     assert summary["steps"] == 60
@@ -51,8 +62,9 @@ def test_run_writes_metrics_summary_config_and_parameters(finished_run):
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     assert config["options"]["hidden"] == 16
     assert config["options"]["seed"] == 3
+    assert config["options"]["data"] == str(folder.parent / "text.txt")  # absolute
     assert config["vocabulary"] == "".join(sorted(set(TEXT)))
-    assert (folder / "best.msgpack").stat().st_size > 4 * summary["parameters"]
+    assert (folder / "best.safetensors").stat().st_size > 4 * summary["parameters"]
     assert (folder / "curves.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -133,7 +145,7 @@ def test_ctrl_c_stops_a_run_after_writing_its_results(tmp_path):
     assert "Traceback" not in printed
     summary = read_summary(tmp_path / "run")
     assert math.isfinite(summary["valid_loss"])
-    assert (tmp_path / "run" / "best.msgpack").is_file()
+    assert (tmp_path / "run" / "best.safetensors").is_file()
 
 
 def test_help_documents_every_option_and_its_unit(tmp_path):
@@ -145,7 +157,7 @@ def test_help_documents_every_option_and_its_unit(tmp_path):
     for option in dataclasses.fields(Options):
         assert f"--{option.name.replace('_', '-')} " in printed.replace(",", " ")
     for group in groups():
-        assert f" {group.replace('_', '-')} options " in printed
+        assert f" {group} options " in printed
     text = " ".join(printed.replace("│", " ").split())
     for unit in ("in seconds", "in steps", "characters or words per stream"):
         assert unit in text
@@ -162,7 +174,7 @@ def test_options_are_in_one_group_each():
     names = [field.name for fields in groups().values() for field in fields]
     assert names == [field.name for field in dataclasses.fields(Options)]
     assert list(groups()) == [
-        "data_and_task", "model", "regularization", "optimization", "run_and_output", "device", "sampling",
+        "task", "model", "regularization", "optimization", "run", "device", "sampling",
     ]  # fmt: skip
 
 
@@ -185,14 +197,23 @@ def test_train_py_trains_samples_and_refuses(finished_run, tmp_path):
     ("arguments", "message"),
     [
         (["--data", "missing.txt"], "no text 'missing.txt': neither a file nor one of the known names"),
-        (["--data", "short.txt"], "90 tokens to train on are fewer than batch x window + window = 2,112"),
-        (["--data", "tiny.txt"], "9 characters are too few: the last tenth is for validation"),
+        (
+            ["--data", "short.txt"],
+            "90 characters to train on are too few for --batch 32 and --window 64, which need 2,112",
+        ),
+        (
+            ["--data", "tiny.txt"],
+            "8 characters to train on are too few for --batch 32 and --window 64, which need 2,112",
+        ),
         (["--data", "empty.txt"], "empty.txt is empty"),
         (["--data", "latin.txt"], "latin.txt is not UTF-8 text: byte 3 is 0xe9"),
         ([*SMALL, "--run-dir", "full"], "--run-dir full is not an empty folder; a run never overwrites another"),
         ([*SMALL, "--run-dir", "short.txt"], "--run-dir short.txt is not an empty folder"),
         (["--sample", "nowhere"], "--sample nowhere is not the folder of a run"),
-        (["--sample", "full"], "is not the configuration of a run"),
+        (
+            ["--sample", "full"],
+            "config.json is damaged or was not written by this version: it has no sha256",
+        ),
         (["--hidden", "0"], "--hidden must be greater than 0, got 0"),
         (["--dropout", "1"], "--dropout must lie in [0, 1), got 1"),
         (["--temperature", "-1"], "--temperature must be finite and not negative, got -1"),
@@ -237,16 +258,17 @@ def test_sample_is_printed_literally(finished_run, monkeypatch):
 
 def test_sample_of_words_refuses_a_blank_prompt(tmp_path):
     (tmp_path / "run").mkdir()
-    config = {"options": {"task": "wordlm"}, "vocabulary": ["<eos>", "<unk>", "cat"]}
-    (tmp_path / "run" / "config.json").write_text(json.dumps(config))
+    write_config(tmp_path / "run", Options(task="wordlm"), vocabulary=["<eos>", "<unk>", "cat"])
     output = run_command("--sample", "run", "--prompt", " ", cwd=tmp_path, fails=True)
     assert output == "train.py: --prompt must have at least one character or word, got ' '\n"
 
 
-def test_batch_not_divisible_by_the_mesh_is_refused_before_the_run_directory_exists(tmp_path, monkeypatch):
-    monkeypatch.setattr(sharding, "initialize_devices", lambda *_: jax.make_mesh((2, 1), sharding.AXES))
-    output = run_command("--batch", "3", "--mesh", "data=2", "--run-dir", "run", cwd=tmp_path, fails=True)
-    assert output == "train.py: --batch 3 is not divisible by data=2 of --mesh\n"
+@pytest.mark.parametrize(("option", "axis"), [("--batch", "data"), ("--hidden", "model")])
+def test_size_not_divisible_by_the_mesh_is_refused_before_the_run_directory_exists(tmp_path, monkeypatch, option, axis):
+    sizes = tuple(sharding.parse_mesh(f"{axis}=2").values())
+    monkeypatch.setattr(sharding, "initialize_devices", lambda *_: jax.make_mesh(sizes, sharding.AXES))
+    output = run_command(option, "3", "--mesh", f"{axis}=2", "--run-dir", "run", cwd=tmp_path, fails=True)
+    assert output == f"train.py: {option} 3 is not divisible by {axis}=2 of --mesh\n"
     assert not (tmp_path / "run").exists()
 
 
@@ -271,10 +293,10 @@ def test_damaged_parameters_print_one_line(finished_run, tmp_path):
     folder, _ = finished_run
     copy = tmp_path / "copy"
     shutil.copytree(folder, copy)
-    path = copy / "best.msgpack"
+    path = copy / "best.safetensors"
     path.write_bytes(path.read_bytes()[:1000])
     output = run_command("--sample", copy, cwd=tmp_path, fails=True)
-    assert re.fullmatch(r"train\.py: .*best.msgpack is damaged or of another model: .*\n", output)
+    assert re.fullmatch(r"train\.py: .*best.safetensors is damaged: .*\n", output)
 
 
 @pytest.mark.slow

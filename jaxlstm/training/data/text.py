@@ -57,8 +57,25 @@ def load_text(source: str) -> str:
         if not path.is_file():
             names = ", ".join([EMBEDDED, *DOWNLOADS])
             raise DataError(f"no text {source!r}: neither a file nor one of the known names {names}")
+    return read_text(path)
+
+
+def read_text(path: Path) -> str:
+    """Returns the text of a UTF-8 file, without its byte order mark.
+
+    Raises:
+      DataError: if it is not a regular file, cannot be read, is empty, is not UTF-8, or changes while it is read.
+    """
     try:
-        text = path.read_bytes().decode("utf-8-sig")
+        if path.exists() and not path.is_file():  # a named pipe would wait for a writer
+            raise DataError(f"{path} is not a regular file")
+        with path.open("rb") as file:
+            before = os.fstat(file.fileno())
+            content = file.read()
+            after = os.fstat(file.fileno())
+        if (before.st_mtime_ns, before.st_size) != (after.st_mtime_ns, len(content)):
+            raise changed(path)
+        text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise DataError(f"{path} is not UTF-8 text: byte {error.start} is {error.object[error.start]:#04x}") from None
     except OSError as error:
@@ -66,6 +83,11 @@ def load_text(source: str) -> str:
     if not text:
         raise DataError(f"{path} is empty")
     return text
+
+
+def changed(path: Path) -> DataError:
+    """Returns the error of a file that another program writes."""
+    return DataError(f"{path} changed while it was read; start again once no program writes it")
 
 
 def embedded_text() -> str:
@@ -98,7 +120,7 @@ def fetch_cached(name: str, download: Download, folder: Path) -> Path:
     sha256 = hashlib.sha256(content).hexdigest()
     if sha256 != download.sha256:
         raise DataError(f"{download.url} sent {len(content)} bytes of SHA-256 {sha256}, expected {download.sha256}")
-    _make_folder(folder)
+    make_folder(folder)
     try:
         with atomic_write(path) as file:
             file.write(content)
@@ -107,11 +129,31 @@ def fetch_cached(name: str, download: Download, folder: Path) -> Path:
     return path
 
 
+def make_folder(folder: Path) -> None:
+    """Creates a folder with its parents unless it exists.
+
+    Raises:
+      DataError: if it cannot be created.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise DataError(f"cannot create {folder}: {error.strerror}") from None
+
+
 @dataclass(frozen=True)
 class CharVocabulary:
-    """The characters of a text in code point order; the id of a character is its index."""
+    """The characters of a text in code point order; the id of a character is its index.
+
+    Raises:
+      DataError: if the characters are not distinct or in another order.
+    """
 
     characters: str
+
+    def __post_init__(self) -> None:
+        if not self.characters or self.characters != "".join(sorted(set(self.characters))):
+            raise DataError("the vocabulary must be one or more distinct characters in code point order")
 
     @classmethod
     def from_text(cls, text: str) -> "CharVocabulary":
@@ -146,9 +188,17 @@ UNKNOWN, END = "<unk>", "<eos>"  # as in the files of the Penn Treebank
 
 @dataclass(frozen=True)
 class WordVocabulary:
-    """The words of a text, most frequent first; the id of a word is its index. The end of a line is the word `END`."""
+    """The words of a text, most frequent first; the id of a word is its index. The end of a line is the word `END`.
+
+    Raises:
+      DataError: if the words are not distinct, or do not begin with `END` and `UNKNOWN`.
+    """
 
     words: tuple[str, ...]
+
+    def __post_init__(self) -> None:
+        if self.words[:2] != (END, UNKNOWN) or len(set(self.words)) < len(self.words):
+            raise DataError(f"the vocabulary must be distinct words that begin with {END} and {UNKNOWN}")
 
     @classmethod
     def from_text(cls, text: str, min_count: int = 2) -> "WordVocabulary":
@@ -169,83 +219,6 @@ class WordVocabulary:
     def decode(self, ids: np.ndarray) -> str:
         """Returns the text with the given ids."""
         return " ".join(self.words[i] for i in np.asarray(ids).tolist()).replace(f" {END} ", "\n").replace(END, "\n")
-
-
-MEMORY_MAP_BYTES = 2**28  # text files of at least this size are encoded into a file that is mapped into memory
-
-
-def load_characters(source: str) -> tuple[np.ndarray, CharVocabulary]:
-    """Returns the character ids of a text and their vocabulary; see `load_text`.
-
-    The ids of a file of at least `MEMORY_MAP_BYTES` are stored in the cache folder and mapped into memory, so a text
-    larger than memory can be used for training.
-
-    Raises:
-      DataError: under the conditions of `load_text`.
-    """
-    path = Path(source)
-    if source == EMBEDDED or source in DOWNLOADS or not path.is_file() or path.stat().st_size < MEMORY_MAP_BYTES:
-        text = load_text(source)
-        vocabulary = CharVocabulary.from_text(text)
-        return vocabulary.encode(text), vocabulary
-    return map_characters(path, cache_folder())
-
-
-def map_characters(path: Path, folder: Path) -> tuple[np.ndarray, CharVocabulary]:
-    """Returns the character ids of a file as a memory map of a file in ``folder``, and their vocabulary.
-
-    Reads the text twice in pieces: once for its vocabulary, once for its ids. Both files are used again while path,
-    size and modification time of the text stay the same.
-    """
-    stat = path.stat()
-    version = hashlib.sha256(f"{path.resolve()} {stat.st_size} {stat.st_mtime_ns}".encode()).hexdigest()[:16]
-    ids_path = folder / f"{path.stem}-{version}.npy"
-    characters_path = ids_path.with_suffix(".txt")
-    if not (ids_path.exists() and characters_path.exists()):
-        _encode_file(path, ids_path, characters_path)
-    with characters_path.open(encoding="utf-8", newline="") as file:
-        return np.load(ids_path, mmap_mode="r"), CharVocabulary(file.read())
-
-
-def _encode_file(path: Path, ids_path: Path, characters_path: Path) -> None:
-    """Writes the character ids of a text file as an ``.npy`` file, and the characters as text."""
-    characters: set[str] = set()
-    length = 0
-    for piece in _read_pieces(path):
-        characters.update(piece)
-        length += len(piece)
-    vocabulary = CharVocabulary("".join(sorted(characters)))
-    dtype = np.dtype(np.uint16 if len(vocabulary) < 2**16 else np.int32)
-    header = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": (length,)}
-    _make_folder(ids_path.parent)
-    try:
-        with atomic_write(characters_path) as file:
-            file.write(vocabulary.characters.encode())
-        with atomic_write(ids_path) as file:
-            np.lib.format.write_array_header_1_0(file, header)
-            for piece in _read_pieces(path):
-                file.write(vocabulary.encode(piece).astype(dtype).tobytes())
-    except OSError as error:
-        raise DataError(str(error)) from None
-
-
-def _read_pieces(path: Path) -> Iterator[str]:
-    """Yields the text of a file, a million characters at a time."""
-    try:
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            while piece := file.read(2**20):
-                yield piece
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path} is not UTF-8 text: {error.reason}") from None
-    except OSError as error:
-        raise DataError(f"cannot read {path}: {error.strerror}") from None
-
-
-def _make_folder(folder: Path) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise DataError(f"cannot create {folder}: {error.strerror}") from None
 
 
 def fingerprint(*parts: np.ndarray | str) -> str:
@@ -272,7 +245,9 @@ class Window(NamedTuple):
     restart: bool  # True if the streams begin here, so the state of the previous window must be dropped
 
 
-def training_windows(ids: np.ndarray, batch_size: int, window: int, seed: int, start: int = 0) -> Iterator[Window]:
+def training_windows(
+    ids: np.ndarray, batch_size: int, window: int, seed: int, start: int = 0, *, unit_name: str = "tokens"
+) -> Iterator[Window]:
     """Yields windows of contiguous streams without end; each window continues the previous one.
 
     Every epoch begins with a random shift of less than a window, so that the gradient is not truncated at the same
@@ -284,13 +259,17 @@ def training_windows(ids: np.ndarray, batch_size: int, window: int, seed: int, s
       window: number of steps, T.
       seed: seed of the shifts.
       start: number of windows to skip, for a resumed run.
+      unit_name: name of the tokens in error messages, such as "characters".
 
     Raises:
       DataError: if the text is too short for one window of every stream. Raised by the call, not by the first window.
     """
     needed = batch_size * window + window
     if len(ids) < needed:
-        raise DataError(f"{len(ids):,} tokens to train on are fewer than batch x window + window = {needed:,}")
+        raise DataError(
+            f"{len(ids):,} {unit_name} to train on are too few for --batch {batch_size} and --window {window}, which "
+            f"need {needed:,}: use a longer text, or lower them"
+        )
     return _generate_windows(ids, batch_size, window, seed, start)
 
 

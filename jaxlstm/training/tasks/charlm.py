@@ -8,7 +8,8 @@ from typing import Any
 from jax import Array
 
 from jaxlstm.training.config import Options
-from jaxlstm.training.data.text import CharVocabulary, DataError, load_characters, split
+from jaxlstm.training.data.text import CharVocabulary, split
+from jaxlstm.training.data.token_cache import load_characters
 from jaxlstm.training.tasks import language
 from jaxlstm.training.tasks.task import Task, unused_options
 
@@ -20,8 +21,6 @@ def make(options: Options) -> Task:
     """Returns the task on the text of ``--data``; the last tenth is for validation."""
     ids, vocabulary = load_characters(options.data)
     train_ids, valid_ids = split(ids)
-    if len(valid_ids) < 2:
-        raise DataError(f"{len(ids)} characters are too few: the last tenth is for validation")
     return language.make_language_task(
         options,
         vocabulary,
@@ -35,6 +34,7 @@ def make(options: Options) -> Task:
         format_loss=lambda loss: f"{loss:.4f} nats  {loss / math.log(2):.4f} bits/char",
         sample_length=200,
         extra_config={"vocabulary": vocabulary.characters},
+        notes=language.table_notes(options.data),
     )
 
 
@@ -43,13 +43,18 @@ def generate_text(
     config: Mapping[str, Any],
     load_params: Callable[[Callable[[Array], Any]], Any],
     *,
-    prompt: str,
+    prompt: str | None,
     length: int,
     key: Array,
     temperature: float,
 ) -> str:
-    """Returns the prompt and its continuation; see `jaxlstm.training.tasks.language.generate_text`."""
+    """Returns the prompt and its continuation; see `jaxlstm.training.tasks.language.generate_text`.
+
+    Without a prompt the text continues a newline, or else a blank, or else the first character of the vocabulary.
+    """
     vocabulary = CharVocabulary(config["vocabulary"])
+    if prompt is None:
+        prompt = next(c for c in ("\n", " ", vocabulary.characters[0]) if c in vocabulary.characters)
     continuation = language.generate_text(
         run_options, vocabulary, load_params, prompt=prompt, length=length, key=key, temperature=temperature
     )

@@ -95,7 +95,7 @@ def load_images() -> tuple[np.ndarray, np.ndarray]:
     Raises:
       ImportError: if scikit-learn is not installed.
     """
-    with optional_package("sklearn", extra="tasks", purpose="--task digits"):
+    with optional_package("sklearn", extra="tasks", purpose="--task digits", distribution="scikit-learn"):
         from sklearn.datasets import load_digits
     pixels, labels = load_digits(return_X_y=True)
     return (np.asarray(pixels) / 16).reshape(-1, 8, 8).astype(np.float32), np.asarray(labels).astype(np.int32)

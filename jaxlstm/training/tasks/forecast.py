@@ -1,7 +1,8 @@
 """Time series forecasting: predict the next steps from a window, compared with the seasonal naive forecast.
 
 Inputs and targets are differences from the last value of the window, in units of the mean change over a season. The
-first 70 % of the series are for training, the next 15 % for validation, the last 15 % for the test.
+first 70 % of the series are for training, the next 15 % for validation, the last 15 % for the test. Gaps hold the last
+number before them, further inputs mark them, and they are never scored.
 """
 
 import itertools
@@ -16,9 +17,10 @@ import numpy as np
 from jax import Array
 
 from jaxlstm.atomic_write import atomic_write
+from jaxlstm.diagnostics.plots import literal
 from jaxlstm.errors import optional_package
 from jaxlstm.training.config import Options
-from jaxlstm.training.data.csv_series import Series, read_series
+from jaxlstm.training.data.csv_series import Series, name_list, read_series
 from jaxlstm.training.data.shuffling import shuffled_batches
 from jaxlstm.training.data.text import DataError, fingerprint
 from jaxlstm.training.models.build import build_lstm
@@ -36,13 +38,16 @@ DEFAULTS: dict[str, Any] = {
     "valid_every": 100,
 }
 UNUSED = unused_options("data", "window", "forecasting")
+MAX_DRAWN = 8  # columns in the figure
 
 
 class Windows(NamedTuple):
     """Windows of a series and the steps that follow them."""
 
     inputs: np.ndarray  # (T, B, F)
+    filled: np.ndarray  # (T, B, F) bool: inputs in gaps
     targets: np.ndarray  # (horizon, B, F)
+    scored: np.ndarray  # (horizon, B, F) bool: False for targets in gaps
 
 
 @dataclass(frozen=True)
@@ -57,7 +62,8 @@ class WindowedSeries:
       season: steps of a season.
 
     Raises:
-      DataError: if the series is too short, or a column does not change from season to season.
+      DataError: if the series is too short, a part has nothing to score, or the mean change of a column over a season
+        in the training part is zero or not finite.
     """
 
     name: str
@@ -67,17 +73,25 @@ class WindowedSeries:
     season: int
 
     def __post_init__(self) -> None:
-        train_end, valid_end = self.boundaries[1:3]
-        if train_end < self.span or valid_end - train_end < self.horizon or self.window < self.season:
+        if self.window < self.season:
             raise DataError(
-                f"{len(self.series.values):,} steps are too few for windows of {self.window} and a horizon of "
-                f"{self.horizon}, or the window is shorter than a season, {self.season}"
+                f"--window {self.window} is shorter than --season {self.season}; a window must hold a season"
             )
-        scale = self.scale
-        if not scale.all():
+        train_end, valid_end, steps = self.boundaries[1:]
+        if train_end < self.span or valid_end - train_end < self.horizon:
             raise DataError(
-                f"{self.name}: {self.series.names[int(np.argmin(scale))]} does not change from season to season"
+                f"{self.name}: {steps:,} steps are too few for --window {self.window} and --horizon {self.horizon}: "
+                "70 % of them must hold a window and its forecast, and 15 % a forecast"
             )
+        for name, begin, end in zip(("training", "validation", "test"), self.boundaries, self.boundaries[1:]):
+            if not self.series.known[begin:end].any():
+                raise DataError(f"{self.name}: the {name} part, steps {begin:,} to {end:,}, is one gap")
+        for name, scale in zip(self.series.names, self.scale):
+            if not 0 < scale < np.inf:
+                raise DataError(
+                    f"{self.name}: the mean change of {name} over a season in the training part is {scale:g}, expected "
+                    "a positive number; --target chooses columns"
+                )
 
     @property
     def span(self) -> int:
@@ -92,14 +106,19 @@ class WindowedSeries:
 
     @property
     def scale(self) -> np.ndarray:
-        """Mean absolute change over a season in the training part, ``(F,)``."""
-        train = self.series.values[: self.boundaries[1]]
-        return np.abs(train[self.season :] - train[: -self.season]).mean(0)
+        """Mean absolute change over a season in the training part, without gaps, ``(F,)``; 0 if all is gaps."""
+        end, season = self.boundaries[1], self.season
+        train, known = self.series.values[:end], self.series.known[:end]
+        both = known[season:] & known[:-season]
+        with np.errstate(over="ignore"):  # the infinite scale is an error
+            changes = np.abs(train[season:] - train[:-season])
+            return np.where(both, changes, 0).sum(0) / np.maximum(both.sum(0), 1)
 
     def windows(self, starts: np.ndarray) -> Windows:
         """Returns the windows that begin at the given steps, ``(B,)``, in the units of the series."""
-        values = self.series.values[starts + np.arange(self.span)[:, None]].astype(np.float64)
-        return Windows(values[: self.window], values[self.window :])
+        steps = starts + np.arange(self.span)[:, None]
+        values, known, n = self.series.values[steps], self.series.known[steps], self.window
+        return Windows(values[:n], ~known[:n], values[n:], known[n:])
 
     def part(self, n: int) -> Windows:
         """Returns all windows whose targets are in the n-th part of the series."""
@@ -112,9 +131,10 @@ class WindowedSeries:
 
 
 def normalize(windows: Windows, scale: np.ndarray) -> Windows:
-    """Returns differences from the last value of each window, divided by ``scale``."""
+    """Returns differences from the last value of each window, divided by ``scale``, in float32."""
     last = windows.inputs[-1]
-    return Windows((windows.inputs - last) / scale, (windows.targets - last) / scale)
+    inputs, targets = (((values - last) / scale).astype(np.float32) for values in (windows.inputs, windows.targets))
+    return windows._replace(inputs=inputs, targets=targets)
 
 
 @dataclass(frozen=True)
@@ -124,19 +144,30 @@ class Forecaster:
     regressor: SequenceRegressor
     horizon: int
 
-    def __call__(self, params: SequenceRegressorParams, xs: Any, *, key: Array | None = None) -> Array:
-        """Returns normalized forecasts ``(horizon, B, F)`` of normalized inputs ``(T, B, F)``."""
-        flat = self.regressor(params, xs, key=key)  # (B, horizon * F)
-        return jnp.moveaxis(flat.reshape(*flat.shape[:-1], self.horizon, xs.shape[-1]), -2, 0)
+    def __call__(self, params: SequenceRegressorParams, windows: Windows, *, key: Array | None = None) -> Array:
+        """Returns normalized forecasts ``(horizon, B, F)`` of normalized windows."""
+        flat = self.regressor(params, self.lstm_inputs(windows), key=key)  # (B, horizon * F)
+        return jnp.moveaxis(flat.reshape(*flat.shape[:-1], self.horizon, windows.inputs.shape[-1]), -2, 0)
+
+    def lstm_inputs(self, windows: Windows) -> Array:
+        """Returns the inputs and a 1 for each of them that is filled, ``(T, B, 2F)``."""
+        return jnp.concatenate([jnp.asarray(windows.inputs), jnp.asarray(windows.filled, jnp.float32)], -1)
 
 
 def make(options: Options) -> Task:
     """Returns the task on the series of ``--data``."""
     path = co2_path() if options.data == "co2" else Path(options.data)
-    series = read_series(path)
+    series = read_series(
+        path,
+        time=options.time,
+        target=options.target,
+        delimiter=options.delimiter,
+        decimal=options.decimal,
+        date_format=options.date_format,
+    )
     data = WindowedSeries(str(path), series, options.window, options.horizon, options.season)
     num_features, scale = series.values.shape[1], data.scale
-    lstm = build_lstm(options, num_features)
+    lstm = build_lstm(options, 2 * num_features)
     model = Forecaster(SequenceRegressor(lstm, options.horizon * num_features, options.dropout), options.horizon)
     predict = jax.jit(model)
     num_train = data.boundaries[1] - data.span + 1
@@ -144,33 +175,40 @@ def make(options: Options) -> Task:
 
     def batches(start: int) -> Iterator[Windows]:
         for number in itertools.count(start):
-            inputs, targets = normalize(data.windows(batch_starts(number)), scale)
-            yield Windows(inputs.astype(np.float32), targets.astype(np.float32))
+            yield normalize(data.windows(batch_starts(number)), scale)
 
     def loss(params: Any, carry: None, batch: Windows, key: Array) -> tuple[Array, tuple[Array, None]]:
-        value = jnp.mean((model(params, batch.inputs, key=key) - batch.targets) ** 2)
+        scored = jnp.asarray(batch.scored)
+        errors = jnp.where(scored, (model(params, batch, key=key) - batch.targets) ** 2, 0)
+        value = errors.sum() / jnp.maximum(scored.sum(), 1).astype(errors.dtype)
         return value, (value, carry)
 
     def forecast(params: Any, windows: Windows) -> np.ndarray:
         """Returns forecasts in the units of the series, ``(horizon, B, F)``."""
-        inputs = normalize(windows, scale).inputs.astype(np.float32)
-        return np.asarray(predict(params, inputs)) * scale + windows.inputs[-1]
+        return np.asarray(predict(params, normalize(windows, scale))) * scale + windows.inputs[-1]
 
-    def absolute_errors(params: Any, windows: Windows) -> dict[str, float]:
-        """Returns mean absolute errors in units of the mean change over a season."""
-        forecasts = {"error": forecast(params, windows), "seasonal_naive_error": data.naive_forecast(windows)}
-        return {name: float((np.abs(y - windows.targets) / scale).mean()) for name, y in forecasts.items()}
+    def mean_errors(params: Any, windows: Windows) -> dict[str, float]:
+        """Returns mean squared and absolute errors of scored targets, in units of the mean change over a season."""
 
-    def evaluate(params: Any) -> dict[str, float]:
-        windows = data.part(1)
-        error = (forecast(params, windows) - windows.targets) / scale
-        return {"loss": float((error**2).mean()), **absolute_errors(params, windows)}
+        def errors(forecasts: np.ndarray) -> np.ndarray:
+            return ((forecasts - windows.targets) / scale)[windows.scored]
+
+        model_errors, naive_errors = errors(forecast(params, windows)), errors(data.naive_forecast(windows))
+        return {
+            "loss": float((model_errors**2).mean()),
+            "error": float(np.abs(model_errors).mean()),
+            "seasonal_naive_error": float(np.abs(naive_errors).mean()),
+        }
+
+    def test(params: Any) -> dict[str, float]:
+        errors = mean_errors(params, data.part(2))
+        return {f"test_{name}": errors[name] for name in ("error", "seasonal_naive_error")}
 
     def draw(params: Any, folder: Path) -> None:
         starts = np.arange(data.boundaries[2] - data.window, data.boundaries[3] - data.span + 1, data.horizon)
         windows = data.windows(starts)
         lines = {
-            "truth": windows.targets,
+            "truth": np.where(windows.scored, windows.targets, np.nan),
             "LSTM": forecast(params, windows),
             "a season ago": data.naive_forecast(windows),
         }
@@ -180,8 +218,8 @@ def make(options: Options) -> Task:
         draw_forecasts(folder / "forecast.png", lines, dates, series.names, title)
 
     return Task(
-        description=f"{path.stem}: {len(series.values):,} steps of {', '.join(series.names)}; {data.horizon} ahead "
-        f"from {data.window}",
+        description=f"{len(series.values):,} steps of {name_list(series.names)}; {data.horizon} ahead from "
+        f"{data.window}",
         title=f"{path.stem}, {data.horizon} steps ahead: LSTM",
         loss_unit="squared error",
         unit_name="windows",
@@ -192,18 +230,19 @@ def make(options: Options) -> Task:
         batches=batches,
         loss=loss,
         lstm=lstm,
-        lstm_inputs=lambda params, carry, batch: (batch.inputs, None),
-        evaluate=evaluate,
-        test=lambda params: {f"test_{name}": error for name, error in absolute_errors(params, data.part(2)).items()},
+        lstm_inputs=lambda params, carry, batch: (model.lstm_inputs(batch), None),
+        evaluate=lambda params: mean_errors(params, data.part(1)),
+        test=test,
         draw=draw,
-        fingerprint=fingerprint(series.values, "\n".join(series.dates)),
+        notes=series.notes,
+        fingerprint=fingerprint(series.values, series.known, "\n".join(series.dates)),
     )
 
 
 def draw_forecasts(
     path: Path, lines: dict[str, np.ndarray], dates: list[str], names: tuple[str, ...], title: str
 ) -> None:
-    """Draws consecutive forecasts of every column against the true values, as a PNG.
+    """Draws consecutive forecasts of the first `MAX_DRAWN` columns against the true values, as a PNG.
 
     Args:
       path: path of the figure.
@@ -214,15 +253,19 @@ def draw_forecasts(
     """
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(9, 2.8 * len(names)), layout="constrained")
+    drawn = names[:MAX_DRAWN]
+    if len(drawn) < len(names):
+        title += f", the first {len(drawn)} of {len(names):,} columns"
+    figure = Figure(figsize=(9, 2.8 * len(drawn)), layout="constrained")
     ticks = np.linspace(0, len(dates) - 1, 5).astype(int)
-    for f, axes in enumerate(np.ravel(figure.subplots(len(names), 1, squeeze=False))):
+    for f, axes in enumerate(np.ravel(figure.subplots(len(drawn), 1, squeeze=False))):
         for (label, values), color in zip(lines.items(), ("#333333", "#b3341f", "#9ab8d6")):
             axes.plot(values[..., f].T.reshape(-1), label=label, color=color, linewidth=1.2)
-        axes.set(ylabel=names[f], xticks=ticks, xticklabels=[dates[tick] for tick in ticks])
+        axes.set(xticks=ticks, xticklabels=[literal(dates[tick]) for tick in ticks])
+        axes.set_ylabel(literal(drawn[f]))
         axes.grid(alpha=0.3)
         axes.legend()
-    figure.suptitle(title)
+    figure.suptitle(literal(title))
     with atomic_write(path) as file:
         figure.savefig(file, format="png", dpi=150)
 

@@ -1,6 +1,7 @@
 """The parts that character and word language models share."""
 
 from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import jax.numpy as jnp
@@ -8,7 +9,7 @@ import numpy as np
 from jax import Array
 
 from jaxlstm.training.config import Options
-from jaxlstm.training.data.text import Window, fingerprint, training_windows
+from jaxlstm.training.data.text import DataError, Window, fingerprint, training_windows
 from jaxlstm.training.models.build import build_lstm
 from jaxlstm.training.models.language_model import LanguageModel, evaluate, generate, restart_carry, training_loss
 from jaxlstm.training.tasks.task import Task
@@ -65,6 +66,7 @@ def make_language_task(
     format_loss: Callable[[float], str],
     sample_length: int,
     extra_config: Mapping[str, Any],
+    notes: tuple[str, ...] = (),
 ) -> Task:
     """Returns the task of truncated backpropagation through time over ``train_ids``, validated on ``valid_ids``.
 
@@ -80,15 +82,21 @@ def make_language_task(
       format_loss: see `Task`.
       sample_length: tokens of the text sampled after each validation.
       extra_config: the vocabulary; also part of the fingerprint.
+      notes: see `Task`; also part of the errors.
 
     Raises:
-      DataError: if the training text is shorter than one window.
+      DataError: if the training text is shorter than one window, or there are no two tokens to validate on.
     """
 
     def batches(start: int) -> Iterator[Window]:
-        return training_windows(train_ids, options.batch, options.window, options.seed, start)
+        return training_windows(train_ids, options.batch, options.window, options.seed, start, unit_name=unit_name)
 
-    batches(0)  # raises before any array is allocated if the text is too short
+    try:
+        batches(0)  # raises before any array is allocated if the text is too short
+        if len(valid_ids) < 2:
+            raise DataError(f"{len(valid_ids)} {unit_name} are too few to validate on: use a longer text")
+    except DataError as error:
+        raise DataError("; ".join([str(error), *notes])) from None
     model = build_language_model(options, len(vocabulary))
     first_token = jnp.asarray(valid_ids[:1])
 
@@ -114,7 +122,15 @@ def make_language_task(
         sample=sample,
         fingerprint=fingerprint(train_ids, valid_ids, repr(extra_config)),
         extra_config=extra_config,
+        notes=notes,
     )
+
+
+def table_notes(source: str) -> tuple[str, ...]:
+    """Returns a line for the user if the text is a table by its name."""
+    if Path(source).suffix.lower() not in (".csv", ".tsv"):
+        return ()
+    return (f"{source} is a table by its name: it is read as text; --task forecast forecasts its columns",)
 
 
 def generate_text(

@@ -20,7 +20,7 @@ OPTION_GROUPS: dict[OptionGroup, tuple[str, ...]] = {
     "window": ("window",),
     "embedding": ("embedding", "tied", "embedding_dropout"),
     "activation_regularization": ("activation", "temporal_activation"),
-    "forecasting": ("horizon", "season"),
+    "forecasting": ("horizon", "season", "time", "target", "delimiter", "decimal", "date_format"),
 }
 
 
@@ -54,7 +54,7 @@ def no_figures(params: Any, folder: Path) -> None:
 class Task:
     """Data, model, loss and metrics of a task; parameters are the pytree that ``init`` returns."""
 
-    description: str  # one line about the data; a resumed run must have the same
+    description: str  # one line about the data
     title: str  # title of the learning curves
     loss_unit: str  # unit of the loss, such as "nats per character"
     unit_name: str  # plural name of the units that speed is measured in, such as "characters"
@@ -71,6 +71,7 @@ class Task:
     sample: Callable[[Any, Array], str] = no_sample  # (params, key) -> text to show after each validation
     test: Callable[[Any], dict[str, float]] = no_metrics  # best params -> test metrics at the end of the run
     draw: Callable[[Any, Path], None] = no_figures  # (best params, run folder): draws figures at the end of the run
+    notes: tuple[str, ...] = ()  # lines about the data, printed before the description
     fingerprint: str = ""  # hash of data read from files; a resumed run must have the same
     extra_config: Mapping[str, Any] = field(default_factory=dict)  # entries of config.json besides the options
 
@@ -96,10 +97,10 @@ class LanguageTaskModule(TaskModule, Protocol):
         config: Mapping[str, Any],
         load_params: Callable[[Callable[[Array], Any]], Any],
         *,
-        prompt: str,
+        prompt: str | None,
         length: int,
         key: Array,
         temperature: float,
     ) -> str:
-        """Returns the prompt and its continuation; see `jaxlstm.training.tasks.language.generate_text`."""
+        """Returns the prompt, or one that suits the vocabulary if it is None, and its continuation."""
         ...

@@ -10,10 +10,11 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from jax import Array
 
 from jaxlstm.training.config import Options
-from jaxlstm.training.data.text import EMBEDDED, DataError, WordVocabulary, load_text
+from jaxlstm.training.data.text import EMBEDDED, END, UNKNOWN, DataError, WordVocabulary, load_text
 from jaxlstm.training.tasks import language
 from jaxlstm.training.tasks.task import Task, unused_options
 
@@ -46,8 +47,6 @@ def make(options: Options) -> Task:
     train_text, valid_text = load_texts(options.data)
     vocabulary = WordVocabulary.from_text(train_text)
     train_ids, valid_ids = vocabulary.encode(train_text), vocabulary.encode(valid_text)
-    if len(valid_ids) < 2:
-        raise DataError(f"{len(valid_ids)} words are too few to validate on")
     return language.make_language_task(
         options,
         vocabulary,
@@ -61,6 +60,21 @@ def make(options: Options) -> Task:
         format_loss=lambda loss: f"{loss:.4f} nats  perplexity {math.exp(min(loss, 99)):.2f}",
         sample_length=60,
         extra_config={"vocabulary": list(vocabulary.words)},
+        notes=(*language.table_notes(options.data), *unknown_word_notes(vocabulary, train_ids, valid_ids)),
+    )
+
+
+def unknown_word_notes(vocabulary: WordVocabulary, train_ids: np.ndarray, valid_ids: np.ndarray) -> tuple[str, ...]:
+    """Returns a line for the user if most words of a part are not in the vocabulary: `UNKNOWN` is easy to predict."""
+    unknown, end = (vocabulary.words.index(word) for word in (UNKNOWN, END))
+    train, valid = (
+        (ids[ids != end] == unknown).mean() if (ids != end).any() else 0.0 for ids in (train_ids, valid_ids)
+    )
+    if max(train, valid) <= 0.5:
+        return ()
+    return (
+        f"{train:.0%} of the words to train on and {valid:.0%} of those to validate on are unknown ({UNKNOWN}: fewer "
+        "than two occurrences), so the loss says little; --task charlm suits languages without spaces between words",
     )
 
 
@@ -94,12 +108,13 @@ def generate_text(
     config: Mapping[str, Any],
     load_params: Callable[[Callable[[Array], Any]], Any],
     *,
-    prompt: str,
+    prompt: str | None,
     length: int,
     key: Array,
     temperature: float,
 ) -> str:
-    """Returns the prompt and its continuation; see `jaxlstm.training.tasks.language.generate_text`."""
+    """Returns the prompt, by default a line break, and its continuation; see `language.generate_text`."""
+    prompt = "\n" if prompt is None else prompt
     vocabulary = WordVocabulary(tuple(config["vocabulary"]))
     continuation = language.generate_text(
         run_options, vocabulary, load_params, prompt=prompt, length=length, key=key, temperature=temperature
