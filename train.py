@@ -4,11 +4,7 @@
 (``jaxlstm/training/loop.py``) and runs it. ``jaxlstm train`` is the same command.
 """
 
-import signal
 import sys
-
-if signal.getsignal(signal.SIGINT) == signal.default_int_handler:
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the imports ends without a traceback
 
 from jaxlstm.training.commands import run_command
 

@@ -10,6 +10,7 @@ import subprocess
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -125,7 +126,7 @@ def onnx_sequence(lstm: jaxlstm.LSTM, params: jaxlstm.Params, xs: np.ndarray) ->
     Raises:
       ImportError: if it is not installed.
     """
-    import onnxruntime
+    onnxruntime: Any = import_module("onnxruntime")
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = 1

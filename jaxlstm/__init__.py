@@ -1,21 +1,15 @@
-"""The LSTM for JAX: pure functions, a compiled scan, and gate equations that read like the paper."""
+"""The LSTM for JAX: pure functions, a compiled scan, and gate equations that read like the paper.
+
+Everything is imported when it is first used, so that commands start, and end on Ctrl-C, before JAX is imported.
+"""
 
 import importlib
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
-
-from jaxlstm import cells as cells
-from jaxlstm.cells import Cell as Cell
-from jaxlstm.conv_lstm import ConvLSTM as ConvLSTM
-from jaxlstm.lstm import LSTM as LSTM
-from jaxlstm.outputs import last_outputs as last_outputs
-from jaxlstm.params import Layer as Layer
-from jaxlstm.params import Norm as Norm
-from jaxlstm.params import Params as Params
-from jaxlstm.params import State as State
-from jaxlstm.params import Weights as Weights
 
 if TYPE_CHECKING:
     from jaxlstm import activation_regularization as activation_regularization
+    from jaxlstm import cells as cells
     from jaxlstm import diagnostics as diagnostics
     from jaxlstm import experimental as experimental
     from jaxlstm import export as export
@@ -25,19 +19,43 @@ if TYPE_CHECKING:
     from jaxlstm import packing as packing
     from jaxlstm import recurrence as recurrence
     from jaxlstm import training as training
+    from jaxlstm.cells import Cell as Cell
+    from jaxlstm.conv_lstm import ConvLSTM as ConvLSTM
+    from jaxlstm.lstm import LSTM as LSTM
+    from jaxlstm.outputs import last_outputs as last_outputs
+    from jaxlstm.params import Layer as Layer
+    from jaxlstm.params import Norm as Norm
+    from jaxlstm.params import Params as Params
+    from jaxlstm.params import State as State
+    from jaxlstm.params import Weights as Weights
 
 __version__ = "0.1.0"
 
-__all__ = ["LSTM", "Cell", "ConvLSTM", "Layer", "Norm", "Params", "State", "Weights", "cells", "last_outputs"]
+_MODULES = {  # by name: the module that defines it
+    "LSTM": "lstm",
+    "Cell": "cells",
+    "ConvLSTM": "conv_lstm",
+    "Layer": "params",
+    "Norm": "params",
+    "Params": "params",
+    "State": "params",
+    "Weights": "params",
+    "last_outputs": "outputs",
+}
 _SUBMODULES = (
-    *("activation_regularization", "diagnostics", "experimental", "export", "flax", "initializers", "interop"),
-    *("packing", "recurrence", "training"),
+    *("activation_regularization", "cells", "diagnostics", "experimental", "export", "flax", "initializers"),
+    *("interop", "packing", "recurrence", "training"),
 )
+__all__ = ["LSTM", "Cell", "ConvLSTM", "Layer", "Norm", "Params", "State", "Weights", "last_outputs"]
 
 
 def __getattr__(name: str) -> Any:
-    """Imports a submodule when it is first used."""
-    if name in _SUBMODULES:
+    """Imports a name or a submodule when it is first used."""
+    if name in _MODULES:
+        value = getattr(importlib.import_module(f"jaxlstm.{_MODULES[name]}"), name)
+        globals()[name] = value  # the next access does not come here
+        return value
+    if not name.startswith("_") and find_spec(f"jaxlstm.{name}") is not None:
         try:
             return importlib.import_module(f"jaxlstm.{name}")
         except ImportError as error:  # an optional package is missing: `hasattr` and `help` still work

@@ -4,6 +4,7 @@ The packages of the subcommands are optional; without them a command ends with o
 """
 
 import importlib
+import signal
 import sys
 from collections.abc import Sequence
 
@@ -48,6 +49,8 @@ def run_command(target: str, arguments: Sequence[str], *, prog: str) -> None:
     Raises:
       SystemExit: with one line, if a package of the extra ``train`` is not installed.
     """
+    if signal.getsignal(signal.SIGINT) == signal.default_int_handler:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the imports ends without a traceback
     module, function = target.split(":")
     try:
         command = getattr(importlib.import_module(module), function)

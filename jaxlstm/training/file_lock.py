@@ -17,12 +17,15 @@ def file_lock(path: Path, *, wait: bool) -> Iterator[None]:
 
     Raises:
       BlockingIOError: if another process holds the lock and ``wait`` is False.
+      ValueError: if the file is not a regular one.
     """
     try:
         import fcntl
     except ImportError:
         yield
         return
+    if path.exists() and not path.is_file():  # a named pipe would block
+        raise ValueError(f"{path} is not a regular file")
     with path.open("a") as file:
         fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         yield

@@ -24,6 +24,7 @@ from jaxlstm.training import config
 from jaxlstm.training.checkpointing import CheckpointError, Checkpoints, checkpoint_steps, make_folder
 from jaxlstm.training.config import Options
 from jaxlstm.training.data.text import DOWNLOADS, EMBEDDED
+from jaxlstm.training.file_lock import file_lock
 from jaxlstm.training.json_types import check_entries, from_json
 from jaxlstm.training.params_file import check_finite
 from jaxlstm.training.tasks.task import Task
@@ -93,17 +94,10 @@ def lock_run_dir(run_dir: Path) -> Iterator[None]:
     Raises:
       ValueError: if another process holds the lock, or the file of the lock is not a regular file.
     """
-    try:
-        import fcntl
-    except ImportError:
-        yield
-        return
     path = run_dir / "lock"
-    if path.exists() and not path.is_file():  # a named pipe would block
-        raise ValueError(f"{path} is not a regular file")
-    with path.open("a") as file:
+    with contextlib.ExitStack() as exit_stack:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            exit_stack.enter_context(file_lock(path, wait=False))
         except BlockingIOError:
             raise ValueError(f"another process is training in {run_dir}: {path} is locked") from None
         for unfinished in run_dir.glob(PARTIAL):
@@ -184,6 +178,7 @@ def restore_run(
     try:
         check_entries(saved, config.CONFIG_TYPES | {"loop": dict[str, Any]}, "its record")
         check_entries(saved["options"], config.saved_types(), "its record: options")
+        Options(**saved["options"])  # checks their limits
         record = from_json(RunRecord, saved["loop"], "its record: loop")
     except ValueError as error:
         raise CheckpointError(f"checkpoint {path} was not written by train.py: {error}") from None

@@ -245,6 +245,14 @@ def test_resume_needs_the_options_and_data_of_the_run(complete_run, tmp_path):
             manifest["record"] | {"loop": {**manifest["record"]["loop"], "rows": "3"}},
             "was not written by train.py: its record: loop: rows must be int",
         ),
+        (
+            manifest["record"] | {"loop": {**manifest["record"]["loop"], "step": 39}},
+            "was not written by train.py: its record is of step 39",
+        ),
+        (
+            manifest["record"] | {"options": {**manifest["record"]["options"], "max_steps": -1}},
+            "was not written by train.py: --max-steps must be greater than 0, got -1",
+        ),
     ):
         write_checked_json(path, manifest | {"record": record})
         with pytest.raises(CheckpointError, match=message):

@@ -80,7 +80,7 @@ def test_diagnostics_module_runs_the_same_commands(monkeypatch, capsys):
 @pytest.mark.slow
 def test_jaxlstm_trains_samples_and_inspects(tmp_path):
     def jaxlstm(*arguments):
-        program = "from jaxlstm_main import main; main()"
+        program = "from jaxlstm.training.commands import main; main()"
         done = subprocess.run(
             [sys.executable, "-c", program, *map(str, arguments)],
             cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True, encoding="utf-8", timeout=240,

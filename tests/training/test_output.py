@@ -242,7 +242,7 @@ def test_sample_reports_a_full_device_and_is_quiet_on_a_closed_pipe(tmp_path):
 def test_program_jaxlstm_ends_cleanly_during_the_imports(tmp_path):
     for n in range(6):
         process = subprocess.Popen(
-            [sys.executable, "-c", "from jaxlstm_main import main; main()", "train", "--help"],
+            [sys.executable, "-c", "from jaxlstm.training.commands import main; main()", "train", "--help"],
             cwd=tmp_path, env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
         )  # fmt: skip
         time.sleep(0.2 + 0.3 * n)

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from jaxlstm.atomic_write import atomic_write
+from jaxlstm.regular_file import open_regular, read_regular
 from jaxlstm.training.data.text import (
     DOWNLOADS,
     EMBEDDED,
@@ -21,6 +22,7 @@ from jaxlstm.training.data.text import (
     make_folder,
 )
 from jaxlstm.training.file_lock import file_lock
+from jaxlstm.training.json_types import from_json
 
 MEMORY_MAP_BYTES = 2**28  # text files of at least this size are encoded into a file that is mapped into memory
 PIECE_BYTES = 2**20
@@ -86,13 +88,13 @@ def read_entry(ids_path: Path) -> Entry | None:
     """
     digest, largest, length = hashlib.sha256(), 0, 0
     try:
-        entry = Entry(**json.loads(ids_path.with_suffix(".json").read_text(encoding="utf-8")))
-        with ids_path.open("rb") as file:
+        entry = from_json(Entry, json.loads(read_regular(ids_path.with_suffix(".json"))), "entry")
+        with open_regular(ids_path) as file:
             while piece := file.read(PIECE_BYTES):
                 digest.update(piece)
                 ids = np.frombuffer(piece, entry.dtype)
                 largest, length = max(largest, int(ids.max())), length + len(ids)
-    except (OSError, ValueError, TypeError, RecursionError):
+    except (OSError, ValueError, RecursionError):
         return None
     matches = length == entry.length and digest.hexdigest() == entry.ids_sha256
     return entry if matches and largest < len(entry.characters) else None

@@ -235,7 +235,7 @@ def make(options: Options) -> Task:
         test=test,
         draw=draw,
         notes=series.notes,
-        fingerprint=fingerprint(series.values, series.known, "\n".join(series.dates)),
+        fingerprint=fingerprint(series.values, series.known, "\n".join((*series.names, *series.dates))),
     )
 
 
