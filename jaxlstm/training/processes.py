@@ -17,6 +17,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, NoReturn
 
 import jax
@@ -114,7 +115,9 @@ def _initialize_from_cluster() -> None:
 
 
 def _compared(options: Options) -> dict[str, Any]:
-    return {name: value for name, value in config.to_json(options).items() if name not in NOT_COMPARED}
+    """Returns the options that must be the same in all processes, as JSON values."""
+    values = {name: value for name, value in vars(options).items() if name not in NOT_COMPARED}
+    return {name: str(value) if isinstance(value, Path) else value for name, value in values.items()}
 
 
 class _Link:
