@@ -1,12 +1,26 @@
 """Trains a recurrent network, by default a character language model on real text: ``python train.py --help``.
 
-`jaxlstm.training.cli.train_main` parses the options (declared in ``jaxlstm/training/config.py``), builds a `Trainer`
-(``jaxlstm/training/loop.py``) and runs it. ``jaxlstm train`` is the same command.
+The options are declared in ``jaxlstm/training/config.py``, the loop is ``jaxlstm/training/loop.py``, and the tasks with
+their defaults are in ``jaxlstm/training/tasks``. ``jaxlstm train`` is the same command.
 """
 
 import sys
 
-from jaxlstm.training.commands import run_command
+from jaxlstm.training.commands import one_line_imports
+
+PROG = "train.py"
 
 if __name__ == "__main__":
-    run_command("jaxlstm.training.cli:train_main", sys.argv[1:], prog="train.py")
+    with one_line_imports(PROG):
+        from rich.console import Console
+
+        from jaxlstm.training import cli
+        from jaxlstm.training.loop import Trainer
+
+    cli.set_up_process()
+    with cli.one_line_errors(PROG):
+        options = cli.parse(sys.argv[1:], PROG)
+        if options.sample is None:
+            Trainer(options, Console()).run()
+        else:
+            cli.sample(options, Console())

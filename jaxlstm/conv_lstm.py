@@ -11,9 +11,9 @@ Precipitation Nowcasting". Besides the letters of `jaxlstm.params`, ``*spatial``
 import itertools
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -32,6 +32,7 @@ from jaxlstm.recurrence.chunked_scan import ScanFns, emit_hidden, scan_direction
 from jaxlstm.recurrence.context import Direction, LayerInputs, Results
 from jaxlstm.recurrence.step import split_gates
 
+ConvCellName = Literal["lstm", "peephole", "cifg"]
 Convolve = Callable[[Array, Array, DTypeLike, DTypeLike], Array]  # (w, x, dtype, accum_dtype) -> z
 
 
@@ -160,6 +161,8 @@ class ConvLSTM(RecurrentNetwork):
 
     spatial_shape: int | tuple[int, ...]
     kernel_size: int | tuple[int, ...] = 3
+    _: KW_ONLY
+    cell: ConvCellName | Cell = "lstm"
 
     def __post_init__(self) -> None:
         self._set("spatial_shape", validation.spatial_shape("spatial_shape", self.spatial_shape))

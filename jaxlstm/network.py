@@ -3,6 +3,7 @@
 `jaxlstm.LSTM` and `jaxlstm.ConvLSTM` add the shapes of their parameters, the dense part of a step and their options.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import KW_ONLY, MISSING, dataclass, fields
 from functools import lru_cache, partial
@@ -43,7 +44,7 @@ RunLayer = Callable[[Layer, Array, State, LayerInputs, bool], tuple[Any, State]]
 
 
 @dataclass(frozen=True, repr=False)
-class RecurrentNetwork:
+class RecurrentNetwork(ABC):
     """Base class of recurrent networks; `jaxlstm.LSTM` documents the options.
 
     A subclass implements `feature_shape`, `weight_shapes`, `weight_initializers`, `run_layer` and `layer_step`.
@@ -164,21 +165,21 @@ class RecurrentNetwork:
         """Number of parameters."""
         return sum(int(np.prod(a.shape)) for a in jax.tree.leaves(self.param_shapes()))
 
+    @abstractmethod
     def feature_shape(self, size: int) -> tuple[int, ...]:
         """Returns the axes of an array with ``size`` features that follow the batch axes."""
-        raise NotImplementedError
 
+    @abstractmethod
     def weight_shapes(self, input_size: int) -> Weights:
         """Returns the shape and dtype of the weights of one direction of a layer with this input size."""
-        raise NotImplementedError
 
     def param_shape(self, *shape: int) -> Any:
         """Returns a parameter's shape and dtype, a `jax.ShapeDtypeStruct`."""
         return jax.ShapeDtypeStruct(shape, self.param_dtype)
 
+    @abstractmethod
     def weight_initializers(self) -> Mapping[str, initializers.Initializer]:
         """Returns the initializers of the random arrays by the names of `Weights`; those of ``b`` are added."""
-        raise NotImplementedError
 
     def param_shapes(self) -> Params:
         """Returns the shape and dtype of every parameter, as `jax.ShapeDtypeStruct`."""
@@ -441,6 +442,7 @@ class RecurrentNetwork:
         del n, xs, key
         return layer, inputs
 
+    @abstractmethod
     def run_layer(
         self, layer: Layer, xs: Array, state: State, inputs: LayerInputs, reverse: bool
     ) -> tuple[Array, State]:
@@ -456,11 +458,10 @@ class RecurrentNetwork:
         Returns:
           outputs ``(T, *batch, *features)`` of all directions, concatenated, and the final state.
         """
-        raise NotImplementedError
 
+    @abstractmethod
     def layer_step(self, weights: Weights, x: Array, state: State) -> State:
         """Takes one step of one layer without regularizers: from its input and the state to the new state."""
-        raise NotImplementedError
 
     @partial(jax.jit, static_argnums=0)
     def _step(self, params: Params, state: State, x: Array, reset: Array | None) -> tuple[State, Array]:

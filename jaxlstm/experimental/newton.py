@@ -39,7 +39,7 @@ from jaxlstm.experimental.newton_jacobian import (
     step_all,
 )
 from jaxlstm.params import State
-from jaxlstm.primitives.pytrees import tree_index, tree_stack
+from jaxlstm.primitives.pytrees import tree_flip, tree_index, tree_stack
 from jaxlstm.recurrence.chunked_scan import scan_in_chunks
 from jaxlstm.recurrence.context import Direction, Results, ScanContext
 from jaxlstm.recurrence.masking import shift_state
@@ -251,7 +251,7 @@ def _solve_tangents(
     def solve_transpose(_: Any, b: State) -> State:
         # d_t = b_t + J_{t+1}^T d_{t+1}: the same recurrence backward in time, with the Jacobian of the next step.
         jacobians = mode.transpose(_flip_next(jacobian()))
-        return _flip(solve(vjp, _flip_next(points), jacobians, _flip(b)))
+        return tree_flip(solve(vjp, _flip_next(points), jacobians, tree_flip(b)))
 
     def residual(d: State) -> State:
         return jax.tree.map(jnp.subtract, d, jvp(points, shift_state(zeros, d)))
@@ -259,14 +259,9 @@ def _solve_tangents(
     return lax.custom_linear_solve(residual, b, solve_forward, solve_transpose)
 
 
-def _flip(tree: Any) -> Any:
-    """Reverses time, the leading axis."""
-    return jax.tree.map(lambda a: jnp.flip(a, 0), tree)
-
-
 def _flip_next(tree: Any) -> Any:
     """Reverses time after moving every step one earlier."""
-    return _flip(jax.tree.map(lambda a: jnp.roll(a, -1, 0), tree))
+    return tree_flip(jax.tree.map(lambda a: jnp.roll(a, -1, 0), tree))
 
 
 # The iterations

@@ -1,4 +1,4 @@
-"""Indexing, stacking and concatenation of pytrees of arrays."""
+"""Indexing, stacking, concatenation and reversal of pytrees of arrays."""
 
 from collections.abc import Sequence
 from typing import TypeVar
@@ -22,3 +22,8 @@ def tree_stack(trees: Sequence[Tree]) -> Tree:
 def tree_concatenate(trees: Sequence[Tree]) -> Tree:
     """Concatenates trees of the same structure along the leading axis."""
     return jax.tree.map(lambda *arrays: jnp.concatenate(arrays), *trees)
+
+
+def tree_flip(tree: Tree) -> Tree:
+    """Reverses the leading axis of every array of a tree."""
+    return jax.tree.map(lambda a: jnp.flip(a, 0), tree)

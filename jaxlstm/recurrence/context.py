@@ -32,7 +32,7 @@ class ScanContext(NamedTuple):
 
 
 class LayerInputs(NamedTuple):
-    """What a layer reads at each step besides its inputs, in the order of time."""
+    """Masks and resets of a layer over time, and the state after a reset."""
 
     step_mask: Array | None = None  # (T, *batch) bool: steps where it is False are skipped
     resets: Array | None = None  # (T, *batch) bool: True at the first step of a new sequence

@@ -63,7 +63,7 @@ class FusedConfig(NamedTuple):
 
     @property
     def has_gate_jacobian(self) -> bool:
-        """Whether `jaxlstm.recurrence.gate_derivatives` has the Jacobian of the gates."""
+        """True if `jaxlstm.recurrence.gate_derivatives` has the Jacobian of the gates."""
         return self.cell.gates in gate_derivatives.SUPPORTED and not self.layer_norm
 
     def layout(self, batch_size: Size) -> Layout:

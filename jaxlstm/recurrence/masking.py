@@ -15,7 +15,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Bool, Float, Int
 
 from jaxlstm.params import Layer, Size, State
-from jaxlstm.primitives.pytrees import tree_index, tree_stack
+from jaxlstm.primitives.pytrees import tree_flip, tree_index, tree_stack
 from jaxlstm.recurrence.context import Direction, LayerInputs, Results
 
 
@@ -152,7 +152,7 @@ def scan_masked(
                 restart(inputs.resets[0], direction.restart_state, last) if back else last
                 for direction, last, back in zip(directions, states, backward)
             ]
-        merged = merge([_flip(each) if back else each for each, back in zip(outputs, backward)])
+        merged = merge([tree_flip(each) if back else each for each, back in zip(outputs, backward)])
         return merged, tree_stack(list(states))
 
     return run_masked(run_directions, xs, state, inputs, batch_axes=batch_axes)
@@ -211,14 +211,9 @@ def _directions(
     directions = []
     for d, (weights, back) in enumerate(zip(layer.directions, backward)):
         over_time = (xs, inputs.step_mask, inputs.resets, tree_index(inputs.masks, d))
-        x, step_mask, restarts, masks = _flip(over_time) if back else over_time
+        x, step_mask, restarts, masks = tree_flip(over_time) if back else over_time
         if back and restarts is not None:  # a reset at a step is a restart before the next one
             restarts = jnp.concatenate([jnp.zeros_like(restarts[:1]), restarts[:-1]])
         initial, restart_state = tree_index((state, inputs.restart_state), d)
         directions.append(Direction(weights, x, initial, step_mask, restarts, restart_state, masks))
     return tuple(directions)
-
-
-def _flip(tree: Any) -> Any:
-    """Reverses time, the leading axis."""
-    return jax.tree.map(lambda a: jnp.flip(a, 0), tree)

@@ -3,10 +3,11 @@
 The packages of the subcommands are optional; without them a command ends with one line that names the extra.
 """
 
+import contextlib
 import importlib
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 # Name: (function, help). Functions take the arguments and the name of the program.
 COMMANDS = {
@@ -49,13 +50,27 @@ def run_command(target: str, arguments: Sequence[str], *, prog: str) -> None:
     Raises:
       SystemExit: with one line, if a package of the extra ``train`` is not installed.
     """
-    if signal.getsignal(signal.SIGINT) == signal.default_int_handler:
-        signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the imports ends without a traceback
     module, function = target.split(":")
-    try:
+    with one_line_imports(prog):
         command = getattr(importlib.import_module(module), function)
+    command(arguments, prog)
+
+
+@contextlib.contextmanager
+def one_line_imports(prog: str) -> Iterator[None]:
+    """Ends the process with one line if an import fails for a missing package, and without a traceback on Ctrl-C.
+
+    Args:
+      prog: name of the program, for errors.
+
+    Raises:
+      SystemExit: with one line, if a package of the extra ``train`` is not installed.
+    """
+    if signal.getsignal(signal.SIGINT) == signal.default_int_handler:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends without a traceback
+    try:
+        yield
     except ModuleNotFoundError as error:
         if error.name is None or error.name.split(".")[0] == "jaxlstm":
             raise
         raise SystemExit(f"{prog}: {error.name} is not installed: pip install 'jaxlstm[train]'") from None
-    command(arguments, prog)

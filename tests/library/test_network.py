@@ -1,4 +1,4 @@
-"""What `jaxlstm.LSTM` and `jaxlstm.ConvLSTM` share: one step, configuration, parameters and public names."""
+"""The base class of `jaxlstm.LSTM` and `jaxlstm.ConvLSTM`: one step, configuration, parameters and public names."""
 
 import subprocess
 import sys

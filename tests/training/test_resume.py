@@ -1,4 +1,4 @@
-"""What a resume accepts, refuses and reports."""
+"""Resuming a run: accepted and refused options, and messages."""
 
 import json
 import shutil
