@@ -19,7 +19,7 @@ from jaxlstm.training.config import CONFIG, Options
 from jaxlstm.training.memory import check_memory, num_bytes
 from jaxlstm.training.metrics import Report, draw_curves, print_line, summary_writer
 from jaxlstm.training.optimizer import DEFAULT_PEAK, SCHEDULE_TICKS, learning_rate_schedule, make_optimizer
-from jaxlstm.training.processes import check_same_options, connected_processes
+from jaxlstm.training.processes import connected_processes
 from jaxlstm.training.profiling import StepProfiler
 from jaxlstm.training.run_directory import RunRecord
 from jaxlstm.training.stop_signals import catch_stop_signals
@@ -103,9 +103,8 @@ class Trainer:
     def setup_task(self, exit_stack: contextlib.ExitStack) -> None:
         """Connects processes and devices, and prepares the data."""
         options = self.options
-        exit_stack.enter_context(connected_processes(options, self.command.removeprefix("python ")))
-        self.mesh = sharding.initialize_devices(options.mesh, options.processes)
-        check_same_options(options)
+        processes = connected_processes(options, self.command.removeprefix("python "))
+        self.mesh = sharding.initialize_devices(options.mesh, exit_stack.enter_context(processes))
         self.num_devices = 1 if self.mesh is None else self.mesh.size
         device = jax.devices()[0]
         self.device = f"{device.device_kind} ({device.platform})"

@@ -9,20 +9,18 @@ relay keeps JAX's connection open, because JAX aborts the process when it closes
 """
 
 import contextlib
-import hashlib
 import json
 import os
 import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn
 
 import jax
-import numpy as np
-from jax.experimental import multihost_utils
 
 from jaxlstm.errors import first_line
 from jaxlstm.training import config
@@ -64,10 +62,11 @@ def end_process(prog: str, message: str, status: int = 1) -> NoReturn:
 
 
 @contextlib.contextmanager
-def connected_processes(options: Options, prog: str) -> Iterator[None]:
+def connected_processes(options: Options, prog: str) -> Iterator[int]:
     """Connects the processes of ``--processes``; must be entered before anything else uses a device.
 
     While the context is active, the loss of a process ends all others. Leaving it waits for all of them to leave it.
+    The context returns the number of processes.
 
     Args:
       options: options of the run, which must be the same in all processes except for ``--process``.
@@ -79,39 +78,38 @@ def connected_processes(options: Options, prog: str) -> Iterator[None]:
     if options.coordinator != AUTO and options.processes == 1:
         if options.coordinator is not None or options.process != 0:
             raise ValueError("--coordinator and --process need --processes, got --processes 1")
-        yield
+        yield 1
         return
     jax.config.update("jax_enable_preemption_service", False)  # it would take over SIGTERM
+    local_devices = None
     if options.coordinator == AUTO:
-        _initialize_from_cluster()
-        yield
-        return
+        options, local_devices = _ask_cluster(options)
     if options.process >= options.processes:
         raise ValueError(f"--process must be less than --processes {options.processes}, got {options.process}")
-    group = (_Leader if options.process == 0 else _Follower)(options, prog)
+    group = (_Leader if options.process == 0 else _Follower)(options, prog, local_devices)
     group.connect()
-    yield
+    yield options.processes
     group.leave()
 
 
-def check_same_options(options: Options) -> None:
-    """Compares the options of processes that a cluster connected; `connected_processes` compares all others.
+def _ask_cluster(options: Options) -> tuple[Options, Sequence[int] | None]:
+    """Returns the options with the settings of the cluster, and the indices of this process' devices, None for all.
 
     Raises:
-      ValueError: if they differ.
+      ValueError: if JAX knows no cluster here.
     """
-    if options.coordinator == AUTO and jax.process_count() > 1:
-        compared = json.dumps(_compared(options), sort_keys=True).encode()
-        digest = np.frombuffer(hashlib.sha256(compared).digest(), np.uint8)
-        if (multihost_utils.process_allgather(digest) != digest).any():
-            raise ValueError("all processes must be started with the same options; these differ")
+    # JAX has no public function for this: `jax.distributed.initialize` asks the cluster and connects at once.
+    from jax._src.clusters import ClusterEnv
 
-
-def _initialize_from_cluster() -> None:
     try:
-        jax.distributed.initialize(heartbeat_timeout_seconds=int(SILENCE_SECONDS))
-    except (ValueError, RuntimeError) as error:
-        raise ValueError(f"--coordinator {AUTO} finds no cluster that JAX knows: {first_line(error)}") from None
+        address, processes, process, devices = ClusterEnv.auto_detect_unset_distributed_params(
+            None, None, None, None, None, int(CONNECT_SECONDS)
+        )
+    except (ValueError, RuntimeError, OSError, KeyError) as error:
+        raise ValueError(f"--coordinator {AUTO}: the settings of the cluster: {first_line(error)}") from None
+    if address is None or processes is None or process is None:
+        raise ValueError(f"--coordinator {AUTO} finds no cluster that JAX knows; give HOST:PORT and --processes")
+    return replace(options, coordinator=address, processes=processes, process=process), devices
 
 
 def _compared(options: Options) -> dict[str, Any]:
@@ -169,8 +167,8 @@ class _Link:
 class _Group:
     """The connections of one process to the others."""
 
-    def __init__(self, options: Options, prog: str) -> None:
-        self.options, self.prog = options, prog
+    def __init__(self, options: Options, prog: str, local_devices: Sequence[int] | None) -> None:
+        self.options, self.prog, self.local_devices = options, prog, local_devices
         self.links: list[_Link] = []
 
     def add(self, link: _Link) -> None:
@@ -183,7 +181,9 @@ class _Group:
         for link in self.links:
             _start(self.watch, link)
         try:
-            jax.distributed.initialize(address, self.options.processes, self.options.process, **options)
+            jax.distributed.initialize(
+                address, self.options.processes, self.options.process, self.local_devices, **options
+            )
         except RuntimeError as error:
             raise ValueError(f"cannot connect the processes: {first_line(error)}") from None
 
@@ -217,8 +217,8 @@ class _Group:
 class _Leader(_Group):
     """Process 0: accepts the connections of the others."""
 
-    def __init__(self, options: Options, prog: str) -> None:
-        super().__init__(options, prog)
+    def __init__(self, options: Options, prog: str, local_devices: Sequence[int] | None) -> None:
+        super().__init__(options, prog, local_devices)
         self.lock = threading.Lock()  # held while a process is registered
         self.numbers = {0}  # of the processes that connected, this one included
         self.error = ""  # why the run cannot start
@@ -230,7 +230,7 @@ class _Leader(_Group):
             server = _listen(port)
         except OSError as error:
             with contextlib.suppress(ValueError):  # if another process 0 listens there, it ends too
-                _Follower(self.options, self.prog).join()
+                _Follower(self.options, self.prog, None).join()
             raise ValueError(f"--coordinator {self.options.coordinator}: {error.strerror or error}") from None
         service_port = _free_port()
         _start(_accept, server, lambda connection: self.welcome(connection, service_port))

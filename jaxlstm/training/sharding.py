@@ -40,7 +40,7 @@ def initialize_devices(mesh: str | None, processes: int) -> Mesh | None:
 
     Args:
       mesh: axes and sizes such as ``data=4,model=2``; None for a single device.
-      processes: number of processes; for those that a cluster connects needed on CPUs only.
+      processes: number of processes.
 
     Returns:
       The mesh, or None for a single device.
@@ -52,8 +52,7 @@ def initialize_devices(mesh: str | None, processes: int) -> Mesh | None:
     needed = math.prod(sizes.values())
     if needed % processes:
         raise ValueError(f"--mesh {mesh} needs {needed} devices, which {processes} processes cannot share out evenly")
-    in_cluster = processes == 1 and jax.distributed.is_initialized()
-    if needed // processes > MAX_CPU_DEVICES and not in_cluster:
+    if needed // processes > MAX_CPU_DEVICES:
         raise ValueError(
             f"--mesh {mesh} needs {needed // processes:,} devices per process, expected at most {MAX_CPU_DEVICES:,}"
         )

@@ -134,7 +134,7 @@ def fake_process(port):
 )
 def test_leader_ends_when_a_process_is_lost(ended, fate, message):
     port = free_port()
-    leader = processes._Leader(options_of(0, port), "train.py")
+    leader = processes._Leader(options_of(0, port), "train.py", None)
     thread = threading.Thread(target=leader.connect)
     thread.start()
     time.sleep(0.2)
@@ -156,22 +156,30 @@ def test_leader_ends_when_a_process_is_lost(ended, fate, message):
 
 RUN = [
     "--data", "text.txt", "--run-dir", "run", "--max-steps", "1000000", "--hidden", "16", "--embedding", "8",
-    "--batch", "8", "--window", "16", "--log-every", "2", "--mesh", "data=2", "--processes", "2",
+    "--batch", "8", "--window", "16", "--log-every", "2", "--mesh", "data=2",
 ]  # fmt: skip
 
 
-def start(folder, *more):
-    """Starts two processes; ``more`` has further options of each."""
+def start(folder, cluster=False):
+    """Starts two processes, connected by options or by the variables of a cluster."""
     (folder / "text.txt").write_text(TEXT, encoding="utf-8")
-    connection = ["--coordinator", f"127.0.0.1:{free_port()}"]
-    command = [sys.executable, str(ROOT / "train.py"), *RUN, *connection]
-    return [
-        subprocess.Popen(
-            [*command, "--process", str(n), *arguments],
-            cwd=folder, env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=(folder / f"{n}.log").open("w"),
+    port = free_port()
+    both = []
+    for n in range(2):
+        settings = ["--coordinator", f"127.0.0.1:{port}", "--processes", "2", "--process", str(n)]
+        slurm = {"JOB_ID": "1", "STEP_NODELIST": "localhost", "NTASKS": "2", "PROCID": str(n), "LOCALID": str(n)}
+        variables = {f"SLURM_{name}": value for name, value in slurm.items()} | {"JAX_COORDINATOR_PORT": str(port)}
+        connection = ["--coordinator", "auto"] if cluster else settings
+        both.append(
+            subprocess.Popen(
+                [sys.executable, str(ROOT / "train.py"), *RUN, *connection],
+                cwd=folder,
+                env=ENVIRONMENT | variables if cluster else ENVIRONMENT,
+                stdout=subprocess.DEVNULL,
+                stderr=(folder / f"{n}.log").open("w"),
+            )
         )
-        for n, arguments in enumerate(more)
-    ]  # fmt: skip
+    return both
 
 
 def lines_of(folder, process):
@@ -191,9 +199,13 @@ def wait_for_rows(folder):
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::ResourceWarning")
 @pytest.mark.parametrize("victim", [0, 1])
-@pytest.mark.parametrize("kind", [signal.SIGKILL, signal.SIGSTOP], ids=["killed", "stopped"])
-def test_others_end_with_one_line_when_a_process_is_lost(tmp_path, kind, victim):
-    both = start(tmp_path, [], [])
+@pytest.mark.parametrize(
+    ("kind", "cluster"),
+    [(signal.SIGKILL, False), (signal.SIGSTOP, False), (signal.SIGKILL, True)],
+    ids=["killed", "stopped", "killed in a cluster"],
+)
+def test_others_end_with_one_line_when_a_process_is_lost(tmp_path, kind, cluster, victim):
+    both = start(tmp_path, cluster)
     try:
         wait_for_rows(tmp_path)
         both[victim].send_signal(kind)
@@ -212,7 +224,7 @@ def test_others_end_with_one_line_when_a_process_is_lost(tmp_path, kind, victim)
 def test_error_of_one_process_ends_the_other(tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "file").touch()  # only process 0 looks into the run directory
-    both = start(tmp_path, [], [])
+    both = start(tmp_path)
     assert [process.wait(240) for process in both] == [1, 1]
     assert lines_of(tmp_path, 0) == ["train.py: --run-dir run is not an empty folder; a run never overwrites another"]
     (line,) = lines_of(tmp_path, 1)
@@ -222,7 +234,7 @@ def test_error_of_one_process_ends_the_other(tmp_path):
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::ResourceWarning")
 def test_sigterm_to_one_process_stops_all_with_a_checkpoint(tmp_path):
-    both = start(tmp_path, [], [])
+    both = start(tmp_path)
     wait_for_rows(tmp_path)
     both[1].send_signal(signal.SIGTERM)
     assert [process.wait(240) for process in both] == [128 + signal.SIGTERM] * 2
