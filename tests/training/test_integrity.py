@@ -468,7 +468,7 @@ def test_a_thousand_flipped_bits_over_every_file_of_a_run_change_nothing_silentl
         with default_jax():
             best = load_params(run_dir / BEST, task.init)
             checkpoints = Checkpoints(run_dir / "checkpoints")
-            state, record = run_directory.restore_run(checkpoints, options, task, template)
+            state, record, _ = run_directory.restore_run(checkpoints, options, task, template)
         summary = checksum.read_checked_json(run_dir / "summary.json")
         leaves = jax.tree.leaves((best, state._replace(key=jax.random.key_data(state.key))))
         return [options, entries, record, summary, *(np.asarray(leaf).tobytes() for leaf in leaves)]

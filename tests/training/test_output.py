@@ -181,6 +181,15 @@ def test_hangup_is_caught_unless_ignored():
 
 # The command in a subprocess
 
+
+@pytest.fixture
+def default_sigint():
+    """Makes subprocesses receive SIGINT, which those of a shell's background job ignore."""
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, handler)
+
+
 RUN = [
     "--data",
     "text.txt",
@@ -196,10 +205,10 @@ RUN = [
 ]
 
 
-def start(*arguments, cwd, **options):
-    """Starts ``train.py`` in a subprocess."""
+def start(*arguments, cwd, wrapper=(), **options):
+    """Starts ``train.py`` in a subprocess, by a wrapper if there is one."""
     (cwd / "text.txt").write_text(TEXT, encoding="utf-8")
-    command = [sys.executable, str(ROOT / "train.py"), *map(str, arguments)]
+    command = [*wrapper, sys.executable, str(ROOT / "train.py"), *map(str, arguments)]
     return subprocess.Popen(command, cwd=cwd, **{"env": ENVIRONMENT, "stderr": subprocess.PIPE, **options})
 
 
@@ -216,7 +225,7 @@ def test_run_goes_on_whatever_happens_to_its_output(tmp_path, stdout):
     elif stdout == "/dev/full":
         options = {"stdout": os.open(stdout, os.O_WRONLY)}
     else:
-        options = {"preexec_fn": lambda: os.close(1)}
+        options = {"wrapper": ("bash", "-c", 'exec "$0" "$@" >&-')}
     process = start(*RUN, cwd=tmp_path, **options)
     _, errors = process.communicate(timeout=240)
     assert (process.returncode, errors) == (0, b"")
@@ -239,6 +248,7 @@ def test_sample_reports_a_full_device_and_is_quiet_on_a_closed_pipe(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("default_sigint")
 def test_program_jaxlstm_ends_cleanly_during_the_imports(tmp_path):
     for n in range(6):
         process = subprocess.Popen(
@@ -253,6 +263,7 @@ def test_program_jaxlstm_ends_cleanly_during_the_imports(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("default_sigint")
 @pytest.mark.parametrize("kind", [signal.SIGINT, signal.SIGTERM])
 def test_signals_at_any_time_end_cleanly(tmp_path, kind):
     """From the first instruction to the training loop; a run that has begun ends with 128 plus the signal."""
