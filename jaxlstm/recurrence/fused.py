@@ -16,12 +16,12 @@ and second derivatives work. The Jacobian of the gates is recomputed in the back
 by `jaxlstm.recurrence.gate_derivatives`; the residuals of a step are ``z``, ``c`` and the output, 6 arrays of H numbers
 for an LSTM.
 
-`jaxlstm.recurrence.layout` chooses the memory layout of a step's arrays. `jaxlstm.primitives.batch_folding` makes
-sequences mapped by `jax.vmap` one batch.
+`jaxlstm.recurrence.layout` chooses the memory layout of a step's arrays, unless the options of `Fused` fix it.
+`jaxlstm.primitives.batch_folding` makes sequences mapped by `jax.vmap` one batch.
 """
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -30,6 +30,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.custom_derivatives import SymbolicZero
 
+from jaxlstm import validation
 from jaxlstm.cells import Cell
 from jaxlstm.dropout import RegularizerMasks, RegularizerRates, apply_zoneout
 from jaxlstm.params import Size, State, Weights
@@ -37,7 +38,7 @@ from jaxlstm.primitives.batch_folding import SHARED, foldable_call
 from jaxlstm.recurrence import chunked_scan, cpu_activations, gate_derivatives
 from jaxlstm.recurrence.context import Direction, Results, ScanContext
 from jaxlstm.recurrence.gate_derivatives import GateJacobian
-from jaxlstm.recurrence.layout import Layout, choose_layout
+from jaxlstm.recurrence.layout import ORDERS, Layout, OrderName, choose_layout
 from jaxlstm.recurrence.masking import hold_skipped, restart
 from jaxlstm.recurrence.step import (
     ElementwiseWeights,
@@ -49,9 +50,62 @@ from jaxlstm.recurrence.step import (
 )
 
 
+@dataclass(frozen=True)
+class Fused:
+    """The backend with options: ``jaxlstm.LSTM(..., implementation=Fused(order="feature", chunk_size=32))``.
+
+    An option that is None is chosen by the batch size, the hidden size and the dtype
+    (`jaxlstm.recurrence.layout.choose_layout`); ``Fused()`` is the backend named ``"fused"``. The results are the same
+    up to rounding. `jaxlstm.autotune` finds the fastest options.
+
+    Args:
+      order: order of the axes of a step's arrays: ``"batch"`` for ``(B, H)``, ``"feature"`` for ``(H, B)``.
+      hoist_inputs: whether ``W_x x`` is computed for all steps before the loop, always so with layer normalization;
+        otherwise each step multiplies ``[W_x W_h]`` with ``[x; h]``.
+      chunk_size: number of steps whose hoisted tangents are computed together. It has no effect without derivatives.
+
+    Raises:
+      ValueError, TypeError: for an option that is out of range, unknown or of the wrong type.
+    """
+
+    order: OrderName | None = None
+    hoist_inputs: bool | None = None
+    chunk_size: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.order is not None:
+            validation.choice("order", self.order, ORDERS)
+        if self.hoist_inputs is not None:
+            object.__setattr__(self, "hoist_inputs", validation.flag("hoist_inputs", self.hoist_inputs))
+        if self.chunk_size is not None:
+            object.__setattr__(self, "chunk_size", validation.positive_int("chunk_size", self.chunk_size))
+
+    def __repr__(self) -> str:
+        """Shows the options that are set."""
+        given = {name: value for name, value in vars(self).items() if value is not None}
+        return f"Fused({', '.join(f'{name}={value!r}' for name, value in given.items())})"
+
+    def __call__(self, cell: Cell, directions: tuple[Direction, ...], context: ScanContext) -> Results:
+        """Runs the directions of a layer in one scan; see `jaxlstm.recurrence.context`.
+
+        Raises:
+          ValueError: while tracing, for ``hoist_inputs=False`` with layer normalization.
+        """
+        if self.hoist_inputs is False and directions[0].weights.norm is not None:
+            raise ValueError(
+                "Fused(hoist_inputs=False) does not support layer_norm=True, which normalizes W_x x before the loop; "
+                "expected hoist_inputs=True or None"
+            )
+        return _run(self, cell, directions, context)
+
+
+run = Fused()  # the backend named "fused"
+
+
 class FusedConfig(NamedTuple):
     """Options of the recurrence that are static under compilation."""
 
+    options: Fused
     cell: Cell
     rates: RegularizerRates
     unroll: int
@@ -68,10 +122,13 @@ class FusedConfig(NamedTuple):
 
     def layout(self, batch_size: Size) -> Layout:
         """Returns the layout for a batch size."""
-        layout = choose_layout(batch_size, self.hidden_size, self.dtype, self.accum_dtype)
+        options = self.options
+        layout = choose_layout(batch_size, self.hidden_size, self.dtype, self.accum_dtype, options.order)
+        hoist_inputs = layout.hoist_inputs if options.hoist_inputs is None else options.hoist_inputs
         return replace(
             layout,
-            hoist_inputs=layout.hoist_inputs or self.layer_norm,
+            hoist_inputs=hoist_inputs or self.layer_norm,
+            chunk_size=options.chunk_size or layout.chunk_size,
             bitcast=layout.bitcast and not self.differentiable,
         )
 
@@ -151,10 +208,11 @@ States = tuple[State, ...]  # of each direction
 Outputs = tuple[Array, ...]  # (T, B, P) of each direction
 
 
-def run(cell: Cell, directions: tuple[Direction, ...], context: ScanContext) -> Results:
-    """Runs the directions of a layer in one scan; see `jaxlstm.recurrence.context`."""
+def _run(options: Fused, cell: Cell, directions: tuple[Direction, ...], context: ScanContext) -> Results:
+    """Runs the directions of a layer in one scan."""
     weights = directions[0].weights
     config = FusedConfig(
+        options,
         cell,
         context.rates,
         context.unroll,

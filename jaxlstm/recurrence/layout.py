@@ -1,7 +1,7 @@
 """Memory layouts of the fused recurrence, feature-major ``(H, B)`` or batch-major ``(B, H)``, and their products."""
 
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +9,8 @@ from jax import Array, lax
 
 from jaxlstm.params import Size
 from jaxlstm.primitives.mixed_precision_dot import dot, has_explicit_sharding
+
+OrderName = Literal["batch", "feature"]  # the axis that comes first in memory, see `ORDERS`
 
 
 @dataclass(frozen=True)
@@ -27,6 +29,7 @@ class Layout:
       split_dot: whether a product over an even batch is computed as two, see `choose_layout`. Batch-major only.
     """
 
+    order: ClassVar[OrderName]
     units_axis: ClassVar[int]
     batch_axis: ClassVar[int]
 
@@ -110,6 +113,7 @@ class Layout:
 class FeatureMajor(Layout):
     """``(H, B)``: the weights, the larger operand of a step's product, are on the left and read in order."""
 
+    order = "feature"
     units_axis = 0
     batch_axis = 1
 
@@ -147,6 +151,7 @@ class FeatureMajor(Layout):
 class BatchMajor(Layout):
     """``(B, H)``: fewer transpositions, which counts if the weights are small."""
 
+    order = "batch"
     units_axis = 1
     batch_axis = 0
 
@@ -184,6 +189,9 @@ class BatchMajor(Layout):
         return jnp.stack([self._dot(half, w, 1, axis) for half in halves], axis=1).reshape(x.shape[0], -1)
 
 
+ORDERS: dict[str, type[Layout]] = {"batch": BatchMajor, "feature": FeatureMajor}
+
+
 class LayoutRule(NamedTuple):
     """One row of the table of layouts: the largest sizes that it applies to, and the layout."""
 
@@ -207,7 +215,13 @@ CPU_RULES = (  # the first that applies; measured, see benchmarks/README.md
 )
 
 
-def choose_layout(batch_size: Size, hidden_size: int, dtype: jnp.dtype, accum_dtype: jnp.dtype) -> Layout:
+def choose_layout(
+    batch_size: Size,
+    hidden_size: int,
+    dtype: jnp.dtype,
+    accum_dtype: jnp.dtype,
+    order: OrderName | None = None,
+) -> Layout:
     """Returns the layout for a batch and a hidden size: on CPU by measurement, elsewhere a default, not measured.
 
     With float32 sums and ``2^12 <= batch_size * hidden_size < 2^14`` the gates use all threads of a CPU: below, waking
@@ -219,14 +233,22 @@ def choose_layout(batch_size: Size, hidden_size: int, dtype: jnp.dtype, accum_dt
     the conditions of `BatchMajor.dot_both`; elsewhere that gains at one size and loses at another.
 
     A symbolic batch size, while a program is exported for any batch size, counts as a large one.
+
+    Args:
+      batch_size: B.
+      hidden_size: H.
+      dtype: dtype of the operands of matrix products.
+      accum_dtype: dtype of the sums.
+      order: the order of the axes; None chooses it, too.
     """
     if jax.default_backend() != "cpu":
-        return BatchMajor(dtype, accum_dtype, hoist_inputs=True, chunk_size=64)
+        return ORDERS[order or "batch"](dtype, accum_dtype, hoist_inputs=True, chunk_size=64)
     known_size = batch_size if isinstance(batch_size, int) else INF
     rule = next(r for r in CPU_RULES if known_size <= r.max_batch_size and hidden_size <= r.max_hidden_size)
+    layout = rule.layout if order is None else ORDERS[order]
     threaded = 2**12 <= known_size * hidden_size < 2**14 and accum_dtype == jnp.float32
-    split = threaded and rule.layout is BatchMajor and hidden_size > 128 and known_size % 2 == 0
-    return rule.layout(
+    split = threaded and layout is BatchMajor and hidden_size > 128 and known_size % 2 == 0
+    return layout(
         dtype,
         accum_dtype,
         rule.hoist_inputs,

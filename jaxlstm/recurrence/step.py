@@ -62,12 +62,27 @@ def recurrent_step(
       masks: masks of this step, ``(*batch, .)``.
     """
     z_h = matvec(weights.w_h, state.h, dtype, z_x.dtype)
-    if weights.norm is None:
-        z, z_h = split_gates(z_x + z_h, cell.num_gates, -1), None
-    else:
-        z, z_h = split_gates(z_x, cell.num_gates, -1), split_gates(z_h, cell.num_gates, -1)
-    c, cell_output = apply_gates(cell, weights, z, z_h, state.c, masks.candidate_mask, rates, axis=z_x.ndim - 1)
-    h = cell_output if weights.w_p is None else matvec(weights.w_p, cell_output, dtype, z_x.dtype)
+    z, z_h = (z_x + z_h, None) if weights.norm is None else (z_x, z_h)
+    return finish_step(cell, weights, z, z_h, state, dtype, rates, masks)
+
+
+def finish_step(
+    cell: Cell,
+    weights: Weights,
+    z: Float[Array, "*batch GH"],
+    z_h: Float[Array, "*batch GH"] | None,
+    state: State,
+    dtype: DTypeLike,
+    rates: RegularizerRates,
+    masks: RegularizerMasks,
+) -> State:
+    """Takes the rest of a step, from the pre-activations and the state to the new state; arguments as `recurrent_step`.
+
+    ``z`` and ``z_h`` are the two arrays of `apply_gates`, with the gates still in the last axis.
+    """
+    z, z_h = split_gates(z, cell.num_gates, -1), None if z_h is None else split_gates(z_h, cell.num_gates, -1)
+    c, cell_output = apply_gates(cell, weights, z, z_h, state.c, masks.candidate_mask, rates, axis=z.ndim - 2)
+    h = cell_output if weights.w_p is None else matvec(weights.w_p, cell_output, dtype, z.dtype)
     return apply_zoneout(rates, masks, State(h, c), state)
 
 
