@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from jaxlstm import activation_regularization as activation_regularization
+    from jaxlstm import autotuning as autotuning
     from jaxlstm import cells as cells
     from jaxlstm import diagnostics as diagnostics
     from jaxlstm import experimental as experimental
@@ -19,6 +20,9 @@ if TYPE_CHECKING:
     from jaxlstm import packing as packing
     from jaxlstm import recurrence as recurrence
     from jaxlstm import training as training
+    from jaxlstm.autotuning import Tuning as Tuning
+    from jaxlstm.autotuning import autotune as autotune
+    from jaxlstm.autotuning import load_tuning as load_tuning
     from jaxlstm.cells import Cell as Cell
     from jaxlstm.conv_lstm import ConvLSTM as ConvLSTM
     from jaxlstm.lstm import LSTM as LSTM
@@ -39,14 +43,39 @@ _MODULES = {  # by name: the module that defines it
     "Norm": "params",
     "Params": "params",
     "State": "params",
+    "Tuning": "autotuning",
     "Weights": "params",
+    "autotune": "autotuning",
     "last_outputs": "outputs",
+    "load_tuning": "autotuning",
 }
 _SUBMODULES = (
-    *("activation_regularization", "cells", "diagnostics", "experimental", "export", "flax", "initializers"),
+    *(
+        "activation_regularization",
+        "autotuning",
+        "cells",
+        "diagnostics",
+        "experimental",
+        "export",
+        "flax",
+        "initializers",
+    ),
     *("interop", "packing", "recurrence", "training"),
 )
-__all__ = ["LSTM", "Cell", "ConvLSTM", "Layer", "Norm", "Params", "State", "Weights", "last_outputs"]
+__all__ = [
+    "LSTM",
+    "Cell",
+    "ConvLSTM",
+    "Layer",
+    "Norm",
+    "Params",
+    "State",
+    "Tuning",
+    "Weights",
+    "autotune",
+    "last_outputs",
+    "load_tuning",
+]
 
 
 def __getattr__(name: str) -> Any:

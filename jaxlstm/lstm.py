@@ -70,7 +70,7 @@ class LSTM(RecurrentNetwork):
         al. 2017).
       zoneout_c: the same for c.
       implementation: the backend of the recurrence: a name in `jaxlstm.recurrence.BACKENDS` or
-        `jaxlstm.recurrence.MULTILAYER_BACKENDS`, a backend with options such as `jaxlstm.experimental.newton.Newton`,
+        `jaxlstm.recurrence.MULTILAYER_BACKENDS`, a backend with options such as `jaxlstm.recurrence.fused.Fused`,
         or None to pick one (`jaxlstm.recurrence.explain` says which and why). A named backend runs or raises. The
         backends ``"newton"``, ``"pallas"`` and ``"cudnn"`` are experimental.
 

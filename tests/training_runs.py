@@ -14,7 +14,8 @@ from pathlib import Path
 import jax
 from rich.console import Console
 
-from jaxlstm.training import checksum, cli, config
+from jaxlstm import checksum
+from jaxlstm.training import cli, config
 from jaxlstm.training.loop import Trainer
 
 ROOT = Path(__file__).parent.parent

@@ -22,6 +22,12 @@ BACKENDS = {
 # Backends that run a whole stack of layers with unequal lengths in one call:
 # run_stack(cell, layers, xs, state, inputs, context, reverse) -> (ys, state), with one batch axis.
 MULTILAYER_BACKENDS = {"cudnn": "jaxlstm.experimental.cudnn:run_stack"}
+# Classes of backends with options, frozen dataclasses whose fields are JSON values; their instances are backends.
+OPTION_CLASSES = {
+    "Scan": "jaxlstm.recurrence.scan:Scan",
+    "Fused": "jaxlstm.recurrence.fused:Fused",
+    "Newton": "jaxlstm.experimental.newton:Newton",
+}
 NAMES = (*BACKENDS, *MULTILAYER_BACKENDS)
 EXPERIMENTAL = ("newton", "pallas", "cudnn")  # not shown to pay off on the hardware they are for
 

@@ -21,10 +21,10 @@ from jax import Array
 from jax.experimental import multihost_utils
 
 from jaxlstm.atomic_write import sync_path, write_error
+from jaxlstm.checksum import read_checked_json, write_checked_json
 from jaxlstm.errors import first_line
+from jaxlstm.json_types import from_json
 from jaxlstm.regular_file import open_regular
-from jaxlstm.training.checksum import read_checked_json, write_checked_json
-from jaxlstm.training.json_types import from_json
 from jaxlstm.training.params_file import check_shapes, named_leaves, shapes
 
 MANIFEST = "manifest.json"

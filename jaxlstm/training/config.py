@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_type_hints
 
+from jaxlstm import checksum
 from jaxlstm.cells import CellName
-from jaxlstm.training import checksum
+from jaxlstm.json_types import check_entries
 from jaxlstm.training.data import text
-from jaxlstm.training.json_types import check_entries
 
 CONFIG = "config.json"  # in the run directory
 Limit = Literal["positive", "size", "layers", "non-negative", "fraction"]

@@ -12,9 +12,9 @@ import jax
 import numpy as np
 from rich.console import Console
 
+from jaxlstm.checksum import write_checked_json
 from jaxlstm.training import params_file, run_directory, saturation, sharding, train_step
 from jaxlstm.training.checkpointing import Checkpoints
-from jaxlstm.training.checksum import write_checked_json
 from jaxlstm.training.config import CONFIG, Options
 from jaxlstm.training.memory import check_memory, num_bytes
 from jaxlstm.training.metrics import Report, draw_curves, print_line, summary_writer

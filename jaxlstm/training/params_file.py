@@ -5,7 +5,7 @@ the training program, so that any reader of the format can load it:
 
     safetensors.numpy.load_file("best.safetensors")["lstm.layers.0.forward.w_x"]
 
-The metadata of the file hold the SHA-256 of its contents; see `jaxlstm.training.checksum`.
+The metadata of the file hold the SHA-256 of its contents; see `jaxlstm.checksum`.
 """
 
 import json
@@ -20,9 +20,9 @@ import safetensors.numpy
 from jax import Array
 
 from jaxlstm.atomic_write import atomic_write
+from jaxlstm.checksum import KEY, PLACEHOLDER, check_digest, insert_digest
 from jaxlstm.errors import first_line
 from jaxlstm.regular_file import read_regular
-from jaxlstm.training.checksum import KEY, PLACEHOLDER, check_digest, insert_digest
 
 BEST = "best.safetensors"  # in the run directory: the parameters with the lowest validation loss
 

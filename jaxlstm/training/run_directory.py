@@ -20,12 +20,12 @@ from jax.experimental import multihost_utils
 
 import jaxlstm
 from jaxlstm.atomic_write import PARTIAL
+from jaxlstm.json_types import check_entries, from_json
 from jaxlstm.training import config
 from jaxlstm.training.checkpointing import CheckpointError, Checkpoints, checkpoint_steps, make_folder
 from jaxlstm.training.config import Options
 from jaxlstm.training.data.text import DOWNLOADS, EMBEDDED
 from jaxlstm.training.file_lock import file_lock
-from jaxlstm.training.json_types import check_entries, from_json
 from jaxlstm.training.params_file import check_finite
 from jaxlstm.training.tasks.task import Task
 from jaxlstm.training.train_step import TrainState

@@ -11,13 +11,13 @@ ROOT = Path(__file__).parent.parent.parent
 PACKAGE = ROOT / "jaxlstm"
 LEVELS = [  # lowest first; a module imports from its own subpackage and from lower levels
     {"errors"},
-    {"params", "packing", "atomic_write", "regular_file"},
-    {"cells", "primitives", "initializers", "dropout"},
+    {"params", "packing", "atomic_write", "regular_file", "json_types"},
+    {"cells", "primitives", "initializers", "dropout", "checksum"},
     {"validation"},
     {"activation_regularization", "outputs", "recurrence"},
     {"network"},
     {"lstm", "conv_lstm"},
-    {"interop", "flax", "export", "experimental"},
+    {"interop", "flax", "export", "experimental", "autotuning"},
     {"diagnostics"},
     {"__init__"},
     {"training"},

@@ -18,9 +18,9 @@ import pytest
 from rich.console import Console
 from training_runs import ENVIRONMENT, ROOT, SMALL, TEXT, default_jax, read_metrics, read_summary, start_training, train
 
+from jaxlstm.checksum import read_checked_json, write_checked_json
 from jaxlstm.training import cli, train_step
 from jaxlstm.training.checkpointing import CheckpointError, Checkpoints, checkpoint_steps
-from jaxlstm.training.checksum import read_checked_json, write_checked_json
 from jaxlstm.training.config import load_config
 from jaxlstm.training.metrics import Report
 from jaxlstm.training.optimizer import make_optimizer

@@ -17,11 +17,12 @@ import safetensors.numpy
 from time_limit import time_limit
 from training_runs import SMALL, TEXT, default_jax, run_command, train, write_config
 
-from jaxlstm.training import checksum, config, memory, run_directory, train_step
+from jaxlstm import checksum
+from jaxlstm.json_types import from_json
+from jaxlstm.training import config, memory, run_directory, train_step
 from jaxlstm.training.checkpointing import CheckpointError, Checkpoints
 from jaxlstm.training.config import Options, load_config
 from jaxlstm.training.data.text import CharVocabulary, DataError, WordVocabulary
-from jaxlstm.training.json_types import from_json
 from jaxlstm.training.optimizer import make_optimizer
 from jaxlstm.training.params_file import BEST, load_params, save_params
 from jaxlstm.training.run_directory import RunRecord, lock_run_dir

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from training_runs import SMALL, TEXT, read_metrics, read_summary, run_command, train
 
+from jaxlstm.checksum import write_checked_json
 from jaxlstm.training import cli, run_directory
-from jaxlstm.training.checksum import write_checked_json
 from jaxlstm.training.config import Options
 from jaxlstm.training.loop import make_limits
 from jaxlstm.training.run_directory import check_start, create_run_dir, saved_config

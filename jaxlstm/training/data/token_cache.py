@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from jaxlstm.atomic_write import atomic_write
+from jaxlstm.json_types import from_json
 from jaxlstm.regular_file import open_regular, read_regular
 from jaxlstm.training.data.text import (
     DOWNLOADS,
@@ -22,7 +23,6 @@ from jaxlstm.training.data.text import (
     make_folder,
 )
 from jaxlstm.training.file_lock import file_lock
-from jaxlstm.training.json_types import from_json
 
 MEMORY_MAP_BYTES = 2**28  # text files of at least this size are encoded into a file that is mapped into memory
 PIECE_BYTES = 2**20

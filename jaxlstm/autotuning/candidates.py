@@ -1,0 +1,128 @@
+"""The candidates of a search: backends, layouts of the fused backend, and steps per iteration of the loop."""
+
+import itertools
+import math
+from collections.abc import Iterable
+from dataclasses import astuple
+from typing import NamedTuple
+
+import jax
+
+from jaxlstm.lstm import LSTM
+from jaxlstm.recurrence.backends import EXPERIMENTAL, OPTION_CLASSES, Implementation, load
+from jaxlstm.recurrence.fused import Fused
+from jaxlstm.recurrence.layout import ORDERS, choose_layout
+from jaxlstm.recurrence.scan import Scan
+from jaxlstm.recurrence.selection import TENSOR_PARALLEL, default_backend
+
+CHUNK_SIZES = (8, 16, 32, 64)  # the range of the measured rules in `jaxlstm.recurrence.layout`
+UNROLLS = (1, 2, 4)  # steps per iteration; more multiply the time of compilation
+
+
+class Candidate(NamedTuple):
+    """A backend with its options, and the number of steps per iteration."""
+
+    implementation: Implementation
+    unroll: int
+
+    def __str__(self) -> str:
+        """Shows the options as they are given to `jaxlstm.LSTM`."""
+        name = self.implementation if isinstance(self.implementation, str) else repr(self.implementation)
+        return name if self.unroll == 1 else f"{name}, unroll={self.unroll}"
+
+    def num_changes(self, other: "Candidate") -> float:
+        """Returns the number of options in which two candidates of one backend differ; infinity for two backends."""
+        mine, others = _options(self), _options(other)
+        if len(mine) != len(others) or mine[0] != others[0]:
+            return math.inf
+        return sum(a != b for a, b in zip(mine, others))
+
+
+def _options(candidate: Candidate) -> tuple:
+    """Returns the backend, its options and the steps per iteration."""
+    implementation = candidate.implementation
+    if isinstance(implementation, Fused | Scan):
+        return (type(implementation), *astuple(implementation), candidate.unroll)
+    return (implementation, candidate.unroll)
+
+
+class Candidates(NamedTuple):
+    """The candidates of a network, in the order in which they are tried.
+
+    After the seeds, the order is by the times of similar candidates; see `jaxlstm.autotuning.search`.
+    """
+
+    always: tuple[Candidate, ...]  # tried however short the time is: the default, first, and the reference
+    seeds: tuple[Candidate, ...]  # one of each kind
+    others: tuple[Candidate, ...]
+    excluded: dict[str, str]  # by name of the backend: why it is no candidate
+
+
+def list_candidates(lstm: LSTM, xs_shape: tuple[int, ...], *, training: bool, experimental: bool) -> Candidates:
+    """Returns the candidates of a network, each with a program of its own.
+
+    Args:
+      lstm: the network.
+      xs_shape: ``(T, *batch, I)``.
+      training: whether derivatives are computed: the steps per chunk matter then.
+      experimental: whether the experimental backends are candidates.
+    """
+    platform = jax.default_backend()
+    num_steps, batch_size = xs_shape[0], math.prod(xs_shape[1:-1])
+    chunk_steps = num_steps if lstm.remat is None else min(num_steps, lstm.remat)
+    layout = choose_layout(batch_size, lstm.hidden_size, lstm.output_dtype, lstm.state_dtype)
+    hoist_inputs = layout.hoist_inputs or lstm.layer_norm
+    fused = Fused(layout.order, hoist_inputs, layout.chunk_size)
+    name = default_backend(platform)
+    default = Candidate(fused if name == "fused" else name, lstm.unroll)
+    own = [] if lstm.implementation in (None, name) else [Candidate(lstm.implementation, lstm.unroll)]
+    concatenated = Scan(concatenate=True)
+    scans = ["scan", *([concatenated] if platform == "cpu" and not lstm.layer_norm else [])]
+    # The first options are the default ones.
+    orders = _distinct((fused.order, *ORDERS))
+    hoisting = (True,) if lstm.layer_norm else (hoist_inputs, not hoist_inputs)
+    chunk_sizes = _distinct_up_to(chunk_steps, (layout.chunk_size, *(CHUNK_SIZES if training else ())))
+    unrolls = _distinct_up_to(chunk_steps, (lstm.unroll, *UNROLLS))
+    newton = [Candidate(each, lstm.unroll) for each in ("newton", load(OPTION_CLASSES["Newton"])(mode="diagonal"))]
+    kernels = [Candidate(name, lstm.unroll) for name in ("pallas", "cudnn")]
+    excluded = {"tensor_parallel": TENSOR_PARALLEL}
+    if platform == "cpu":
+        excluded["pallas"] = "a kernel for TPUs and Hopper GPUs, which only an interpreter runs on a CPU"
+        kernels = kernels[1:]
+        if lstm.layer_norm:
+            excluded[str(concatenated)] = "not with layer normalization"
+    if not experimental:
+        excluded |= dict.fromkeys(EXPERIMENTAL, "experimental")
+        newton, kernels = [], []
+    early, late = (kernels, newton) if platform == "cpu" else ([*kernels, *newton], [])
+    always = [default, *own, Candidate("scan", lstm.unroll)]
+    layouts = [Fused(*each, layout.chunk_size) for each in itertools.product(orders, hoisting)]
+    seeds = [*early, *(Candidate(each, lstm.unroll) for each in (*scans, *layouts))]
+    fused_options = [Fused(*each) for each in itertools.product(orders, hoisting, chunk_sizes)]
+    others = [Candidate(*each) for each in itertools.product((*fused_options, *scans), unrolls)]
+    always, seeds, others = _without_repetition(always, seeds, [*others, *late])
+    return Candidates(always, seeds, others, excluded)
+
+
+def _distinct(values: Iterable) -> tuple:
+    """Returns the values without repetition, in their order."""
+    return tuple(dict.fromkeys(values))
+
+
+def _distinct_up_to(limit: int, sizes: Iterable[int]) -> tuple[int, ...]:
+    """Returns sizes that differ below a limit; all sizes of at least the limit have the same effect."""
+    distinct: dict[int, int] = {}
+    for size in sizes:
+        distinct.setdefault(min(size, limit), size)
+    return tuple(distinct.values())
+
+
+def _without_repetition(*groups: Iterable[Candidate]) -> list[tuple[Candidate, ...]]:
+    """Removes from each group the candidates of the groups before it."""
+    seen: dict[Candidate, None] = {}
+    result = []
+    for group in groups:
+        new = tuple(each for each in _distinct(group) if each not in seen)
+        seen |= dict.fromkeys(new)
+        result.append(new)
+    return result

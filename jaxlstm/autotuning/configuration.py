@@ -1,0 +1,115 @@
+"""The configuration of an LSTM as JSON values, and back."""
+
+import warnings
+from dataclasses import fields
+from typing import Any, Literal, get_type_hints
+
+import jax.numpy as jnp
+
+from jaxlstm.cells import Cell
+from jaxlstm.errors import first_line
+from jaxlstm.json_types import check_entries
+from jaxlstm.lstm import LSTM
+from jaxlstm.recurrence.backends import OPTION_CLASSES, Implementation, load
+
+DTYPES = ("dtype", "param_dtype")
+CELL_TYPES = get_type_hints(Cell) | {"gates": str}
+BACKEND_TYPES = {"class": Literal[tuple(OPTION_CLASSES)], "options": dict[str, Any]}
+# Types of the options as JSON values; `jaxlstm.LSTM` checks the values.
+LSTM_TYPES: dict[str, Any] = {f.name: get_type_hints(LSTM)[f.name] for f in fields(LSTM)} | {
+    "cell": str | dict[str, Any],
+    "dtype": str | None,
+    "param_dtype": str,
+    "implementation": str | dict[str, Any] | None,
+}
+
+
+def lstm_to_json(lstm: LSTM) -> dict[str, Any]:
+    """Returns all options of a network as JSON values.
+
+    Raises:
+      ValueError: for a cell or a backend that cannot be imported by its name.
+    """
+    values: dict[str, Any] = {field.name: getattr(lstm, field.name) for field in fields(lstm)}
+    for name in DTYPES:
+        values[name] = None if values[name] is None else jnp.dtype(values[name]).name
+    if isinstance(lstm.cell, Cell):
+        values["cell"] = vars(lstm.cell) | {"gates": _import_name(lstm.cell.gates)}
+    return values | {"implementation": implementation_to_json(lstm.implementation)}
+
+
+def lstm_from_json(values: Any, label: str) -> LSTM:
+    """Returns the network with the options that `lstm_to_json` gave; imports the module of a custom cell.
+
+    Args:
+      values: the parsed object.
+      label: name of the object in error messages.
+
+    Raises:
+      ValueError: for a missing or unknown option, or one of a wrong type or value.
+    """
+    check_entries(values, LSTM_TYPES, label)
+    options = values | {"implementation": implementation_from_json(values["implementation"], label)}
+    try:
+        if isinstance(values["cell"], dict):
+            check_entries(values["cell"], CELL_TYPES, f"{label}: cell")
+            options["cell"] = Cell(**values["cell"] | {"gates": load(values["cell"]["gates"])})
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # given when the user made the network
+            return LSTM(**options)
+    except (ImportError, AttributeError, TypeError) as error:
+        raise ValueError(f"{label}: {first_line(error)}") from None
+    except ValueError as error:
+        raise ValueError(str(error) if str(error).startswith(label) else f"{label}: {first_line(error)}") from None
+
+
+def implementation_to_json(implementation: Implementation | None) -> Any:
+    """Returns a backend as a JSON value: its name, or the name and the options of its class.
+
+    Raises:
+      ValueError: for a backend of the user's own.
+    """
+    if implementation is None or isinstance(implementation, str):
+        return implementation
+    name = type(implementation).__name__
+    if name not in OPTION_CLASSES or type(implementation) is not load(OPTION_CLASSES[name]):
+        raise ValueError(
+            f"implementation={implementation!r} cannot be saved; expected a name or one of {', '.join(OPTION_CLASSES)}"
+        )
+    return {"class": name, "options": vars(implementation)}
+
+
+def implementation_from_json(value: Any, label: str) -> Implementation | None:
+    """Returns the backend that `implementation_to_json` gave; `jaxlstm.LSTM` checks a name.
+
+    Args:
+      value: the parsed value.
+      label: name of the object that it is in, for error messages.
+
+    Raises:
+      ValueError: for a missing or unknown option, or one of a wrong type or value.
+    """
+    label = f"{label}: implementation"
+    if not isinstance(value, dict):
+        return value
+    check_entries(value, BACKEND_TYPES, label)
+    backend = load(OPTION_CLASSES[value["class"]])
+    check_entries(value["options"], get_type_hints(backend), f"{label}: options")
+    try:
+        return backend(**value["options"])
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{label}: {first_line(error)}") from None
+
+
+def _import_name(function: Any) -> str:
+    """Returns ``"module:name"`` of a function that can be imported by it."""
+    module, name = getattr(function, "__module__", None), getattr(function, "__qualname__", None)
+    path = f"{module}:{name}"
+    try:
+        if module != "__main__" and load(path) is function:
+            return path
+    except (ImportError, AttributeError):
+        pass
+    raise ValueError(
+        f"the gates {path} of the cell cannot be saved: expected a function at the top of a module that can be imported"
+    )
