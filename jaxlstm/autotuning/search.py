@@ -194,11 +194,10 @@ def _run_rounds(entries: Sequence[_Entry], num_rounds: int, deadline: float, clo
 def _timed_trial(entry: _Entry, chosen: _Entry, default: Candidate) -> Trial:
     """Returns the row of an entry."""
     notes = ["chosen"] if entry is chosen else []
-    if entry.candidate == default:
-        notes.append("the default")
-    elif chosen.candidate == default and entry.median < chosen.median:
+    if chosen.candidate == default and entry.median < chosen.median:
         few = len(entry.times) < FEWEST_RUNS
         notes.append("run too few times" if few else f"not faster than the default by more than {NOISE:.0%}")
     if entry.note:
         notes.append(entry.note)
-    return Trial(str(entry.candidate), entry.median, len(entry.times), entry.error, "; ".join(notes))
+    is_default = entry.candidate == default
+    return Trial(str(entry.candidate), entry.median, len(entry.times), entry.error, is_default, "; ".join(notes))

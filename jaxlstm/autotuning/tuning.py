@@ -33,7 +33,13 @@ class Trial:
     seconds: float | None = None  # median time of a run; None if it was not timed
     runs: int = 0  # number of timed runs
     error: float | None = None  # largest relative error, see `jaxlstm.autotuning.agreement`; None if it did not run
+    is_default: bool = False  # whether it is the backend and layout of the network if none is chosen
     note: str = ""  # "chosen", or why it cannot be chosen: refused, failed, wrong, not tried, ...
+
+    @property
+    def milliseconds(self) -> str:
+        """The time with its unit; empty without a time."""
+        return "" if self.seconds is None else f"{1e3 * self.seconds:.4g} ms"
 
 
 @dataclass(frozen=True)
@@ -122,6 +128,6 @@ def device_name() -> str:
 
 def _row(trial: Trial) -> tuple[str, str, str, str, str]:
     """Returns the cells of a row."""
-    median = "" if trial.seconds is None else f"{1e3 * trial.seconds:.4g} ms"
     error = "" if trial.error is None else f"{trial.error:.1e}"
-    return trial.candidate, median, str(trial.runs) if trial.runs else "", error, trial.note
+    note = "; ".join(filter(None, ("the default" if trial.is_default else "", trial.note)))
+    return trial.candidate, trial.milliseconds, str(trial.runs) if trial.runs else "", error, note

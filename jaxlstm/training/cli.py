@@ -183,7 +183,8 @@ def _annotation(field: dataclasses.Field[Any], default: Any) -> Any:
     metavar = None
     if field.default is None:
         optional_type = next(t for t in get_args(hint) if t is not type(None))
-        metavar = optional_type.__name__.upper()
+        choices = get_args(optional_type)  # of a Literal
+        metavar = f"{{{','.join(choices)}}}" if choices else optional_type.__name__.upper()
     return Annotated[hint, tyro.conf.arg(help=text, metavar=metavar, help_behavior_hint=shown_default)]
 
 

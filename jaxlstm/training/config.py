@@ -78,6 +78,12 @@ class Options:
         "float32", "Dtype of matrix products; parameters, sums and state stay float32."
     )
 
+    implementation: Literal["auto", "scan", "fused", "tensor_parallel", "newton", "pallas", "cudnn"] | None = _option(
+        None,
+        "Backend of the training step; auto measures which is the fastest, for 20 seconds or a twentieth of "
+        "--max-seconds, before the first step. Default: auto on GPUs and TPUs, fused on CPUs.",
+    )
+
     # Regularization.
     dropout: float = _option(0.4, "Dropout rate of each layer's outputs, in [0, 1).", "fraction")
     input_dropout: float = _option(
@@ -211,8 +217,19 @@ NOT_PART_OF_A_RUN = (
 
 
 # Types of the entries of config.json; language models save their vocabulary too.
-CONFIG_TYPES: dict[str, Any] = {"options": dict[str, Any], "about": str, "fingerprint": str, "versions": dict[str, str]}
+CONFIG_TYPES: dict[str, Any] = {
+    "options": dict[str, Any],
+    "about": str,
+    "fingerprint": str,
+    "versions": dict[str, str],
+    "backend": dict[str, Any] | None,  # see `jaxlstm.training.backend`
+}
 VOCABULARY_TYPES: dict[str, Any] = {"charlm": str, "wordlm": list[str]}
+
+
+def splits_units(options: Options) -> bool:
+    """Returns whether ``--mesh`` splits the hidden units over devices, which takes the backend "tensor_parallel"."""
+    return bool(options.mesh) and "model" in str(options.mesh)
 
 
 def groups() -> dict[str, list[dataclasses.Field[Any]]]:

@@ -13,7 +13,7 @@ import numpy as np
 from rich.console import Console
 
 from jaxlstm.checksum import write_checked_json
-from jaxlstm.training import params_file, run_directory, saturation, sharding, train_step
+from jaxlstm.training import backend, params_file, run_directory, saturation, sharding, train_step
 from jaxlstm.training.checkpointing import Checkpoints
 from jaxlstm.training.config import CONFIG, Options
 from jaxlstm.training.memory import check_memory, num_bytes
@@ -98,6 +98,7 @@ class Trainer:
         self.setup_state()
         self.check_step()
         self.setup_run_dir(exit_stack)
+        self.setup_backend()
         self.setup_output()
 
     def setup_task(self, exit_stack: contextlib.ExitStack) -> None:
@@ -113,13 +114,14 @@ class Trainer:
             if size % devices:
                 raise ValueError(f"--{option} {size} is not divisible by {axis}={devices} of --mesh")
         self.task = TASKS[options.task].make(options)
+        self.lstm = backend.named_backend(options, self.task.lstm)
 
     def setup_state(self) -> None:
         """Initializes parameters and training state; the step is compiled at its first call."""
         options, task = self.options, self.task
         peak = options.learning_rate or DEFAULT_PEAK[options.optimizer]
         self.schedule = jax.jit(learning_rate_schedule(options.optimizer, peak, options.warmup))
-        optimizer = make_optimizer(
+        self.optimizer = optimizer = make_optimizer(
             peak,
             warmup=options.warmup,
             weight_decay=options.weight_decay,
@@ -142,8 +144,13 @@ class Trainer:
         check_memory(num_bytes((shapes, gradients, outputs)), "--hidden, --embedding, --layers, --batch or --window")
         self.num_parameters = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes.params))
         self.state = sharding.place_state(self.mesh, init_state(k_init, k_steps))
-        self.train_step = train_step.make_step(task.loss, optimizer, sharding.state_sharding(self.mesh, self.state))
+        self.make_step()
         self.gate_saturation = saturation.gate_saturation(task.lstm, task.lstm_inputs)
+
+    def make_step(self) -> None:
+        """Makes the training step around `lstm`, the network of the task with the backend of the training step."""
+        state_sharding = sharding.state_sharding(self.mesh, self.state)
+        self.train_step = train_step.make_step(self.task.make_loss(self.lstm), self.optimizer, state_sharding)
 
     def check_step(self) -> None:
         """Traces the step on a first batch, so that options that it refuses are reported before anything is written."""
@@ -171,6 +178,7 @@ class Trainer:
             run_dir, self.console = run_directory.temporary_copy(run_dir), Console(quiet=True)
         self.run_dir: Path = run_dir
         self.record = RunRecord()
+        self.saved_backend: dict[str, Any] | None = None  # of the run before resuming
         if options.resume:
             self.resume(options.resume)
         self.is_complete = self.progress == 1
@@ -187,6 +195,7 @@ class Trainer:
                 print_line(self.console, f"{run_dir} has no config.json yet: it gets the options of this command")
             return
         self.state, self.record, saved = run_directory.restore_run(self.checkpoints, options, task, self.state)
+        self.saved_backend = saved["backend"]
         if changes := run_directory.changed_versions(saved):
             print_line(self.console, f"resumed with other versions, so losses may differ slightly: {changes}")
         self.check_best_params()
@@ -220,10 +229,29 @@ class Trainer:
                 f"{record.step:,} is at {self.progress:.0%} of the run, before at {progress_before:.0%}",
             )
 
+    def setup_backend(self) -> None:
+        """Sets a measured backend, the same in all processes, unless the options name one or the default."""
+        self.backend = self.saved_backend  # of a run that has ended, or None
+        if not backend.is_measured(self.options):
+            self.backend = None
+        elif not self.is_complete:
+            self.backend = backend.from_first_process(self.choose_backend)
+            self.lstm = backend.with_backend(self.task.lstm, self.backend)
+            self.make_step()
+
+    def choose_backend(self) -> dict[str, Any]:
+        """Returns the backend of the run before resuming, if its device was of the same kind, or measures one."""
+        saved = self.saved_backend
+        if saved is not None and backend.is_of_this_device(saved):
+            return saved
+        measured, line = backend.measure_backend(self.options, self.task, self.state, self.mesh)
+        print_line(self.console, line)
+        return measured
+
     def setup_output(self) -> None:
         """Writes ``config.json``, prints the first line and opens the metrics."""
         options, task, run_dir = self.options, self.task, self.run_dir
-        self.config = run_directory.saved_config(options, task)
+        self.config = run_directory.saved_config(options, task, self.backend)
         write_checked_json(run_dir / CONFIG, self.config | dict(task.extra_config))
         self.print_start()
         self.stop_signals = catch_stop_signals()

@@ -114,12 +114,24 @@ def temporary_copy(run_dir: Path) -> Path:
     return copy
 
 
-def saved_config(options: Options, task: Task) -> dict[str, Any]:
-    """Returns the part of ``config.json`` that every checkpoint repeats, to recognize its run."""
+def saved_config(options: Options, task: Task, backend: dict[str, Any] | None = None) -> dict[str, Any]:
+    """Returns the part of ``config.json`` that every checkpoint repeats, to recognize its run.
+
+    Args:
+      options: options of the run.
+      task: its task.
+      backend: the measured backend, see `jaxlstm.training.backend`; None if none was measured.
+    """
     values = config.to_json(options)
     if options.data not in KNOWN_DATA and Path(options.data).is_file():
         values["data"] = str(Path(options.data).absolute())  # a resume may start in another folder
-    return {"options": values, "about": task.description, "fingerprint": task.fingerprint, "versions": versions()}
+    return {
+        "options": values,
+        "about": task.description,
+        "fingerprint": task.fingerprint,
+        "versions": versions(),
+        "backend": backend,
+    }
 
 
 @functools.cache

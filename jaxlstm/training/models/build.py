@@ -3,6 +3,7 @@
 import jax.numpy as jnp
 
 import jaxlstm
+from jaxlstm.training import config
 from jaxlstm.training.config import Options
 
 
@@ -36,5 +37,5 @@ def build_lstm(options: Options, input_size: int, *, longest_dependency: int | N
         weight_drop=options.weight_drop,
         zoneout_h=options.zoneout_h,
         zoneout_c=options.zoneout_c,
-        implementation="tensor_parallel" if options.mesh and "model" in options.mesh else None,
+        implementation="tensor_parallel" if config.splits_units(options) else None,
     )

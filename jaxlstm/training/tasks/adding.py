@@ -2,6 +2,7 @@
 
 import itertools
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -9,11 +10,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from jaxlstm.lstm import LSTM
 from jaxlstm.training.config import Options
 from jaxlstm.training.data import synthetic
 from jaxlstm.training.models.build import build_lstm
 from jaxlstm.training.models.sequence_regressor import SequenceRegressor
 from jaxlstm.training.tasks.task import Task, unused_options
+from jaxlstm.training.train_step import Loss
 
 DEFAULTS: dict[str, Any] = {
     "hidden": 64,
@@ -45,14 +48,14 @@ def make(options: Options) -> Task:
         for number in itertools.count(start + 1):
             yield draw_batch(number, options.batch)
 
-    def mean_squared_error(params: Any, batch: synthetic.AddingBatch, key: Array | None = None) -> Array:
-        return jnp.mean((model(params, batch.inputs, key=key)[..., 0] - batch.targets) ** 2)
+    def make_loss(lstm: LSTM) -> Loss:
+        def loss(params: Any, carry: None, batch: synthetic.AddingBatch, key: Array) -> Any:
+            value = mean_squared_error(replace(model, lstm=lstm), params, batch, key)
+            return value, (value, carry)
 
-    def loss(params: Any, carry: None, batch: synthetic.AddingBatch, key: Array) -> tuple[Array, tuple[Array, None]]:
-        value = mean_squared_error(params, batch, key)
-        return value, (value, carry)
+        return loss
 
-    validation_loss = jax.jit(lambda params: mean_squared_error(params, validation))
+    validation_loss = jax.jit(lambda params: mean_squared_error(model, params, validation))
     return Task(
         description=f"the sum of two numbers among {options.window:,}; always answering 1 costs "
         f"{synthetic.ADDING_BASELINE:.3f}",
@@ -64,8 +67,15 @@ def make(options: Options) -> Task:
         format_loss=lambda value: f"{value:.5f} squared error",
         init=model.init,
         batches=batches,
-        loss=loss,
+        make_loss=make_loss,
         lstm=model.lstm,
         lstm_inputs=lambda params, carry, batch: (batch.inputs, None),
         evaluate=lambda params: {"loss": float(validation_loss(params))},
     )
+
+
+def mean_squared_error(
+    model: SequenceRegressor, params: Any, batch: synthetic.AddingBatch, key: Array | None = None
+) -> Array:
+    """Returns the mean squared error of a batch; ``key`` turns dropout on."""
+    return jnp.mean((model(params, batch.inputs, key=key)[..., 0] - batch.targets) ** 2)

@@ -3,6 +3,7 @@
 import itertools
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -11,10 +12,12 @@ import numpy as np
 import optax
 from jax import Array
 
+from jaxlstm.lstm import LSTM
 from jaxlstm.training.config import Options
 from jaxlstm.training.data import synthetic
 from jaxlstm.training.tasks.language import build_language_model
 from jaxlstm.training.tasks.task import Task, unused_options
+from jaxlstm.training.train_step import Loss
 
 DEFAULTS: dict[str, Any] = {
     "embedding": 10,
@@ -47,10 +50,13 @@ def make(options: Options) -> Task:
         for number in itertools.count(start + 1):
             yield draw_batch(number, options.batch)
 
-    def loss(params: Any, carry: None, batch: synthetic.CopyingBatch, key: Array) -> tuple[Array, tuple[Array, None]]:
-        logits, _ = model(params, batch.inputs, key=key)
-        nats = optax.softmax_cross_entropy_with_integer_labels(logits, batch.targets).mean()
-        return nats, (nats, carry)
+    def make_loss(lstm: LSTM) -> Loss:
+        def loss(params: Any, carry: None, batch: synthetic.CopyingBatch, key: Array) -> Any:
+            logits, _ = replace(model, lstm=lstm)(params, batch.inputs, key=key)
+            nats = optax.softmax_cross_entropy_with_integer_labels(logits, batch.targets).mean()
+            return nats, (nats, carry)
+
+        return loss
 
     @jax.jit
     def loss_and_accuracy(params: Any) -> tuple[Array, Array]:
@@ -74,7 +80,7 @@ def make(options: Options) -> Task:
         format_loss=lambda value: f"{value:.5f} nats",
         init=model.init,
         batches=batches,
-        loss=loss,
+        make_loss=make_loss,
         lstm=model.lstm,
         lstm_inputs=lambda params, carry, batch: (params.embedding[batch.inputs], None),
         evaluate=evaluate,

@@ -6,6 +6,7 @@ test.
 
 import itertools
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import jax
@@ -15,12 +16,14 @@ import optax
 from jax import Array
 
 from jaxlstm.errors import optional_package
+from jaxlstm.lstm import LSTM
 from jaxlstm.training.config import Options
 from jaxlstm.training.data.shuffling import shuffled_batches
 from jaxlstm.training.data.text import fingerprint
 from jaxlstm.training.models.build import build_lstm
 from jaxlstm.training.models.sequence_regressor import SequenceRegressor
 from jaxlstm.training.tasks.task import Task, unused_options
+from jaxlstm.training.train_step import Loss
 
 DEFAULTS: dict[str, Any] = {
     "hidden": 64,
@@ -54,10 +57,13 @@ def make(options: Options) -> Task:
             indices, rng = batch_indices(number), np.random.default_rng((options.seed, number))
             yield Digits(shift_images(train.rows[:, indices], rng), train.labels[indices])
 
-    def loss(params: Any, carry: None, batch: Digits, key: Array) -> tuple[Array, tuple[Array, None]]:
-        logits = model(params, batch.rows, key=key)
-        nats = optax.softmax_cross_entropy_with_integer_labels(logits, batch.labels).mean()
-        return nats, (nats, carry)
+    def make_loss(lstm: LSTM) -> Loss:
+        def loss(params: Any, carry: None, batch: Digits, key: Array) -> tuple[Array, tuple[Array, None]]:
+            logits = replace(model, lstm=lstm)(params, batch.rows, key=key)
+            nats = optax.softmax_cross_entropy_with_integer_labels(logits, batch.labels).mean()
+            return nats, (nats, carry)
+
+        return loss
 
     @jax.jit
     def loss_and_accuracy(params: Any, rows: Array, labels: Array) -> tuple[Array, Array]:
@@ -80,7 +86,7 @@ def make(options: Options) -> Task:
         format_loss=lambda value: f"{value:.4f} nats",
         init=model.init,
         batches=batches,
-        loss=loss,
+        make_loss=make_loss,
         lstm=model.lstm,
         lstm_inputs=lambda params, carry, batch: (batch.rows, None),
         evaluate=lambda params: metrics(params, valid),

@@ -7,7 +7,7 @@ number before them, further inputs mark them, and they are never scored.
 
 import itertools
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,6 +19,7 @@ from jax import Array
 from jaxlstm.atomic_write import atomic_write
 from jaxlstm.diagnostics.plots import literal
 from jaxlstm.errors import optional_package
+from jaxlstm.lstm import LSTM
 from jaxlstm.training.config import Options
 from jaxlstm.training.data.csv_series import Series, name_list, read_series
 from jaxlstm.training.data.shuffling import shuffled_batches
@@ -26,6 +27,7 @@ from jaxlstm.training.data.text import DataError, fingerprint
 from jaxlstm.training.models.build import build_lstm
 from jaxlstm.training.models.sequence_regressor import SequenceRegressor, SequenceRegressorParams
 from jaxlstm.training.tasks.task import Task, unused_options
+from jaxlstm.training.train_step import Loss
 
 DEFAULTS: dict[str, Any] = {
     "data": "co2",
@@ -144,6 +146,10 @@ class Forecaster:
     regressor: SequenceRegressor
     horizon: int
 
+    def with_lstm(self, lstm: LSTM) -> "Forecaster":
+        """Returns the model with an LSTM of the same parameters."""
+        return replace(self, regressor=replace(self.regressor, lstm=lstm))
+
     def __call__(self, params: SequenceRegressorParams, windows: Windows, *, key: Array | None = None) -> Array:
         """Returns normalized forecasts ``(horizon, B, F)`` of normalized windows."""
         flat = self.regressor(params, self.lstm_inputs(windows), key=key)  # (B, horizon * F)
@@ -177,11 +183,15 @@ def make(options: Options) -> Task:
         for number in itertools.count(start):
             yield normalize(data.windows(batch_starts(number)), scale)
 
-    def loss(params: Any, carry: None, batch: Windows, key: Array) -> tuple[Array, tuple[Array, None]]:
-        scored = jnp.asarray(batch.scored)
-        errors = jnp.where(scored, (model(params, batch, key=key) - batch.targets) ** 2, 0)
-        value = errors.sum() / jnp.maximum(scored.sum(), 1).astype(errors.dtype)
-        return value, (value, carry)
+    def make_loss(lstm: LSTM) -> Loss:
+        def loss(params: Any, carry: None, batch: Windows, key: Array) -> tuple[Array, tuple[Array, None]]:
+            scored = jnp.asarray(batch.scored)
+            forecasts = model.with_lstm(lstm)(params, batch, key=key)
+            errors = jnp.where(scored, (forecasts - batch.targets) ** 2, 0)
+            value = errors.sum() / jnp.maximum(scored.sum(), 1).astype(errors.dtype)
+            return value, (value, carry)
+
+        return loss
 
     def forecast(params: Any, windows: Windows) -> np.ndarray:
         """Returns forecasts in the units of the series, ``(horizon, B, F)``."""
@@ -228,7 +238,7 @@ def make(options: Options) -> Task:
         format_loss=lambda value: f"{value:.5f} squared error",
         init=model.regressor.init,
         batches=batches,
-        loss=loss,
+        make_loss=make_loss,
         lstm=lstm,
         lstm_inputs=lambda params, carry, batch: (model.lstm_inputs(batch), None),
         evaluate=lambda params: mean_errors(params, data.part(1)),

@@ -1,6 +1,7 @@
 """The parts that character and word language models share."""
 
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -115,7 +116,11 @@ def make_language_task(
         init=model.init,
         init_carry=lambda params: model.lstm.initial_state((options.batch,), params.lstm),
         batches=batches,
-        loss=training_loss(model, activation=options.activation, temporal_activation=options.temporal_activation),
+        make_loss=lambda lstm: training_loss(
+            replace(model, lstm=lstm),
+            activation=options.activation,
+            temporal_activation=options.temporal_activation,
+        ),
         lstm=model.lstm,
         lstm_inputs=lambda params, carry, window: (params.embedding[window.inputs], restart_carry(carry, window)),
         evaluate=lambda params: {"loss": evaluate(model, params, valid_ids, batch_size=options.batch)},

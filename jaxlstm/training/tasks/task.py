@@ -64,7 +64,7 @@ class Task:
     init: Callable[[Array], Any]  # parameters from a PRNG key
     init_carry: Callable[[Any], Any] = no_carry  # params -> recurrent state before the first batch, or None
     batches: Callable[[int], Iterator[Any]]  # endless batches after skipping the given number of them
-    loss: Loss
+    make_loss: Callable[[LSTM], Loss]  # the loss with the LSTM of the model, or one with another backend
     lstm: LSTM  # the recurrent network; its parameters are the field ``lstm`` of the model's
     lstm_inputs: Callable[[Any, Any, Any], tuple[Array, State | None]]  # (params, carry, batch) -> (xs, initial state)
     evaluate: Callable[[Any], dict[str, float]]  # params -> validation metrics; the lowest "loss" is the best
@@ -74,6 +74,11 @@ class Task:
     notes: tuple[str, ...] = ()  # lines about the data, printed before the description
     fingerprint: str = ""  # hash of data read from files; a resumed run must have the same
     extra_config: Mapping[str, Any] = field(default_factory=dict)  # entries of config.json besides the options
+
+    @property
+    def loss(self) -> Loss:
+        """The loss of the model."""
+        return self.make_loss(self.lstm)
 
 
 class TaskModule(Protocol):
