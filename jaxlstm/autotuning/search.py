@@ -184,7 +184,7 @@ def _run_rounds(entries: Sequence[_Entry], num_rounds: int, deadline: float, clo
     for n in range(num_rounds):
         rotation = n % len(entries)
         order = [*entries[rotation:], *entries[:rotation]]
-        for entry in order[::-1] if n % 2 else order:  # no entry always follows the same one
+        for entry in order[::-1] if n % 2 else order:
             if clock() >= deadline:
                 return False
             entry.times.append(_time(entry.run, clock))

@@ -10,7 +10,10 @@ import pytest
 from tolerance import narrow_operands
 
 import jaxlstm
+from jaxlstm import cells
+from jaxlstm.dropout import RegularizerRates
 from jaxlstm.recurrence import fused
+from jaxlstm.recurrence.fused import Fused
 from jaxlstm.recurrence.layout import BatchMajor, FeatureMajor, choose_layout
 
 FLOAT64, FLOAT32, BFLOAT16 = jnp.dtype("float64"), jnp.dtype("float32"), jnp.dtype("bfloat16")
@@ -21,7 +24,7 @@ def set_layout(monkeypatch):
     """Returns a function that replaces the choice of the layout, for every batch and hidden size."""
 
     def set_layout(layout, **options):
-        def choose(batch_size, hidden_size, dtype, accum_dtype):
+        def choose(batch_size, hidden_size, dtype, accum_dtype, order=None):
             return layout(dtype, accum_dtype, **options)
 
         monkeypatch.setattr(fused, "choose_layout", choose)
@@ -59,17 +62,45 @@ def test_choose_layout_at_the_limits_of_each_rule(sizes, layout, hoist_inputs, c
     ],
 )
 @pytest.mark.parametrize(
-    ("layout", "options"),
+    ("order", "hoist_inputs", "chunk_size"),
+    [("feature", False, None), ("feature", True, 3), ("batch", False, 2)],
+)
+def test_fused_in_every_layout_equals_oracle(configuration, order, hoist_inputs, chunk_size):
+    if cases.network(configuration).layer_norm:
+        hoist_inputs = None  # always hoisted
+    parity.check_outputs_and_gradients(configuration, "everything", Fused(order, hoist_inputs, chunk_size))
+
+
+@pytest.mark.parametrize(
+    "configuration",
     [
-        (FeatureMajor, {"hoist_inputs": False}),
-        (FeatureMajor, {"hoist_inputs": True}),
-        (BatchMajor, {"hoist_inputs": False}),
-        (BatchMajor, {"hoist_inputs": False, "split_dot": True}),
+        *("learned state", "remat"),
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("rnn", "all options of a layer")),
     ],
 )
-def test_fused_in_every_layout_equals_oracle(configuration, layout, options, set_layout):
-    set_layout(layout, **options)
+def test_fused_with_split_products_equals_oracle(configuration, set_layout):
+    set_layout(BatchMajor, hoist_inputs=False, split_dot=True)
     parity.check_outputs_and_gradients(configuration, "everything", "fused")
+
+
+@pytest.mark.parametrize("order", ["batch", "feature"])
+def test_fused_options_give_the_layout(order):
+    config = fused.FusedConfig(
+        Fused(order, False, 5), cells.CELLS["lstm"], RegularizerRates(), 1, 129, BFLOAT16, FLOAT32, layer_norm=False
+    )
+    layout = config.layout(8)
+    assert (layout.order, layout.hoist_inputs, layout.chunk_size, layout.bitcast) == (order, False, 5, True)
+    assert config._replace(options=Fused()).layout(8) == choose_layout(8, 129, BFLOAT16, FLOAT32)
+    hoisted = config._replace(options=Fused(order, True), layer_norm=True).layout(64)
+    assert (hoisted.order, hoisted.hoist_inputs, hoisted.chunk_size) == (order, True, 8)
+
+
+def test_fused_options_keep_the_conditions_of_their_order():
+    """Split products belong to batch-major arrays: with this order they are split under the same conditions."""
+    assert choose_layout(32, 300, FLOAT32, FLOAT32).order == "feature"
+    layout = choose_layout(32, 300, FLOAT32, FLOAT32, "batch")
+    assert (layout.order, layout.split_dot, layout.threaded_gates) == ("batch", True, True)
+    assert not choose_layout(32, 200, FLOAT32, FLOAT32, "feature").split_dot
 
 
 BFLOAT16_LAYOUTS = [

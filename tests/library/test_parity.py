@@ -5,6 +5,8 @@ import jax.numpy as jnp
 import parity
 import pytest
 
+from jaxlstm.recurrence.scan import Scan
+
 every_backend = pytest.mark.parametrize("implementation", cases.BACKENDS)
 
 
@@ -38,3 +40,31 @@ def test_higher_derivatives_equal_oracle(configuration, implementation):
 @every_backend
 def test_vmap_equals_batch(implementation):
     parity.check_vmap(implementation)
+
+
+CONCATENATED = Scan(concatenate=True)
+FEW = ("learned state", "peephole bidirectional projection", "recurrent dropout", "rnn")  # in the default tier
+
+
+@pytest.mark.parametrize(
+    "configuration",
+    [
+        *FEW,
+        *(
+            pytest.param(name, marks=pytest.mark.slow)
+            for name, options in cases.CONFIGURATIONS.items()
+            if name not in FEW and not options.get("layer_norm")
+        ),
+    ],
+)
+def test_concatenated_scan_equals_oracle(configuration):
+    parity.check_outputs_and_gradients(configuration, "everything", CONCATENATED)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_concatenated_scan_in_narrow_dtypes_equals_oracle(dtype):
+    parity.check_narrow_dtype("learned state", dtype, CONCATENATED)
+
+
+def test_concatenated_scan_vmap_equals_batch():
+    parity.check_vmap(CONCATENATED)
