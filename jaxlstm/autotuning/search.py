@@ -21,8 +21,9 @@ from jaxlstm.autotuning.tuning import Trial
 from jaxlstm.errors import first_line
 
 COMPARISON = 0.3  # largest share of the seconds that is kept for the comparison
-MUCH_SLOWER = 4.0  # a candidate whose first run takes so many times that of the fastest,
-LONG = 0.05  # and this share of the seconds, is not run again
+# A candidate is not run again if its first run takes more than
+MUCH_SLOWER = 4.0  # times the fastest one, and
+LONG = 0.05  # times the seconds of the search.
 NOISE = 0.02  # a rival must be faster than the default by more than this
 FEWEST_RUNS = 3  # of a rival that may be chosen instead of the default
 ENOUGH_RUNS = 64  # of each of the last two candidates

@@ -217,13 +217,8 @@ NOT_PART_OF_A_RUN = (
 
 
 # Types of the entries of config.json; language models save their vocabulary too.
-CONFIG_TYPES: dict[str, Any] = {
-    "options": dict[str, Any],
-    "about": str,
-    "fingerprint": str,
-    "versions": dict[str, str],
-    "backend": dict[str, Any] | None,  # see `jaxlstm.training.backend`
-}
+CONFIG_TYPES: dict[str, Any] = {"options": dict[str, Any], "about": str, "fingerprint": str, "versions": dict[str, str]}
+BACKEND_TYPES: dict[str, Any] = {"backend": dict[str, Any]}  # if it was measured, see `jaxlstm.training.backend`
 VOCABULARY_TYPES: dict[str, Any] = {"charlm": str, "wordlm": list[str]}
 
 
@@ -307,11 +302,16 @@ def load_config(run_dir: Path, flag: str) -> tuple[Options, dict[str, Any]]:
         raise ValueError(f"{flag} {run_dir} is not the folder of a run: {path}: {error.strerror}") from None
     check_entries(config.get("options"), saved_types(), f"{path}: options")
     vocabulary = VOCABULARY_TYPES.get(config["options"]["task"])
-    check_entries(config, CONFIG_TYPES | ({} if vocabulary is None else {"vocabulary": vocabulary}), str(path))
+    check_entries(config, entry_types(config) | ({} if vocabulary is None else {"vocabulary": vocabulary}), str(path))
     try:
         return Options(**config["options"]), config
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
+
+
+def entry_types(values: dict[str, Any]) -> dict[str, Any]:
+    """Returns the types of the entries of a configuration, except for a vocabulary."""
+    return CONFIG_TYPES | (BACKEND_TYPES if "backend" in values else {})
 
 
 def differences(received: dict[str, Any], expected: dict[str, Any]) -> list[str]:

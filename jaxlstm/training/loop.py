@@ -195,7 +195,7 @@ class Trainer:
                 print_line(self.console, f"{run_dir} has no config.json yet: it gets the options of this command")
             return
         self.state, self.record, saved = run_directory.restore_run(self.checkpoints, options, task, self.state)
-        self.saved_backend = saved["backend"]
+        self.saved_backend = saved.get("backend")
         if changes := run_directory.changed_versions(saved):
             print_line(self.console, f"resumed with other versions, so losses may differ slightly: {changes}")
         self.check_best_params()

@@ -125,13 +125,8 @@ def saved_config(options: Options, task: Task, backend: dict[str, Any] | None = 
     values = config.to_json(options)
     if options.data not in KNOWN_DATA and Path(options.data).is_file():
         values["data"] = str(Path(options.data).absolute())  # a resume may start in another folder
-    return {
-        "options": values,
-        "about": task.description,
-        "fingerprint": task.fingerprint,
-        "versions": versions(),
-        "backend": backend,
-    }
+    saved = {"options": values, "about": task.description, "fingerprint": task.fingerprint, "versions": versions()}
+    return saved if backend is None else saved | {"backend": backend}
 
 
 @functools.cache
@@ -188,7 +183,7 @@ def restore_run(
     step, saved = checkpoints.latest_record()
     path = checkpoints.folder / str(step)
     try:
-        check_entries(saved, config.CONFIG_TYPES | {"loop": dict[str, Any]}, "its record")
+        check_entries(saved, config.entry_types(saved) | {"loop": dict[str, Any]}, "its record")
         check_entries(saved["options"], config.saved_types(), "its record: options")
         Options(**saved["options"])  # checks their limits
         record = from_json(RunRecord, saved["loop"], "its record: loop")

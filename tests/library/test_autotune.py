@@ -293,6 +293,20 @@ def forgetful(cell, directions, context):
     return get_backend("scan")(cell, directions, context)
 
 
+def detached(cell, directions, context):
+    """A backend with right results and a wrong gradient: it does not pass the recurrent weights."""
+    weights = [d.weights._replace(w_h=jax.lax.stop_gradient(d.weights.w_h)) for d in directions]
+    return get_backend("scan")(cell, tuple(d._replace(weights=w) for d, w in zip(directions, weights)), context)
+
+
+def test_autotune_checks_gradients_in_training_only():
+    lstm = jaxlstm.LSTM(3, 5, implementation=detached)
+    for training in (True, False):
+        result = jaxlstm.autotune(lstm, SHAPE, training=training, seconds=0.1)
+        (row,) = [trial for trial in result.table if "detached" in trial.candidate]
+        assert row.note.startswith("wrong: ") == training
+
+
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("dtype", [None, jnp.bfloat16])
 def test_autotune_never_chooses_a_wrong_backend(training, dtype):

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from training_runs import default_jax, read_metrics, run_command
 
+from jaxlstm import checksum
 from jaxlstm.autotuning import Trial, Tuning
 from jaxlstm.recurrence.fused import Fused
 from jaxlstm.recurrence.scan import Scan
@@ -189,3 +190,11 @@ def test_damaged_backend_is_refused():
     ):
         with pytest.raises(ValueError, match=message):
             backend.with_backend(lstm, saved)
+
+
+def test_config_has_a_backend_only_if_it_was_measured(tmp_path):
+    run_command(*RUN, 1, cwd=tmp_path)
+    assert "backend" not in config_of(tmp_path)
+    values = {name: value for name, value in config_of(tmp_path).items() if name != "sha256"}
+    checksum.write_checked_json(tmp_path / "run" / "config.json", values | {"backend": 3})
+    assert "backend must be dict" in run_command("--resume", "run", cwd=tmp_path, fails=True)

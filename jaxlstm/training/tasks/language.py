@@ -99,6 +99,7 @@ def make_language_task(
     except DataError as error:
         raise DataError("; ".join([str(error), *notes])) from None
     model = build_language_model(options, len(vocabulary))
+    regularization = {"activation": options.activation, "temporal_activation": options.temporal_activation}
     first_token = jnp.asarray(valid_ids[:1])
 
     def sample(params: Any, key: Array) -> str:
@@ -116,11 +117,7 @@ def make_language_task(
         init=model.init,
         init_carry=lambda params: model.lstm.initial_state((options.batch,), params.lstm),
         batches=batches,
-        make_loss=lambda lstm: training_loss(
-            replace(model, lstm=lstm),
-            activation=options.activation,
-            temporal_activation=options.temporal_activation,
-        ),
+        make_loss=lambda lstm: training_loss(replace(model, lstm=lstm), **regularization),
         lstm=model.lstm,
         lstm_inputs=lambda params, carry, window: (params.embedding[window.inputs], restart_carry(carry, window)),
         evaluate=lambda params: {"loss": evaluate(model, params, valid_ids, batch_size=options.batch)},
