@@ -68,40 +68,55 @@ def list_candidates(lstm: LSTM, xs_shape: tuple[int, ...], *, training: bool, ex
       experimental: whether the experimental backends are candidates.
     """
     platform = jax.default_backend()
-    num_steps, batch_size = xs_shape[0], math.prod(xs_shape[1:-1])
-    chunk_steps = num_steps if lstm.remat is None else min(num_steps, lstm.remat)
-    layout = choose_layout(batch_size, lstm.hidden_size, lstm.output_dtype, lstm.state_dtype)
-    hoist_inputs = layout.hoist_inputs or lstm.layer_norm
-    fused = Fused(layout.order, hoist_inputs, layout.chunk_size)
+    layouts, fused_options = _fused_options(lstm, xs_shape, training=training)
     name = default_backend(platform)
-    default = Candidate(fused if name == "fused" else name, lstm.unroll)
-    own = [] if lstm.implementation in (None, name) else [Candidate(lstm.implementation, lstm.unroll)]
-    concatenated = Scan(concatenate=True)
-    scans = ["scan", *([concatenated] if platform == "cpu" and not lstm.layer_norm else [])]
-    # The first options are the default ones.
-    orders = _distinct((fused.order, *ORDERS))
-    hoisting = (True,) if lstm.layer_norm else (hoist_inputs, not hoist_inputs)
-    chunk_sizes = _distinct_up_to(chunk_steps, (layout.chunk_size, *(CHUNK_SIZES if training else ())))
-    unrolls = _distinct_up_to(chunk_steps, (lstm.unroll, *UNROLLS))
-    newton = [Candidate(each, lstm.unroll) for each in ("newton", load(OPTION_CLASSES["Newton"])(mode="diagonal"))]
-    kernels = [Candidate(name, lstm.unroll) for name in ("pallas", "cudnn")]
+    default: Implementation = layouts[0] if name == "fused" else name
+    own: list[Implementation] = [] if lstm.implementation in (None, name) else [lstm.implementation]
+    concatenated = [Scan(concatenate=True)] if platform == "cpu" and not lstm.layer_norm else []
+    kernels: list[Implementation] = ["cudnn"] if platform == "cpu" else ["pallas", "cudnn"]
+    newton: list[Implementation] = ["newton", load(OPTION_CLASSES["Newton"])(mode="diagonal")]
     excluded = {"tensor_parallel": TENSOR_PARALLEL}
     if platform == "cpu":
         excluded["pallas"] = "a kernel for TPUs and Hopper GPUs, which only an interpreter runs on a CPU"
-        kernels = kernels[1:]
-        if lstm.layer_norm:
-            excluded[str(concatenated)] = "not with layer normalization"
+    if platform == "cpu" and lstm.layer_norm:
+        excluded[str(Scan(concatenate=True))] = "not with layer normalization"
     if not experimental:
         excluded |= dict.fromkeys(EXPERIMENTAL, "experimental")
-        newton, kernels = [], []
-    early, late = (kernels, newton) if platform == "cpu" else ([*kernels, *newton], [])
-    always = [default, *own, Candidate("scan", lstm.unroll)]
-    layouts = [Fused(*each, layout.chunk_size) for each in itertools.product(orders, hoisting)]
-    seeds = [*early, *(Candidate(each, lstm.unroll) for each in (*scans, *layouts))]
-    fused_options = [Fused(*each) for each in itertools.product(orders, hoisting, chunk_sizes)]
-    others = [Candidate(*each) for each in itertools.product((*fused_options, *scans), unrolls)]
-    always, seeds, others = _without_repetition(always, seeds, [*others, *late])
+        kernels, newton = [], []
+    early: list[Implementation] = kernels if platform == "cpu" else [*kernels, *newton]
+    late: list[Implementation] = newton if platform == "cpu" else []  # slower on every CPU measured
+    unrolled: list[Implementation] = [*fused_options, "scan", *concatenated]
+    if platform == "tpu" and experimental:
+        unrolled.append("pallas")  # its kernel takes several steps at once, too
+    unrolls = _distinct_up_to(_chunk_steps(lstm, xs_shape), (lstm.unroll, *UNROLLS))
+    first: list[Implementation] = [default, *own, "scan"]
+    kinds: list[Implementation] = [*early, *concatenated, *layouts]
+    always, seeds, others = _without_repetition(
+        [Candidate(each, lstm.unroll) for each in first],
+        [Candidate(each, lstm.unroll) for each in kinds],
+        [
+            *itertools.starmap(Candidate, itertools.product(unrolled, unrolls)),
+            *(Candidate(e, lstm.unroll) for e in late),
+        ],
+    )
     return Candidates(always, seeds, others, excluded)
+
+
+def _fused_options(lstm: LSTM, xs_shape: tuple[int, ...], *, training: bool) -> tuple[list[Fused], list[Fused]]:
+    """Returns the fused backend in each layout, first the default one, and with all options."""
+    layout = choose_layout(math.prod(xs_shape[1:-1]), lstm.hidden_size, lstm.output_dtype, lstm.state_dtype)
+    hoist_inputs = layout.hoist_inputs or lstm.layer_norm
+    orders = _distinct((layout.order, *ORDERS))
+    hoisting = (True,) if lstm.layer_norm else (hoist_inputs, not hoist_inputs)
+    chunk_sizes = (layout.chunk_size, *CHUNK_SIZES) if training else (layout.chunk_size,)
+    chunk_sizes = _distinct_up_to(_chunk_steps(lstm, xs_shape), chunk_sizes)
+    layouts = [Fused(*each, layout.chunk_size) for each in itertools.product(orders, hoisting)]
+    return layouts, [Fused(*each) for each in itertools.product(orders, hoisting, chunk_sizes)]
+
+
+def _chunk_steps(lstm: LSTM, xs_shape: tuple[int, ...]) -> int:
+    """Returns the number of steps of a loop."""
+    return xs_shape[0] if lstm.remat is None else min(xs_shape[0], lstm.remat)
 
 
 def _distinct(values: Iterable) -> tuple:

@@ -259,6 +259,10 @@ def test_candidates_on_gpu_try_kernels_early(monkeypatch):
     groups, candidates = all_candidates(jaxlstm.LSTM(3, 5))
     assert [each.implementation for each in groups.seeds[:3]] == ["pallas", "cudnn", "newton"]
     assert Scan(concatenate=True) not in [each.implementation for each in candidates]
+    assert [each.unroll for each in candidates if each.implementation == "pallas"] == [1]
+    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
+    _, candidates = all_candidates(jaxlstm.LSTM(3, 5))
+    assert [each.unroll for each in candidates if each.implementation == "pallas"] == [1, 2, 4]
 
 
 def test_relative_error_is_the_largest_of_all_arrays():
