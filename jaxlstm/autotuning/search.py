@@ -13,7 +13,7 @@ comparison is between it and its fastest rival.
 import math
 import statistics
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 from jaxlstm.autotuning.candidates import Candidate, Candidates
@@ -93,7 +93,7 @@ def search(
         if isinstance(outcome, _Entry):
             entries.append(outcome)
         else:
-            failures.append(outcome)
+            failures.append(replace(outcome, is_default=candidate == default))
         longest = max(longest, clock() - now)
     if not entries:
         raise RuntimeError(f"no candidate can be chosen: {'; '.join(f'{t.candidate}: {t.note}' for t in failures)}")

@@ -130,6 +130,7 @@ def test_search_does_not_choose_a_wrong_default():
     result = machine.search(5.0)
     assert str(result.chosen) == "scan"
     assert notes(result)["fused"].startswith("wrong: ")
+    assert [trial.candidate for trial in result.trials if trial.is_default] == ["fused"]
 
 
 def test_search_reports_refusals_and_failures():

@@ -118,7 +118,13 @@ def test_real_measurement_finds_a_backend():
     assert trainer.task.lstm.implementation is None  # validation and sampling keep the default
 
 
-@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize(
+    "task",
+    [
+        *("charlm", "adding", "copy", "forecast"),
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("wordlm", "digits")),  # slow to import or to read
+    ],
+)
 def test_named_backend_is_of_the_training_step(task, monkeypatch):
     """The loss of every task calls the network that it is made with."""
     options = Options(**{"task": task, "hidden": 4, "batch": 3, "embedding": 5, "implementation": "scan"}
