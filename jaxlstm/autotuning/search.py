@@ -3,7 +3,8 @@
 Screening: candidates are compiled, checked against the reference and run, one after the other. The default, the
 reference and one candidate of each kind come first; then always the candidate most similar to the fastest one so far.
 Most of the time of a search is compilation, so the order decides which ones are reached. Screening ends when one more
-candidate would leave too little time for the comparison.
+candidate would leave too little time for the comparison. A backend of which nothing is known is tried in the first half
+of the time only: on a CPU, one run of a parallel-in-time solver may take seconds.
 
 Successive halving (Jamieson & Talwalkar 2016): the remaining candidates run in interleaved rounds whose order rotates;
 then the slower half is dropped and the number of rounds doubles. The default is never dropped, so that the last
@@ -84,10 +85,14 @@ def search(
     num_first = len(candidates.always) + len(candidates.seeds)
     longest = 0.0  # seconds that one candidate took
     for n in range(len(waiting)):
-        now, comparison = clock(), min(COMPARISON * seconds, 4 * ENOUGH_RUNS * _fastest(entries))
-        if n >= len(candidates.always) and now + longest + comparison >= start + seconds:
+        now = clock()
+        is_late = now + longest + _comparison_seconds(entries, seconds) >= start + seconds
+        if n >= len(candidates.always) and is_late:
             break
-        candidate = waiting.pop(0 if n < num_first else _most_promising(waiting, entries))
+        index = 0 if n < num_first else _most_promising(waiting, entries)
+        if n >= num_first and now >= start + seconds / 2 and _time_of_similar(waiting[index], entries) == math.inf:
+            break
+        candidate = waiting.pop(index)
         limit = max(MUCH_SLOWER * _fastest(entries), LONG * seconds)
         outcome = _screen(candidate, compile_candidate, error_of, tolerance, limit, clock)
         if isinstance(outcome, _Entry):
@@ -97,7 +102,9 @@ def search(
         longest = max(longest, clock() - now)
     if not entries:
         raise RuntimeError(f"no candidate can be chosen: {'; '.join(f'{t.candidate}: {t.note}' for t in failures)}")
-    chosen = _halve([e for e in entries if not e.note] or entries, default, start + seconds, clock)
+    # The last candidate may have taken longer than expected; the comparison is made nevertheless.
+    deadline = max(start + seconds, clock() + _comparison_seconds(entries, seconds))
+    chosen = _halve([e for e in entries if not e.note] or entries, default, deadline, clock)
     not_tried = [Trial(str(candidate), note="not tried: out of time") for candidate in waiting]
     excluded = [Trial(name, note=f"not a candidate: {why}") for name, why in candidates.excluded.items()]
     timed = sorted(entries, key=lambda entry: (entry is not chosen, entry.median))
@@ -150,13 +157,19 @@ def _fastest(entries: Sequence[_Entry]) -> float:
     return min((entry.median for entry in entries), default=math.inf)
 
 
+def _comparison_seconds(entries: Sequence[_Entry], seconds: float) -> float:
+    """Returns the time to keep for the comparison: little if the programs are short."""
+    return min(COMPARISON * seconds, 4 * ENOUGH_RUNS * _fastest(entries))
+
+
 def _most_promising(waiting: Sequence[Candidate], entries: Sequence[_Entry]) -> int:
     """Returns the index of the candidate that differs in one option from the fastest possible one that was tried."""
+    return min(range(len(waiting)), key=lambda n: _time_of_similar(waiting[n], entries))
 
-    def time_of_similar(candidate: Candidate) -> float:
-        return _fastest([entry for entry in entries if entry.candidate.num_changes(candidate) == 1])
 
-    return min(range(len(waiting)), key=lambda n: time_of_similar(waiting[n]))
+def _time_of_similar(candidate: Candidate, entries: Sequence[_Entry]) -> float:
+    """Returns the time of the fastest entry that differs in one option; infinity without one."""
+    return _fastest([entry for entry in entries if entry.candidate.num_changes(candidate) == 1])
 
 
 def _halve(entries: list[_Entry], default: Candidate, deadline: float, clock: Callable[[], float]) -> _Entry:

@@ -43,8 +43,8 @@ def autotune(lstm: LSTM, xs_shape: tuple[int, ...], *, training: bool = True, se
       lstm: a `jaxlstm.LSTM`.
       xs_shape: ``(T, *batch, I)``, at least one step and one sequence.
       training: whether to time a value and gradient with respect to parameters and inputs; otherwise a call.
-      seconds: seconds for the search, compilation included. The default and ``"scan"`` are compiled and run once
-        however few they are, and a program that was started is completed.
+      seconds: seconds for the search, compilation included. They are exceeded if they are too few to compile and run
+        the default and ``"scan"``, or if the last candidate takes longer than those before it.
 
     Raises:
       TypeError: if ``lstm`` is not a `jaxlstm.LSTM`, or for an argument of the wrong type.

@@ -187,6 +187,23 @@ def test_search_drops_a_very_slow_candidate_after_one_run():
     assert {trial.candidate: trial.seconds for trial in result.trials}["a"] == pytest.approx(3.0)
 
 
+def test_search_compares_after_a_candidate_that_took_too_long():
+    machine = Machine(0.1, {"fused": 0.01, "scan": 0.02, "a": 0.008, "b": 50.0})
+    result = machine.search(10.0, seeds="ab")
+    assert str(result.chosen) == "a"
+    assert runs(result)["a"] >= 30
+    assert machine.now - 100.0 < 50.0 + 10.0
+
+
+def test_search_tries_an_unknown_backend_in_the_first_half_only():
+    scans = [Candidate("scan", n) for n in range(2, 10)]
+    for seconds, is_tried in ((9.0, False), (40.0, True)):
+        machine = Machine(0.5)
+        result = machine.search(seconds, others=[*scans, Candidate("newton", 1)])
+        assert ("newton" in machine.compiled) == is_tried
+        assert (notes(result)["newton"] == "not tried: out of time") != is_tried
+
+
 def test_search_tries_similar_ones_to_the_fastest_first():
     near = [Candidate(Fused("feature", True, n), 1) for n in (16, 32)] + [Candidate(FEATURE, 2)]
     far = [Candidate(Fused("batch", True, n), 1) for n in (16, 32)]
