@@ -8,14 +8,14 @@ from dataclasses import replace
 import jax
 import numpy as np
 import pytest
-from training_runs import default_jax, read_metrics, run_command
+from training_runs import default_jax, read_metrics, run_command, write_config
 
 from jaxlstm import checksum
 from jaxlstm.autotuning import Trial, Tuning
 from jaxlstm.recurrence.fused import Fused
 from jaxlstm.recurrence.scan import Scan
-from jaxlstm.training import backend, loop
-from jaxlstm.training.config import Options
+from jaxlstm.training import backend, loop, run_directory
+from jaxlstm.training.config import Options, load_config
 from jaxlstm.training.loop import Trainer
 from jaxlstm.training.tasks import TASKS
 
@@ -199,8 +199,13 @@ def test_damaged_backend_is_refused():
 
 
 def test_config_has_a_backend_only_if_it_was_measured(tmp_path):
-    run_command(*RUN, 1, cwd=tmp_path)
-    assert "backend" not in config_of(tmp_path)
-    values = {name: value for name, value in config_of(tmp_path).items() if name != "sha256"}
-    checksum.write_checked_json(tmp_path / "run" / "config.json", values | {"backend": 3})
-    assert "backend must be dict" in run_command("--resume", "run", cwd=tmp_path, fails=True)
+    options = Options(task="adding", window=5)
+    task, saved = TASKS["adding"].make(options), {"implementation": "scan", "unroll": 2, "device": ""}
+    assert "backend" not in run_directory.saved_config(options, task)
+    assert run_directory.saved_config(options, task, saved)["backend"] == saved
+    for value in (None, saved):
+        checksum.write_checked_json(tmp_path / "config.json", run_directory.saved_config(options, task, value))
+        assert load_config(tmp_path, "--resume")[1].get("backend") == value
+    write_config(tmp_path, options, backend=3)
+    with pytest.raises(ValueError, match="backend must be dict"):
+        load_config(tmp_path, "--resume")
