@@ -365,7 +365,7 @@ def test_autotune_table_prints_every_row(result):
     table = {trial.candidate: trial for trial in result.table}
     chosen = result.table[0]
     assert chosen.note == "chosen"
-    assert repr(result.lstm.implementation) in chosen.candidate
+    assert str(Candidate(result.lstm.implementation, result.lstm.unroll)) == chosen.candidate
     assert table["scan"].error == 0
     assert table["scan"].seconds > 0
     lines = str(result).splitlines()
