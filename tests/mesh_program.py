@@ -13,7 +13,7 @@ from jax.sharding import AxisType, PartitionSpec
 from tolerance import tolerance
 
 import jaxlstm
-from jaxlstm.recurrence.layout import choose_layout
+from jaxlstm.recurrence.layout import LayerSizes, choose_layout
 
 CASES = {
     "default": ({}, {}),
@@ -80,7 +80,7 @@ def loop_collectives(program):
 def split_batch_collectives(axis_type, batch_size):
     """Checks the fused backend, including its halved products, with only the batch split over devices."""
     lstm, rng = jaxlstm.LSTM(3, 224, implementation="fused"), np.random.default_rng(0)
-    assert choose_layout(batch_size, 224, jnp.dtype("float32"), jnp.dtype("float32")).split_dot
+    assert choose_layout(LayerSizes(6, batch_size, 3, 224), jnp.dtype("float32"), jnp.dtype("float32")).split_dot
     params, xs = lstm.init(jax.random.key(0)), jnp.asarray(rng.normal(size=(6, batch_size, 3)), jnp.float32)
     gradient = jax.jit(jax.grad(lambda params, xs: (lstm(params, xs)[0] ** 2).sum(), (0, 1)))
     expected = gradient(params, xs)

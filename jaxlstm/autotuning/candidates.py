@@ -11,7 +11,7 @@ import jax
 from jaxlstm.lstm import LSTM
 from jaxlstm.recurrence.backends import EXPERIMENTAL, OPTION_CLASSES, Implementation, load
 from jaxlstm.recurrence.fused import Fused
-from jaxlstm.recurrence.layout import ORDERS, choose_layout
+from jaxlstm.recurrence.layout import ORDERS, LayerSizes, choose_layout
 from jaxlstm.recurrence.scan import Scan
 from jaxlstm.recurrence.selection import TENSOR_PARALLEL, default_backend
 
@@ -104,7 +104,8 @@ def list_candidates(lstm: LSTM, xs_shape: tuple[int, ...], *, training: bool, ex
 
 def _fused_options(lstm: LSTM, xs_shape: tuple[int, ...], *, training: bool) -> tuple[list[Fused], list[Fused]]:
     """Returns the fused backend in each layout, first the default one, and with all options."""
-    layout = choose_layout(math.prod(xs_shape[1:-1]), lstm.hidden_size, lstm.output_dtype, lstm.state_dtype)
+    sizes = LayerSizes(xs_shape[0], math.prod(xs_shape[1:-1]), lstm.input_size, lstm.hidden_size)
+    layout = choose_layout(sizes, lstm.output_dtype, lstm.state_dtype)
     hoist_inputs = layout.hoist_inputs or lstm.layer_norm
     orders = _distinct((layout.order, *ORDERS))
     hoisting = (True,) if lstm.layer_norm else (hoist_inputs, not hoist_inputs)

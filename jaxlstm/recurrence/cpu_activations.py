@@ -1,4 +1,4 @@
-"""Gate activations that XLA on CPU runs on all threads.
+"""Gate activations for XLA on CPU: one by one, or on all threads.
 
 XLA runs a small elementwise kernel on more than one thread only if it counts more operations than bytes in it, and it
 counts none in a `tanh`. At the sizes listed in `jaxlstm.recurrence.layout` a single thread costs more than the kernel's
@@ -43,6 +43,11 @@ def _polynomial(coefficients: tuple[float, ...], x: Array) -> Array:
     for a in coefficients[-2::-1]:
         value = value * x + a
     return value
+
+
+def activate_separately(z: Float[Array, "G *units"], kinds: str) -> list[Float[Array, "*units"]]:
+    """Replaces `jaxlstm.cells.activate`: computes each slab by a tanh of its own, with the same results."""
+    return [cells.sigmoid_or_tanh(slab[None], kind)[0] for slab, kind in zip(jnp.unstack(z), kinds)]
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(1,))

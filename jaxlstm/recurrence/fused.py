@@ -31,14 +31,14 @@ from jax import Array, lax
 from jax.custom_derivatives import SymbolicZero
 
 from jaxlstm import validation
-from jaxlstm.cells import Cell
+from jaxlstm.cells import Activate, Cell
 from jaxlstm.dropout import RegularizerMasks, RegularizerRates, apply_zoneout
 from jaxlstm.params import Size, State, Weights
 from jaxlstm.primitives.batch_folding import SHARED, foldable_call
 from jaxlstm.recurrence import chunked_scan, cpu_activations, gate_derivatives
 from jaxlstm.recurrence.context import Direction, Results, ScanContext
 from jaxlstm.recurrence.gate_derivatives import GateJacobian
-from jaxlstm.recurrence.layout import ORDERS, Layout, OrderName, choose_layout
+from jaxlstm.recurrence.layout import ORDERS, LayerSizes, Layout, OrderName, choose_layout
 from jaxlstm.recurrence.masking import hold_skipped, restart
 from jaxlstm.recurrence.step import (
     ElementwiseWeights,
@@ -109,7 +109,7 @@ class FusedConfig(NamedTuple):
     cell: Cell
     rates: RegularizerRates
     unroll: int
-    hidden_size: int
+    sizes: LayerSizes  # before sequences are folded into the batch
     dtype: jnp.dtype  # of the operands of matrix products, and of outputs
     accum_dtype: jnp.dtype  # of sums and of the state
     layer_norm: bool  # whether W_x x and W_h h are normalized separately
@@ -123,7 +123,7 @@ class FusedConfig(NamedTuple):
     def layout(self, batch_size: Size) -> Layout:
         """Returns the layout for a batch size."""
         options = self.options
-        layout = choose_layout(batch_size, self.hidden_size, self.dtype, self.accum_dtype, options.order)
+        layout = choose_layout(self.sizes._replace(batch_size=batch_size), self.dtype, self.accum_dtype, options.order)
         hoist_inputs = layout.hoist_inputs if options.hoist_inputs is None else options.hoist_inputs
         return replace(
             layout,
@@ -216,7 +216,7 @@ def _run(options: Fused, cell: Cell, directions: tuple[Direction, ...], context:
         cell,
         context.rates,
         context.unroll,
-        hidden_size=weights.w_h.shape[0] // cell.num_gates,
+        sizes=LayerSizes(*directions[0].xs.shape, hidden_size=weights.w_h.shape[0] // cell.num_gates),
         dtype=jnp.dtype(context.dtype),
         accum_dtype=context.accum_dtype,
         layer_norm=weights.norm is not None,
@@ -354,7 +354,9 @@ def _forward_step(
         z = x + layout.dot(loop_weights, state.h)
     else:
         z = _add_bias(layout, weights.b, layout.dot_both(loop_weights, x, state.h, save=save))
-    c, cell_output = _apply_gates(config, layout, masks.regularizer, elementwise_weights(weights), z, z_h, state.c)
+    activate = _activate(layout, save=save)
+    elementwise = elementwise_weights(weights)
+    c, cell_output = _apply_gates(config, layout, activate, masks.regularizer, elementwise, z, z_h, state.c)
     h = cell_output if weights.w_p is None else layout.dot(layout.prepare(weights.w_p), cell_output)
     new_state = _finish_step(config, layout, masks, State(h, c), state)
     residuals = Residuals(z, z_h, state.c, None if weights.w_p is None else cell_output) if save else None
@@ -362,9 +364,22 @@ def _forward_step(
     return new_state, layout.pack(y) if layout.bitcast else y, residuals
 
 
+def _activate(layout: Layout, *, save: bool) -> Activate | None:
+    """Returns the activations of the gates that are fastest on a CPU; None for those of `jaxlstm.cells`.
+
+    Without residuals, and batch-major with z from one product, XLA computes activations one by one in the kernels of c
+    and h. That saves a kernel.
+    """
+    if layout.threaded_gates:
+        return cpu_activations.activate
+    separate = not save and not layout.hoist_inputs and layout.units_axis == 1
+    return cpu_activations.activate_separately if separate else None
+
+
 def _apply_gates(
     config: FusedConfig,
     layout: Layout,
+    activate: Activate | None,
     masks: RegularizerMasks,
     weights: ElementwiseWeights,
     z: Array,
@@ -376,7 +391,6 @@ def _apply_gates(
     candidate_mask = None if masks.candidate_mask is None else layout.from_batch_major(masks.candidate_mask)
     z_h = None if z_h is None else split_gates(z_h, num_gates, axis)
     z = split_gates(z, num_gates, axis)
-    activate = cpu_activations.activate if layout.threaded_gates else None
     return apply_gates(config.cell, weights, z, z_h, c, candidate_mask, config.rates, axis, activate=activate)
 
 
@@ -569,7 +583,7 @@ def _tangent_step(
         assert d_state.c is not None, "every supported cell has a cell state"
         dc, dh = gate_derivatives.apply_jacobian(primals, dz, d_state.c, layout.units_axis)
     else:
-        gates = partial(_apply_gates, config, layout, masks.regularizer)
+        gates = partial(_apply_gates, config, layout, _activate(layout, save=True), masks.regularizer)
         args = elementwise_weights(weights), primals.z, primals.z_h, primals.c
         _, (dc, dh) = jax.jvp(gates, args, (tangents.elementwise, dz, dz_h, d_state.c))
     if weights.w_p is not None:

@@ -192,37 +192,30 @@ class BatchMajor(Layout):
 ORDERS: dict[str, type[Layout]] = {"batch": BatchMajor, "feature": FeatureMajor}
 
 
-class LayoutRule(NamedTuple):
-    """One row of the table of layouts: the largest sizes that it applies to, and the layout."""
+class LayerSizes(NamedTuple):
+    """Sizes of one layer."""
 
-    max_batch_size: float
-    max_hidden_size: float
-    layout: type[Layout]
-    hoist_inputs: bool
-    chunk_size: int
+    num_steps: Size  # T
+    batch_size: Size  # B
+    input_size: int  # I
+    hidden_size: int  # H
 
 
 INF = float("inf")
-CPU_RULES = (  # the first that applies; measured, see benchmarks/README.md
-    LayoutRule(8, 128, BatchMajor, hoist_inputs=True, chunk_size=64),
-    LayoutRule(8, INF, FeatureMajor, hoist_inputs=True, chunk_size=64),
-    LayoutRule(16, 255, BatchMajor, hoist_inputs=False, chunk_size=32),
-    LayoutRule(16, INF, FeatureMajor, hoist_inputs=False, chunk_size=32),
-    LayoutRule(INF, 256, BatchMajor, hoist_inputs=False, chunk_size=8),
-    LayoutRule(63, 511, FeatureMajor, hoist_inputs=False, chunk_size=8),
-    LayoutRule(63, INF, FeatureMajor, hoist_inputs=False, chunk_size=16),
-    LayoutRule(INF, INF, FeatureMajor, hoist_inputs=False, chunk_size=8),
-)
+CHUNK_SIZES = ((8, 64), (16, 32), (INF, 8))  # largest batch size, steps per chunk; measured
 
 
 def choose_layout(
-    batch_size: Size,
-    hidden_size: int,
-    dtype: jnp.dtype,
-    accum_dtype: jnp.dtype,
-    order: OrderName | None = None,
+    sizes: LayerSizes, dtype: jnp.dtype, accum_dtype: jnp.dtype, order: OrderName | None = None
 ) -> Layout:
-    """Returns the layout for a batch and a hidden size: on CPU by measurement, elsewhere a default, not measured.
+    """Returns the layout for the sizes of a layer: on CPU by measurement, elsewhere a default, not measured.
+
+    Feature-major pays off if the weights are large, more than 256 units, or if there are at least four times as many
+    rows as units: then the longer axis is contiguous.
+
+    The product of the inputs is hoisted from the loop for up to 24 rows of at least 128 inputs, if the result fits the
+    cache: then one large product is faster than its part in each step. With fewer inputs, reading the result takes
+    longer than the product.
 
     With float32 sums and ``2^12 <= batch_size * hidden_size < 2^14`` the gates use all threads of a CPU: below, waking
     a thread costs more than it saves, and above the difference is within 4 %.
@@ -232,27 +225,31 @@ def choose_layout(
     other row, so that a batch sharded over devices is halved on each device. The forward product is split only under
     the conditions of `BatchMajor.dot_both`; elsewhere that gains at one size and loses at another.
 
-    A symbolic batch size, while a program is exported for any batch size, counts as a large one.
+    While a program is exported for any size, a symbolic size counts as a large one, but does not decide the order.
 
     Args:
-      batch_size: B.
-      hidden_size: H.
+      sizes: the sizes.
       dtype: dtype of the operands of matrix products.
       accum_dtype: dtype of the sums.
       order: the order of the axes; None chooses it, too.
     """
     if jax.default_backend() != "cpu":
         return ORDERS[order or "batch"](dtype, accum_dtype, hoist_inputs=True, chunk_size=64)
-    known_size = batch_size if isinstance(batch_size, int) else INF
-    rule = next(r for r in CPU_RULES if known_size <= r.max_batch_size and hidden_size <= r.max_hidden_size)
-    layout = rule.layout if order is None else ORDERS[order]
-    threaded = 2**12 <= known_size * hidden_size < 2**14 and accum_dtype == jnp.float32
-    split = threaded and layout is BatchMajor and hidden_size > 128 and known_size % 2 == 0
+    num_steps, batch_size = (size if isinstance(size, int) else INF for size in sizes[:2])
+    input_size, hidden_size = sizes.input_size, sizes.hidden_size
+    if order is None:
+        order = "feature" if hidden_size > 256 or 4 * hidden_size <= batch_size < INF else "batch"
+    fits_cache = num_steps * batch_size * hidden_size <= 2**20
+    hoist_inputs = input_size >= 128 and batch_size <= 24 and fits_cache
+    chunk_size = next(size for limit, size in CHUNK_SIZES if batch_size <= limit)
+    layout = ORDERS[order]
+    threaded = 2**12 <= batch_size * hidden_size < 2**14 and accum_dtype == jnp.float32
+    split = threaded and layout is BatchMajor and hidden_size > 128 and batch_size % 2 == 0
     return layout(
         dtype,
         accum_dtype,
-        rule.hoist_inputs,
-        rule.chunk_size,
+        hoist_inputs,
+        chunk_size,
         threaded_gates=threaded,
         bitcast=dtype == jnp.bfloat16,
         split_dot=split,

@@ -14,9 +14,12 @@ from jaxlstm import cells
 from jaxlstm.dropout import RegularizerRates
 from jaxlstm.recurrence import fused
 from jaxlstm.recurrence.fused import Fused
-from jaxlstm.recurrence.layout import BatchMajor, FeatureMajor, choose_layout
+from jaxlstm.recurrence.layout import BatchMajor, FeatureMajor, LayerSizes, choose_layout
 
 FLOAT64, FLOAT32, BFLOAT16 = jnp.dtype("float64"), jnp.dtype("float32"), jnp.dtype("bfloat16")
+
+
+SIZES = LayerSizes(num_steps=6, batch_size=8, input_size=3, hidden_size=300)
 
 
 @pytest.fixture
@@ -24,7 +27,7 @@ def set_layout(monkeypatch):
     """Returns a function that replaces the choice of the layout, for every batch and hidden size."""
 
     def set_layout(layout, **options):
-        def choose(batch_size, hidden_size, dtype, accum_dtype, order=None):
+        def choose(sizes, dtype, accum_dtype, order=None):
             return layout(dtype, accum_dtype, **options)
 
         monkeypatch.setattr(fused, "choose_layout", choose)
@@ -38,18 +41,18 @@ def set_layout(monkeypatch):
 @pytest.mark.parametrize(
     ("sizes", "layout", "hoist_inputs", "chunk_size"),
     [
-        ((4, 5), BatchMajor, True, 64),
-        ((8, 129), FeatureMajor, True, 64),
-        ((9, 255), BatchMajor, False, 32),
-        ((16, 256), FeatureMajor, False, 32),
-        ((17, 256), BatchMajor, False, 8),
-        ((63, 511), FeatureMajor, False, 8),
-        ((63, 512), FeatureMajor, False, 16),
-        ((64, 512), FeatureMajor, False, 8),
+        ((9, 4, 128, 5), BatchMajor, True, 64),
+        ((9, 8, 127, 256), BatchMajor, False, 64),
+        ((9, 9, 127, 257), FeatureMajor, False, 32),
+        ((9, 17, 128, 257), FeatureMajor, True, 8),
+        ((9, 33, 128, 9), BatchMajor, False, 8),
+        ((9, 32, 127, 8), FeatureMajor, False, 8),
+        ((2**12, 1, 128, 2**8), BatchMajor, True, 64),
+        ((2**12 + 1, 1, 128, 2**8), BatchMajor, False, 64),
     ],
 )
 def test_choose_layout_at_the_limits_of_each_rule(sizes, layout, hoist_inputs, chunk_size):
-    chosen = choose_layout(*sizes, FLOAT64, FLOAT64)
+    chosen = choose_layout(LayerSizes(*sizes), FLOAT64, FLOAT64)
     assert chosen == layout(FLOAT64, FLOAT64, hoist_inputs=hoist_inputs, chunk_size=chunk_size)
 
 
@@ -86,21 +89,21 @@ def test_fused_with_split_products_equals_oracle(configuration, set_layout):
 @pytest.mark.parametrize("order", ["batch", "feature"])
 def test_fused_options_give_the_layout(order):
     config = fused.FusedConfig(
-        Fused(order, False, 5), cells.CELLS["lstm"], RegularizerRates(), 1, 129, BFLOAT16, FLOAT32, layer_norm=False
+        Fused(order, False, 5), cells.CELLS["lstm"], RegularizerRates(), 1, SIZES, BFLOAT16, FLOAT32, layer_norm=False
     )
     layout = config.layout(8)
     assert (layout.order, layout.hoist_inputs, layout.chunk_size, layout.bitcast) == (order, False, 5, True)
-    assert config._replace(options=Fused()).layout(8) == choose_layout(8, 129, BFLOAT16, FLOAT32)
+    assert config._replace(options=Fused()).layout(8) == choose_layout(SIZES, BFLOAT16, FLOAT32)
     hoisted = config._replace(options=Fused(order, True), layer_norm=True).layout(64)
     assert (hoisted.order, hoisted.hoist_inputs, hoisted.chunk_size) == (order, True, 8)
 
 
 def test_fused_options_keep_the_conditions_of_their_order():
     """Split products belong to batch-major arrays: with this order they are split under the same conditions."""
-    assert choose_layout(32, 300, FLOAT32, FLOAT32).order == "feature"
-    layout = choose_layout(32, 300, FLOAT32, FLOAT32, "batch")
+    assert choose_layout(LayerSizes(6, 32, 3, 300), FLOAT32, FLOAT32).order == "feature"
+    layout = choose_layout(LayerSizes(6, 32, 3, 300), FLOAT32, FLOAT32, "batch")
     assert (layout.order, layout.split_dot, layout.threaded_gates) == ("batch", True, True)
-    assert not choose_layout(32, 200, FLOAT32, FLOAT32, "feature").split_dot
+    assert not choose_layout(LayerSizes(6, 32, 3, 200), FLOAT32, FLOAT32, "feature").split_dot
 
 
 BFLOAT16_LAYOUTS = [
@@ -115,7 +118,7 @@ BFLOAT16_LAYOUTS = [
     ("layout", "options"), [*BFLOAT16_LAYOUTS, (BatchMajor, {"hoist_inputs": False, "split_dot": True})]
 )
 def test_fused_bfloat16_in_every_layout_equals_oracle(configuration, layout, options, set_layout):
-    assert choose_layout(64, 512, BFLOAT16, FLOAT32).bitcast
+    assert choose_layout(LayerSizes(6, 64, 3, 512), BFLOAT16, FLOAT32).bitcast
     set_layout(layout, chunk_size=3, bitcast=True, **options)
     parity.check_narrow_dtype(configuration, jnp.bfloat16, "fused")
 
@@ -186,7 +189,9 @@ def test_fused_loops_carry_bfloat16_as_uint16(batch_size, hidden_size):
 )
 def test_fused_over_chunks_of_time_equals_scan(inputs, batch_size, chunks, rest):
     configuration = "learned state"
-    num_steps = chunks * choose_layout(batch_size, cases.HIDDEN_SIZE, FLOAT64, FLOAT64).chunk_size + rest
+    num_steps = (
+        chunks * choose_layout(LayerSizes(6, batch_size, 3, cases.HIDDEN_SIZE), FLOAT64, FLOAT64).chunk_size + rest
+    )
     case = cases.make(configuration, inputs, num_steps=num_steps, batch_size=batch_size)
 
     def value_and_gradient(implementation):

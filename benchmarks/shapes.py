@@ -1,0 +1,168 @@
+"""Compare jaxlstm with its peers at random shapes: python benchmarks/shapes.py --out benchmarks/results
+
+The shapes are drawn from a log-uniform distribution with fixed seeds. The rules in `jaxlstm.recurrence.layout` were
+chosen by measurements at the even seeds; the odd seeds were measured afterwards, to see whether the rules hold.
+"""
+
+import math
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import numpy as np
+import report
+from compare import load_sections, to_json
+from machine import describe_machine, machine_slug
+from peers import JAX_PEERS, JAXLSTM, JAXLSTM_SCAN, TORCH, Registry, Shape
+from rich.console import Console
+from timing import check_rounds, time_interleaved
+
+from jaxlstm.training.metrics import write_json
+
+Half = Literal["fit", "held-out"]
+NUM_SHAPES = 40
+RANGES = {"num_steps": (16, 2048), "batch_size": (1, 256), "input_size": (8, 1024), "hidden_size": (8, 1024)}
+MIN_WORK, MAX_WORK = 1e7, 1e10  # multiplications and additions of the matrix products of one forward pass
+MAX_NUMBERS = 2**24  # in the inputs and in the outputs
+KINDS = {"train": "training step", "infer": "inference"}
+RATIOS = {"best JAX library": tuple(JAX_PEERS), "PyTorch": (TORCH,), "jaxlstm scan": (JAXLSTM_SCAN,)}
+
+
+@dataclass(frozen=True)
+class Options:
+    """Compare jaxlstm with other LSTM implementations at random shapes."""
+
+    half: Half = "held-out"
+    """Seeds: those that the rules were chosen by, or the others."""
+    rounds: int = 9
+    """Calls of each benchmark, interleaved; results are medians."""
+    only: tuple[str, ...] = ()
+    """Include only peers whose name contains one of these words. Default: all installed peers."""
+    max_shapes: int = NUM_SHAPES // 2
+    """Measure only this many shapes of the half."""
+    out: Path | None = None
+    """Folder for shapes-NAME.json and shapes-NAME.png."""
+    name: str | None = None
+    """Name in the files. Default: the device and JAX's version, such as cpu-2core-jax-0.12."""
+
+
+def draw_shape(seed: int) -> Shape:
+    """Returns the random shape of a seed."""
+    rng = np.random.default_rng(seed)
+    while True:
+        sizes = {n: round(math.exp(rng.uniform(math.log(low), math.log(high)))) for n, (low, high) in RANGES.items()}
+        shape = Shape(**sizes)
+        steps, features = shape.num_steps * shape.batch_size, shape.input_size + shape.hidden_size
+        work = 8 * steps * shape.hidden_size * features
+        if MIN_WORK <= work <= MAX_WORK and steps * max(shape.input_size, shape.hidden_size) <= MAX_NUMBERS:
+            return shape
+
+
+def seeds(half: Half) -> range:
+    """Returns the seeds of a half of the shapes."""
+    return range(0, NUM_SHAPES, 2) if half == "fit" else range(1, NUM_SHAPES, 2)
+
+
+def measure(shape: Shape, registry: Registry, rounds: int) -> dict[str, Any]:
+    """Times training step and inference of every benchmark at one shape."""
+    jax.clear_caches()
+    benchmarks = registry.build((JAXLSTM, JAXLSTM_SCAN, *JAX_PEERS, TORCH), shape)
+    return {kind: time_interleaved({b.name: getattr(b, kind) for b in benchmarks}, rounds) for kind in KINDS}
+
+
+def ratio_to_best(times: dict[str, dict[str, float]], names: Sequence[str]) -> float | None:
+    """Returns the median of jaxlstm over the smallest median of the named benchmarks; None if none was measured."""
+    medians = [times[name]["median_ms"] for name in names if name in times]
+    return times[JAXLSTM]["median_ms"] / min(medians) if medians else None
+
+
+def summarize(results: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Returns geometric mean, quantiles and worst shape of the ratios, for each kind and reference."""
+    summary: dict[str, Any] = {}
+    for kind in KINDS:
+        for reference, names in RATIOS.items():
+            measured = [(ratio_to_best(result[kind], names), result["shape"]) for result in results]
+            ratios = [(ratio, tuple(shape.values())) for ratio, shape in measured if ratio is not None]
+            if ratios:
+                values = [ratio for ratio, _ in ratios]
+                worst, shape = max(ratios)
+                quantiles = dict(zip(("q10", "median", "q90"), np.percentile(values, (10, 50, 90))))
+                row = {"geometric_mean": statistics.geometric_mean(values), **quantiles, "worst": worst}
+                rounded = {name: round(float(value), 3) for name, value in row.items()}
+                above_1 = sum(value > 1 for value in values)
+                summary.setdefault(kind, {})[reference] = rounded | {"above_1": above_1, "worst_shape": shape}
+    return summary
+
+
+def draw(path: Path, results: Sequence[dict[str, Any]], title: str) -> None:
+    """Draws the time of jaxlstm over that of the best JAX library and of PyTorch, at each shape, in ascending order."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 4), layout="constrained")
+    panels = figure.subplots(1, 2, sharey=True)
+    for axes, (kind, label) in zip(panels, KINDS.items()):
+        for reference, color, marker in (("best JAX library", "#0072B2", "o"), ("PyTorch", "#D55E00", "s")):
+            ratios = [ratio_to_best(result[kind], RATIOS[reference]) for result in results]
+            values = sorted(ratio for ratio in ratios if ratio is not None)
+            axes.plot(range(1, len(values) + 1), values, marker, color=color, label=f"to the {reference}", zorder=3)
+        axes.axhline(1, color="black", linewidth=1.2)
+        axes.set_yscale("log")
+        axes.minorticks_off()
+        ticks = (0.1, 0.2, 0.3, 0.5, 0.7, 1, 1.5, 2, 3)
+        axes.set_yticks(ticks, [f"{tick:g}×" for tick in ticks])
+        axes.grid(axis="y", color="#cccccc", linewidth=0.7)
+        axes.set_title(label, loc="left", fontsize=12)
+        axes.set_xlabel("shapes, in ascending order of the ratio")
+    panels[0].set_ylabel("time of jaxlstm, relative\n(below 1: jaxlstm is faster)")
+    panels[0].legend(frameon=False)
+    figure.suptitle(title, fontsize=11)
+    figure.savefig(path, dpi=150)
+
+
+def main(options: Options, console: Console) -> None:
+    """Measures one half of the shapes; writes the results after each shape."""
+    rounds = check_rounds(options.rounds)
+    machine = describe_machine()
+    version = ".".join(jax.__version__.split(".")[:2])
+    name = options.name or f"{machine_slug()}-jax-{version}"
+    path = None if options.out is None else report.prepare_output(options.out / f"shapes-{name}.json")
+    registry = Registry(options.only, lambda text: report.print_line(console, text))
+    halves: dict[str, Any] = {}
+    if path is not None:
+        halves = load_sections(path, machine, lambda text: report.print_line(console, text))
+    results: list[dict[str, Any]] = []
+    for seed in seeds(options.half)[: options.max_shapes]:
+        shape = draw_shape(seed)
+        times = measure(shape, registry, rounds)
+        results.append({"seed": seed, "shape": to_json(shape), **times})
+        ratios = {kind: [ratio_to_best(times[kind], names) for names in RATIOS.values()] for kind in KINDS}
+        text = "; ".join(
+            f"{label} {times[kind][JAXLSTM]['median_ms']:.2f} ms, "
+            + ", ".join(f"{r:.2f} of {n}" for n, r in zip(RATIOS, ratios[kind]) if r is not None)
+            for kind, label in KINDS.items()
+        )
+        report.print_line(console, f"{shape!s:>20}  {text}")
+        date = f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC"
+        header = {"date": date, "rounds": rounds, "skipped": dict(registry.skipped), "summary": summarize(results)}
+        halves[options.half] = header | {"shapes": results}
+        if path is not None:
+            write_json(path, {"machine": machine, "sections": halves})
+    rows = [
+        (f"{label}, to the {reference}", *row.values())
+        for kind, label in KINDS.items()
+        for reference, row in summarize(results).get(kind, {}).items()
+    ]
+    columns = ("ratio of medians", "geometric mean", "10 %", "median", "90 %", "worst", "above 1", "worst shape")
+    report.print_table(console, f"{len(results)} shapes ({options.half})", columns, rows)
+    if path is not None:
+        device = f"{machine['cpu']}, {machine['cores']} cores" if machine["backend"] == "cpu" else machine["device"]
+        draw(path.with_suffix(".png"), results, f"{len(results)} random shapes, JAX {jax.__version__}, {device}")
+        report.print_line(console, f"written: {path}")
+
+
+if __name__ == "__main__":
+    report.run_cli(main, Options)
