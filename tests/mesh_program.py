@@ -13,7 +13,6 @@ from jax.sharding import AxisType, PartitionSpec
 from tolerance import tolerance
 
 import jaxlstm
-from jaxlstm.recurrence.layout import LayerSizes, choose_layout
 
 CASES = {
     "default": ({}, {}),
@@ -78,9 +77,8 @@ def loop_collectives(program):
 
 
 def split_batch_collectives(axis_type, batch_size):
-    """Checks the fused backend, including its halved products, with only the batch split over devices."""
+    """Checks the fused backend with only the batch split over devices."""
     lstm, rng = jaxlstm.LSTM(3, 224, implementation="fused"), np.random.default_rng(0)
-    assert choose_layout(LayerSizes(6, batch_size, 3, 224), jnp.dtype("float32"), jnp.dtype("float32")).split_dot
     params, xs = lstm.init(jax.random.key(0)), jnp.asarray(rng.normal(size=(6, batch_size, 3)), jnp.float32)
     gradient = jax.jit(jax.grad(lambda params, xs: (lstm(params, xs)[0] ** 2).sum(), (0, 1)))
     expected = gradient(params, xs)
@@ -97,5 +95,4 @@ for name in CASES:
     compiled_program(name, (4, 2), ("data", "model"))
 compiled_program("default", (8,), ("model",))
 print([loop_collectives(compiled_program(name, (4, 2), ("data", "model"))) for name in ("default", "only projection")])
-# With explicit axes, an odd number of batch rows per device cannot be halved.
 print([split_batch_collectives(AxisType.Auto, 32), split_batch_collectives(AxisType.Explicit, 20)])

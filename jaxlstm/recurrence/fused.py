@@ -353,7 +353,7 @@ def _forward_step(
     elif layout.hoist_inputs:
         z = x + layout.dot(loop_weights, state.h)
     else:
-        z = _add_bias(layout, weights.b, layout.dot_both(loop_weights, x, state.h, save=save))
+        z = _add_bias(layout, weights.b, layout.dot_both(loop_weights, x, state.h))
     activate = _activate(layout, save=save)
     elementwise = elementwise_weights(weights)
     c, cell_output = _apply_gates(config, layout, activate, masks.regularizer, elementwise, z, z_h, state.c)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from jaxlstm.params import Size
-from jaxlstm.primitives.mixed_precision_dot import dot, has_explicit_sharding
+from jaxlstm.primitives.mixed_precision_dot import dot
 
 OrderName = Literal["batch", "feature"]  # the axis that comes first in memory, see `ORDERS`
 
@@ -26,7 +26,6 @@ class Layout:
       threaded_gates: whether the gates use `jaxlstm.recurrence.cpu_activations`.
       bitcast: whether loops read and write bfloat16 arrays as uint16, which has no derivative. To slice, concatenate or
         transpose a bfloat16 array, XLA on CPU converts it to float32.
-      split_dot: whether a product over an even batch is computed as two, see `choose_layout`. Batch-major only.
     """
 
     order: ClassVar[OrderName]
@@ -39,7 +38,6 @@ class Layout:
     chunk_size: int = 16
     threaded_gates: bool = False
     bitcast: bool = False
-    split_dot: bool = False
 
     def expand_units(self, a: Array) -> Array:
         """Adds the batch axis to a vector over units."""
@@ -79,16 +77,14 @@ class Layout:
         """Returns input and recurrent weights as `dot_both` takes them."""
         return self.prepare(self.unpack(jnp.concatenate([self.pack(w_x), self.pack(w_h)], 1)))
 
-    def dot_both(self, w: Any, x: Array, h: Array, *, save: bool) -> Array:
+    def dot_both(self, w: Any, x: Array, h: Array) -> Array:
         """Computes ``W_x x + W_h h`` for one step as one product.
 
         Args:
           w: from `prepare_both`.
           x: the input; with ``bitcast`` packed.
           h: the hidden state.
-          save: whether the step saves residuals.
         """
-        del save
         if self.bitcast:
             return self.dot(w, self.unpack(jnp.concatenate([x, self.pack(h)], self.units_axis)))
         return self.dot(w, jnp.concatenate([x.astype(self.accum_dtype), h], self.units_axis))
@@ -129,11 +125,11 @@ class FeatureMajor(Layout):
         """Keeps the matrices separate in bfloat16: to concatenate them takes longer than one product saves."""
         return (self.prepare(w_x), self.prepare(w_h)) if self.bitcast else super().prepare_both(w_x, w_h)
 
-    def dot_both(self, w: Any, x: Array, h: Array, *, save: bool) -> Array:
+    def dot_both(self, w: Any, x: Array, h: Array) -> Array:
         """Computes one product, or in bfloat16 two."""
         if self.bitcast:
             return self.dot(w[0], self.unpack(x)) + self.dot(w[1], h)
-        return super().dot_both(w, x, h, save=save)
+        return super().dot_both(w, x, h)
 
     def prepare_for_vjp(self, w: Array) -> Array:
         """Returns the transpose."""
@@ -163,30 +159,17 @@ class BatchMajor(Layout):
         """Computes ``x W^T``."""
         return self._dot(x, w, 1, 0)
 
-    def dot_both(self, w: Any, x: Array, h: Array, *, save: bool) -> Array:
-        """Computes one product, with ``split_dot`` as two if that is faster: with residuals, and x no wider than h."""
-        if self.split_dot and save and not self.bitcast and x.shape[1] <= h.shape[1]:
-            return self._split_dot(jnp.concatenate([x.astype(self.accum_dtype), h], 1), w, 0)
-        return super().dot_both(w, x, h, save=save)
-
     def prepare_for_vjp(self, w: Array) -> Array:
         """Returns the matrix in ``dtype``."""
         return w.astype(self.dtype)
 
     def dot_for_vjp(self, w: Array, x: Array) -> Array:
         """Computes ``x W^T`` from ``W``."""
-        return self._split_dot(x, w, 1) if self.split_dot else self._dot(x, w, 1, 1)
+        return self._dot(x, w, 1, 1)
 
     def dot_over_time(self, w: Array, xs: Array) -> Array:
         """Computes ``x W^T`` for all steps of ``xs (T, B, n)``."""
         return self._dot(xs, w, 2, 1)
-
-    def _split_dot(self, x: Array, w: Array, axis: int) -> Array:
-        """Multiplies ``x (B, n)`` with ``w`` over an axis of ``w`` as two products, over even and odd rows."""
-        if has_explicit_sharding(x):
-            return self._dot(x, w, 1, axis)
-        halves = jnp.unstack(x.reshape(x.shape[0] // 2, 2, x.shape[1]), axis=1)
-        return jnp.stack([self._dot(half, w, 1, axis) for half in halves], axis=1).reshape(x.shape[0], -1)
 
 
 ORDERS: dict[str, type[Layout]] = {"batch": BatchMajor, "feature": FeatureMajor}
@@ -220,11 +203,6 @@ def choose_layout(
     With float32 sums and ``2^12 <= batch_size * hidden_size < 2^14`` the gates use all threads of a CPU: below, waking
     a thread costs more than it saves, and above the difference is within 4 %.
 
-    At these sizes, batch-major with more than 128 units and an even batch, the backward product of a step is computed
-    as two. Each of two threads then has a product and need not wait for the other within it. Each product has every
-    other row, so that a batch sharded over devices is halved on each device. The forward product is split only under
-    the conditions of `BatchMajor.dot_both`; elsewhere that gains at one size and loses at another.
-
     While a program is exported for any size, a symbolic size counts as a large one, but does not decide the order.
 
     Args:
@@ -242,15 +220,12 @@ def choose_layout(
     fits_cache = num_steps * batch_size * hidden_size <= 2**20
     hoist_inputs = input_size >= 128 and batch_size <= 24 and fits_cache
     chunk_size = next(size for limit, size in CHUNK_SIZES if batch_size <= limit)
-    layout = ORDERS[order]
     threaded = 2**12 <= batch_size * hidden_size < 2**14 and accum_dtype == jnp.float32
-    split = threaded and layout is BatchMajor and hidden_size > 128 and batch_size % 2 == 0
-    return layout(
+    return ORDERS[order](
         dtype,
         accum_dtype,
         hoist_inputs,
         chunk_size,
         threaded_gates=threaded,
         bitcast=dtype == jnp.bfloat16,
-        split_dot=split,
     )

@@ -98,17 +98,22 @@ def _ask_cluster(options: Options) -> tuple[Options, Sequence[int] | None]:
     Raises:
       ValueError: if JAX knows no cluster here.
     """
-    # JAX has no public function for this: `jax.distributed.initialize` asks the cluster and connects at once.
-    from jax._src.clusters import ClusterEnv
-
     try:
+        # JAX has no public function for this: `jax.distributed.initialize` asks the cluster and connects at once.
+        from jax._src.clusters import ClusterEnv
+
         address, processes, process, devices = ClusterEnv.auto_detect_unset_distributed_params(
             None, None, None, None, None, int(CONNECT_SECONDS)
         )
-    except (ValueError, RuntimeError, OSError, KeyError) as error:
-        raise ValueError(f"--coordinator {AUTO}: the settings of the cluster: {first_line(error)}") from None
+    except (ImportError, AttributeError, TypeError, ValueError, RuntimeError, OSError, KeyError) as error:
+        raise ValueError(
+            f"--coordinator {AUTO} gets no settings from the cluster: {first_line(error)}; give HOST:PORT, --processes "
+            "and --process"
+        ) from None
     if address is None or processes is None or process is None:
-        raise ValueError(f"--coordinator {AUTO} finds no cluster that JAX knows; give HOST:PORT and --processes")
+        raise ValueError(
+            f"--coordinator {AUTO} finds no cluster that JAX knows; give HOST:PORT, --processes and --process"
+        )
     return replace(options, coordinator=address, processes=processes, process=process), devices
 
 

@@ -74,18 +74,6 @@ def test_fused_in_every_layout_equals_oracle(configuration, order, hoist_inputs,
     parity.check_outputs_and_gradients(configuration, "everything", Fused(order, hoist_inputs, chunk_size))
 
 
-@pytest.mark.parametrize(
-    "configuration",
-    [
-        *("learned state", "remat"),
-        *(pytest.param(name, marks=pytest.mark.slow) for name in ("rnn", "all options of a layer")),
-    ],
-)
-def test_fused_with_split_products_equals_oracle(configuration, set_layout):
-    set_layout(BatchMajor, hoist_inputs=False, split_dot=True)
-    parity.check_outputs_and_gradients(configuration, "everything", "fused")
-
-
 @pytest.mark.parametrize("order", ["batch", "feature"])
 def test_fused_options_give_the_layout(order):
     config = fused.FusedConfig(
@@ -98,14 +86,6 @@ def test_fused_options_give_the_layout(order):
     assert (hoisted.order, hoisted.hoist_inputs, hoisted.chunk_size) == (order, True, 8)
 
 
-def test_fused_options_keep_the_conditions_of_their_order():
-    """Split products belong to batch-major arrays: with this order they are split under the same conditions."""
-    assert choose_layout(LayerSizes(6, 32, 3, 300), FLOAT32, FLOAT32).order == "feature"
-    layout = choose_layout(LayerSizes(6, 32, 3, 300), FLOAT32, FLOAT32, "batch")
-    assert (layout.order, layout.split_dot, layout.threaded_gates) == ("batch", True, True)
-    assert not choose_layout(LayerSizes(6, 32, 3, 200), FLOAT32, FLOAT32, "feature").split_dot
-
-
 BFLOAT16_LAYOUTS = [
     (FeatureMajor, {"hoist_inputs": False}),
     (BatchMajor, {"hoist_inputs": False}),
@@ -114,9 +94,7 @@ BFLOAT16_LAYOUTS = [
 
 
 @pytest.mark.parametrize("configuration", ["one layer", pytest.param("layer norm", marks=pytest.mark.slow)])
-@pytest.mark.parametrize(
-    ("layout", "options"), [*BFLOAT16_LAYOUTS, (BatchMajor, {"hoist_inputs": False, "split_dot": True})]
-)
+@pytest.mark.parametrize(("layout", "options"), BFLOAT16_LAYOUTS)
 def test_fused_bfloat16_in_every_layout_equals_oracle(configuration, layout, options, set_layout):
     assert choose_layout(LayerSizes(6, 64, 3, 512), BFLOAT16, FLOAT32).bitcast
     set_layout(layout, chunk_size=3, bitcast=True, **options)
@@ -155,11 +133,11 @@ def test_fused_bfloat16_second_derivatives_equal_scan(layout, options, set_layou
 
 
 @pytest.mark.skipif(jax.default_backend() != "cpu", reason="the layout differs on other platforms")
-@pytest.mark.parametrize(("batch_size", "hidden_size"), [(64, 16), (16, 8), (2, 8)])
-def test_fused_loops_carry_bfloat16_as_uint16(batch_size, hidden_size):
+@pytest.mark.parametrize(("batch_size", "input_size", "is_hoisted"), [(16, 3, False), (64, 3, False), (2, 128, True)])
+def test_fused_loops_carry_bfloat16_as_uint16(batch_size, input_size, is_hoisted):
     """XLA on CPU rewrites a whole bfloat16 array to read or write one step, and float32 takes twice the memory."""
-    lstm = jaxlstm.LSTM(3, hidden_size, dtype=jnp.bfloat16, implementation="fused")
-    params, xs = lstm.init(jax.random.key(0)), jnp.zeros((70, batch_size, 3), jnp.bfloat16)
+    lstm = jaxlstm.LSTM(input_size, 8, dtype=jnp.bfloat16, implementation="fused")
+    params, xs = lstm.init(jax.random.key(0)), jnp.zeros((70, batch_size, input_size), jnp.bfloat16)
 
     def loss(params, xs):
         return lstm(params, xs)[0].astype(jnp.float32).sum()
@@ -176,7 +154,7 @@ def test_fused_loops_carry_bfloat16_as_uint16(batch_size, hidden_size):
         dtypes = [a.aval.dtype for loop in loops for a in sequences(loop)]
         assert jnp.bfloat16 not in dtypes
         # x is read forward, unless its product is hoisted, and by the derivative; y is written, and read by it.
-        assert dtypes.count(jnp.uint16) == (2 if fn is loss else 4) - (batch_size <= 8)
+        assert dtypes.count(jnp.uint16) == (2 if fn is loss else 4) - is_hoisted
 
 
 @pytest.mark.parametrize(

@@ -93,7 +93,7 @@ def test_fused_differentiates_custom_cell():
 
     def gradient(implementation):
         network = jaxlstm.LSTM(2, H, cell=cells.Cell(lstm, num_gates=4), implementation=implementation)
-        return jax.jit(jax.grad(lambda xs: network(params, xs)[0].sum()))(np.ones((T, B, 2)))
+        return jax.jit(jax.grad(lambda xs: network(params, xs)[0].sum()))(np.ones((T, B, 2), np.float32))
 
     actual, expected = gradient("fused"), gradient("scan")
     np.testing.assert_allclose(actual, expected, **tolerance(actual.dtype, T * H))
