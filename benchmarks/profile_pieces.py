@@ -97,7 +97,7 @@ def backward_pieces(dtype: str, shape: Shape) -> dict[str, Piece]:
 
     All chunks share the gate derivatives and cotangents of one chunk. Arrays have the layout of the fused backend.
     """
-    layout = choose_layout(LayerSizes(*shape), jnp.dtype(dtype), jnp.dtype("float32"))
+    layout = choose_layout(LayerSizes(*shape[1:]), jnp.dtype(dtype), jnp.dtype("float32"))
     chunk_size = min(layout.chunk_size, shape.num_steps)
     num_chunks, gates_size = shape.num_steps // chunk_size, 4 * shape.hidden_size
     keys = iter(jax.random.split(jax.random.key(1), 4))

@@ -104,7 +104,7 @@ def list_candidates(lstm: LSTM, xs_shape: tuple[int, ...], *, training: bool, ex
 
 def _fused_options(lstm: LSTM, xs_shape: tuple[int, ...], *, training: bool) -> tuple[list[Fused], list[Fused]]:
     """Returns the fused backend in each layout, first the default one, and with all options."""
-    sizes = LayerSizes(xs_shape[0], math.prod(xs_shape[1:-1]), lstm.input_size, lstm.hidden_size)
+    sizes = LayerSizes(math.prod(xs_shape[1:-1]), lstm.input_size, lstm.hidden_size)
     layout = choose_layout(sizes, lstm.output_dtype, lstm.state_dtype)
     hoist_inputs = layout.hoist_inputs or lstm.layer_norm
     orders = _distinct((layout.order, *ORDERS))

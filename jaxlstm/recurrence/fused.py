@@ -216,7 +216,7 @@ def _run(options: Fused, cell: Cell, directions: tuple[Direction, ...], context:
         cell,
         context.rates,
         context.unroll,
-        sizes=LayerSizes(*directions[0].xs.shape, hidden_size=weights.w_h.shape[0] // cell.num_gates),
+        sizes=LayerSizes(*directions[0].xs.shape[1:], hidden_size=weights.w_h.shape[0] // cell.num_gates),
         dtype=jnp.dtype(context.dtype),
         accum_dtype=context.accum_dtype,
         layer_norm=weights.norm is not None,

@@ -178,7 +178,6 @@ ORDERS: dict[str, type[Layout]] = {"batch": BatchMajor, "feature": FeatureMajor}
 class LayerSizes(NamedTuple):
     """Sizes of one layer."""
 
-    num_steps: Size  # T
     batch_size: Size  # B
     input_size: int  # I
     hidden_size: int  # H
@@ -193,17 +192,15 @@ def choose_layout(
 ) -> Layout:
     """Returns the layout for the sizes of a layer: on CPU by measurement, elsewhere a default, not measured.
 
-    Feature-major pays off if the weights are large, more than 256 units, or if there are at least four times as many
-    rows as units: then the longer axis is contiguous.
+    Feature-major pays off if the weights are large, with more than 256 units.
 
-    The product of the inputs is hoisted from the loop for up to 24 rows of at least 128 inputs, if the result fits the
-    cache: then one large product is faster than its part in each step. With fewer inputs, reading the result takes
-    longer than the product.
+    The product of the inputs is hoisted from the loop if a row has at least 16 times as many inputs as there are rows:
+    a step then reads ``4 H B`` numbers of the result instead of ``4 H I`` weights.
 
     With float32 sums and ``2^12 <= batch_size * hidden_size < 2^14`` the gates use all threads of a CPU: below, waking
     a thread costs more than it saves, and above the difference is within 4 %.
 
-    While a program is exported for any size, a symbolic size counts as a large one, but does not decide the order.
+    While a program is exported for any size, a symbolic size counts as a large one.
 
     Args:
       sizes: the sizes.
@@ -213,12 +210,10 @@ def choose_layout(
     """
     if jax.default_backend() != "cpu":
         return ORDERS[order or "batch"](dtype, accum_dtype, hoist_inputs=True, chunk_size=64)
-    num_steps, batch_size = (size if isinstance(size, int) else INF for size in sizes[:2])
-    input_size, hidden_size = sizes.input_size, sizes.hidden_size
-    if order is None:
-        order = "feature" if hidden_size > 256 or 4 * hidden_size <= batch_size < INF else "batch"
-    fits_cache = num_steps * batch_size * hidden_size <= 2**20
-    hoist_inputs = input_size >= 128 and batch_size <= 24 and fits_cache
+    batch_size = sizes.batch_size if isinstance(sizes.batch_size, int) else INF
+    hidden_size = sizes.hidden_size
+    order = order or ("feature" if hidden_size > 256 else "batch")
+    hoist_inputs = sizes.input_size >= 16 * batch_size
     chunk_size = next(size for limit, size in CHUNK_SIZES if batch_size <= limit)
     threaded = 2**12 <= batch_size * hidden_size < 2**14 and accum_dtype == jnp.float32
     return ORDERS[order](

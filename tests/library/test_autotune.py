@@ -229,7 +229,7 @@ def all_candidates(lstm, shape=(100, 4, 3), *, training=True, experimental=True)
 def test_candidates_begin_with_the_default_and_have_no_duplicates():
     lstm = jaxlstm.LSTM(3, 5)
     groups, candidates = all_candidates(lstm)
-    layout = choose_layout(LayerSizes(100, 4, 3, 5), jnp.dtype("float32"), jnp.dtype("float32"))
+    layout = choose_layout(LayerSizes(4, 3, 5), jnp.dtype("float32"), jnp.dtype("float32"))
     assert explain(lstm, (100, 4, 3)).name == "fused"
     assert groups.always == ((Fused(layout.order, layout.hoist_inputs, layout.chunk_size), 1), ("scan", 1))
     assert len(candidates) == len(set(candidates)) == 4 * 4 * 3 + 2 * 3 + 3

@@ -85,4 +85,4 @@ def test_fused_uses_threaded_gates_between_two_sizes(cell):
 @pytest.mark.skipif(jax.default_backend() != "cpu", reason="the layout differs on other platforms")
 @pytest.mark.parametrize(("dtype", "threaded"), [("float32", True), ("float64", False)])
 def test_layout_threads_gates_in_float32_only(dtype, threaded):
-    assert choose_layout(LayerSizes(T, B, INPUT_SIZE, H), jnp.dtype(dtype), jnp.dtype(dtype)).threaded_gates is threaded
+    assert choose_layout(LayerSizes(B, INPUT_SIZE, H), jnp.dtype(dtype), jnp.dtype(dtype)).threaded_gates is threaded
