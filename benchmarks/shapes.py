@@ -29,7 +29,7 @@ RANGES = {"num_steps": (16, 2048), "batch_size": (1, 256), "input_size": (8, 102
 MIN_WORK, MAX_WORK = 1e7, 1e10  # multiplications and additions of the matrix products of one forward pass
 MAX_NUMBERS = 2**24  # in the inputs and in the outputs
 KINDS = {"train": "training step", "infer": "inference"}
-RATIOS = {"best JAX library": tuple(JAX_PEERS), "PyTorch": (TORCH,), "jaxlstm scan": (JAXLSTM_SCAN,)}
+RATIOS = {"the best JAX library": tuple(JAX_PEERS), "PyTorch": (TORCH,), "jaxlstm scan": (JAXLSTM_SCAN,)}
 
 
 @dataclass(frozen=True)
@@ -100,10 +100,11 @@ def draw(path: Path, results: Sequence[dict[str, Any]], title: str) -> None:
     figure = Figure(figsize=(9, 4), layout="constrained")
     panels = figure.subplots(1, 2, sharey=True)
     for axes, (kind, label) in zip(panels, KINDS.items()):
-        for reference, color, marker in (("best JAX library", "#0072B2", "o"), ("PyTorch", "#D55E00", "s")):
+        for reference, color, marker in (("the best JAX library", "#0072B2", "o"), ("PyTorch", "#D55E00", "s")):
             ratios = [ratio_to_best(result[kind], RATIOS[reference]) for result in results]
             values = sorted(ratio for ratio in ratios if ratio is not None)
-            axes.plot(range(1, len(values) + 1), values, marker, color=color, label=f"to the {reference}", zorder=3)
+            if values:
+                axes.plot(range(1, len(values) + 1), values, marker, color=color, label=f"over {reference}", zorder=3)
         axes.axhline(1, color="black", linewidth=1.2)
         axes.set_yscale("log")
         axes.minorticks_off()
@@ -111,6 +112,7 @@ def draw(path: Path, results: Sequence[dict[str, Any]], title: str) -> None:
         axes.set_yticks(ticks, [f"{tick:g}×" for tick in ticks])
         axes.grid(axis="y", color="#cccccc", linewidth=0.7)
         axes.set_title(label, loc="left", fontsize=12)
+        axes.set_xticks([])
         axes.set_xlabel("shapes, in ascending order of the ratio")
     panels[0].set_ylabel("time of jaxlstm, relative\n(below 1: jaxlstm is faster)")
     panels[0].legend(frameon=False)
@@ -147,7 +149,7 @@ def main(options: Options, console: Console) -> None:
         if path is not None:
             write_json(path, {"machine": machine, "sections": halves})
     rows = [
-        (f"{label}, to the {reference}", *row.values())
+        (f"{label}, over {reference}", *row.values())
         for kind, label in KINDS.items()
         for reference, row in summarize(results).get(kind, {}).items()
     ]

@@ -13,9 +13,8 @@ from jaxlstm.recurrence.backends import EXPERIMENTAL, NAMES, ImplementationName
 class PlatformDefault(NamedTuple):
     """The backend of a platform.
 
-    Shapes have no column. At one measured shape another backend is faster, and in inference alone: ``"scan"`` takes
-    0.87 of the time at (T, B, I, H) = (512, 1, 64, 128), 0.93 on another machine and 0.94 with JAX 0.12, while its
-    training step takes 1.84, 2.08 and 1.22 times as long.
+    Shapes have no column: `jaxlstm.autotune` measures at one shape. With JAX 0.12, ``"scan"`` is faster than
+    ``"fused"`` at 2 of 20 random shapes in training (at best 0.87 of the time) and at 5 in inference (0.71).
     """
 
     name: ImplementationName
@@ -35,10 +34,10 @@ OTHERS = {"scan": UNMEASURED, "tensor_parallel": TENSOR_PARALLEL, **NEVER_RUN}
 PLATFORM_DEFAULTS = {
     "cpu": PlatformDefault(
         "fused",
-        f"the fastest {CPU}, on average and in training at every measured shape (benchmarks/README.md)",
+        f"the fastest {CPU} on average (benchmarks/README.md); jaxlstm.autotune measures at one shape",
         OTHERS
         | {
-            "scan": f"slower: 1.51 times the training step, 1.26 times the inference or more, over 5 shapes {CPU}",
+            "scan": f"slower: on average 1.51 times the training step, 1.32 times the inference, over 20 shapes {CPU}",
             "newton": (
                 f"experimental and slower: 1.9 to 23 times the training step, 2 to 197 times the inference, at 8 "
                 f"shapes {CPU}"
