@@ -23,7 +23,7 @@ from timing import check_rounds, time_interleaved
 
 from jaxlstm.training.metrics import write_json
 
-Half = Literal["fit", "held-out"]
+Split = Literal["fit", "held-out"]
 SEEDS = {"fit": range(40), "held-out": range(40, 60)}
 RANGES = {"num_steps": (16, 2048), "batch_size": (1, 256), "input_size": (8, 1024), "hidden_size": (8, 1024)}
 MIN_WORK, MAX_WORK = 1e7, 1e10  # multiplications and additions of the matrix products of one forward pass
@@ -36,14 +36,14 @@ RATIOS = {"the best JAX library": tuple(JAX_PEERS), "PyTorch": (TORCH,), "jaxlst
 class Options:
     """Compare jaxlstm with other LSTM implementations at random shapes."""
 
-    half: Half = "held-out"
+    split: Split = "held-out"
     """Shapes: those that the rules were chosen by, or the others."""
     rounds: int = 9
     """Calls of each benchmark, interleaved; results are medians."""
     only: tuple[str, ...] = ()
     """Include only peers whose name contains one of these words. Default: all installed peers."""
     max_shapes: int = 20
-    """Measure only this many shapes of the half."""
+    """Measure only this many shapes of the split."""
     out: Path | None = None
     """Folder for shapes-NAME.json and shapes-NAME.png."""
     name: str | None = None
@@ -121,18 +121,18 @@ def draw(path: Path, results: Sequence[dict[str, Any]], title: str) -> None:
 
 
 def main(options: Options, console: Console) -> None:
-    """Measures one half of the shapes; writes the results after each shape."""
+    """Measures one split of the shapes; writes the results after each shape."""
     rounds = check_rounds(options.rounds)
     machine = describe_machine()
     version = ".".join(jax.__version__.split(".")[:2])
     name = options.name or f"{machine_slug()}-jax-{version}"
     path = None if options.out is None else report.prepare_output(options.out / f"shapes-{name}.json")
     registry = Registry(options.only, lambda text: report.print_line(console, text))
-    halves: dict[str, Any] = {}
+    splits: dict[str, Any] = {}
     if path is not None:
-        halves = load_sections(path, machine, lambda text: report.print_line(console, text))
+        splits = load_sections(path, machine, lambda text: report.print_line(console, text))
     results: list[dict[str, Any]] = []
-    for seed in SEEDS[options.half][: options.max_shapes]:
+    for seed in SEEDS[options.split][: options.max_shapes]:
         shape = draw_shape(seed)
         times = measure(shape, registry, rounds)
         results.append({"seed": seed, "shape": to_json(shape), **times})
@@ -145,16 +145,16 @@ def main(options: Options, console: Console) -> None:
         report.print_line(console, f"{shape!s:>20}  {text}")
         date = f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC"
         header = {"date": date, "rounds": rounds, "skipped": dict(registry.skipped), "summary": summarize(results)}
-        halves[options.half] = header | {"shapes": results}
+        splits[options.split] = header | {"shapes": results}
         if path is not None:
-            write_json(path, {"machine": machine, "sections": halves})
+            write_json(path, {"machine": machine, "sections": splits})
     rows = [
         (f"{label}, over {reference}", *row.values())
         for kind, label in KINDS.items()
         for reference, row in summarize(results).get(kind, {}).items()
     ]
     columns = ("ratio of medians", "geometric mean", "10 %", "median", "90 %", "worst", "above 1", "worst shape")
-    report.print_table(console, f"{len(results)} shapes ({options.half})", columns, rows)
+    report.print_table(console, f"{len(results)} shapes ({options.split})", columns, rows)
     if path is not None:
         device = f"{machine['cpu']}, {machine['cores']} cores" if machine["backend"] == "cpu" else machine["device"]
         draw(path.with_suffix(".png"), results, f"{len(results)} random shapes, JAX {jax.__version__}, {device}")

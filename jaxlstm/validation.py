@@ -1,9 +1,12 @@
 """Checks of arguments: wrong input raises one clear error while tracing, with the received and the expected value."""
 
+import contextlib
 import math
 import operator
 import warnings
-from typing import Any
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +17,8 @@ from jax.export import is_symbolic_dim
 from jaxlstm.cells import Cell
 from jaxlstm.errors import first_line
 from jaxlstm.params import Params, Size, State
+
+Network = TypeVar("Network", bound=Any)  # a dataclass: `jaxlstm.LSTM` or `jaxlstm.ConvLSTM`
 
 
 def positive_int(name: str, value: Any) -> int:
@@ -140,6 +145,20 @@ def _check_gates(cell: Cell) -> None:
             "gates of the cell must be elementwise over units and return (c, output), each of the shape of c; "
             f"for {shapes} got {returned}"
         )
+
+
+def replace_quietly(network: Network, **options: Any) -> Network:
+    """Returns a network with other options, without repeating the warnings about its own."""
+    with without_warnings():
+        return replace(network, **options)
+
+
+@contextlib.contextmanager
+def without_warnings() -> Iterator[None]:
+    """Hides the warnings about options, which were given when the user made the network."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
 
 
 def warn_unused_dropout(dropout: float, num_layers: int, variational: bool) -> None:

@@ -1,11 +1,11 @@
 """The configuration of an LSTM as JSON values, and back."""
 
-import warnings
 from dataclasses import fields
 from typing import Any, Literal, get_type_hints
 
 import jax.numpy as jnp
 
+from jaxlstm import validation
 from jaxlstm.cells import Cell
 from jaxlstm.errors import first_line
 from jaxlstm.json_types import check_entries
@@ -54,8 +54,7 @@ def lstm_from_json(values: Any, label: str) -> LSTM:
         if isinstance(values["cell"], dict):
             check_entries(values["cell"], CELL_TYPES, f"{label}: cell")
             options["cell"] = Cell(**values["cell"] | {"gates": load(values["cell"]["gates"])})
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # given when the user made the network
+        with validation.without_warnings():
             return LSTM(**options)
     except (ImportError, AttributeError, TypeError) as error:
         raise ValueError(f"{label}: {first_line(error)}") from None

@@ -1,9 +1,7 @@
 """Compiles, checks and times the candidates of a network: `autotune`."""
 
 import time
-import warnings
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any, NamedTuple
 
 import jax
@@ -73,7 +71,7 @@ def tune(lstm: LSTM, xs_shape: tuple[int, ...], *, training: bool, seconds: floa
         return compile_network(with_candidate(lstm, candidate), args)
 
     wide = lstm.state_dtype
-    reference = replace_quietly(lstm, implementation="scan", dtype=wide, param_dtype=wide)
+    reference = validation.replace_quietly(lstm, implementation="scan", dtype=wide, param_dtype=wide)
     if reference.dtype == lstm.output_dtype and reference.param_dtype == lstm.param_dtype:
         reference = with_candidate(lstm, Candidate("scan", lstm.unroll))  # also a candidate: compiled once
     expected = jax.device_get(compile_network(reference, args.astype(wide))())
@@ -109,14 +107,7 @@ def _check_arguments(lstm: Any, xs_shape: Any, seconds: Any) -> tuple[int, ...]:
 
 def with_candidate(lstm: LSTM, candidate: Candidate) -> LSTM:
     """Returns the network with the backend and the steps per iteration of a candidate."""
-    return replace_quietly(lstm, implementation=candidate.implementation, unroll=candidate.unroll)
-
-
-def replace_quietly(lstm: LSTM, **options: Any) -> LSTM:
-    """Returns the network with other options, without the warnings that were given when the user made it."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return replace(lstm, **options)
+    return validation.replace_quietly(lstm, implementation=candidate.implementation, unroll=candidate.unroll)
 
 
 # Programs

@@ -1,6 +1,5 @@
 """Exports a network with its weights as a `jax.export.Exported`, and writes it to a file."""
 
-import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -126,7 +125,7 @@ def _check_platforms(platforms: Sequence[str]) -> tuple[str, ...]:
 
 def _without_step_counts(lstm: LSTM) -> LSTM:
     """Returns the network without `unroll` and `remat`, which need the number of steps; results are the same."""
-    return dataclasses.replace(lstm, unroll=1, remat=None)
+    return validation.replace_quietly(lstm, unroll=1, remat=None)
 
 
 def _input_shape(lstm: LSTM, *leading: Size) -> jax.ShapeDtypeStruct:

@@ -184,7 +184,7 @@ class LayerSizes(NamedTuple):
 
 
 INF = float("inf")
-CHUNK_SIZES = ((8, 64), (16, 32), (INF, 8))  # largest batch size, steps per chunk; measured
+CHUNK_RULES = ((8, 64), (16, 32), (INF, 8))  # largest batch size, steps per chunk; measured
 
 
 def choose_layout(
@@ -195,7 +195,7 @@ def choose_layout(
     Feature-major pays off if the weights are large, with more than 256 units.
 
     The product of the inputs is hoisted from the loop if a row has at least 16 times as many inputs as there are rows:
-    a step then reads ``4 H B`` numbers of the result instead of ``4 H I`` weights.
+    a step then reads ``G H B`` numbers of the result instead of ``G H I`` weights.
 
     With float32 sums and ``2^12 <= batch_size * hidden_size < 2^14`` the gates use all threads of a CPU: below, waking
     a thread costs more than it saves, and above the difference is within 4 %.
@@ -214,7 +214,7 @@ def choose_layout(
     hidden_size = sizes.hidden_size
     order = order or ("feature" if hidden_size > 256 else "batch")
     hoist_inputs = sizes.input_size >= 16 * batch_size
-    chunk_size = next(size for limit, size in CHUNK_SIZES if batch_size <= limit)
+    chunk_size = next(size for limit, size in CHUNK_RULES if batch_size <= limit)
     threaded = 2**12 <= batch_size * hidden_size < 2**14 and accum_dtype == jnp.float32
     return ORDERS[order](
         dtype,

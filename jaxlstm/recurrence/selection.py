@@ -1,7 +1,6 @@
 """Which backend runs if none is named: one row per platform, with the measurement behind it."""
 
-import warnings
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import jax
@@ -100,8 +99,6 @@ def explain(lstm: Any, xs_shape: tuple[int, ...]) -> BackendChoice:
 
 
 def _trace(lstm: Any, name: str, xs_shape: tuple[int, ...]) -> None:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # given when the user made the network
-        lstm = replace(lstm, implementation=name)
+    lstm = validation.replace_quietly(lstm, implementation=name)
     params = jax.eval_shape(lstm.init, jax.random.key(0))
     jax.eval_shape(lstm, params, jax.ShapeDtypeStruct(xs_shape, lstm.param_dtype))

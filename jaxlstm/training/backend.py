@@ -7,7 +7,6 @@ program.
 
 import json
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import jax
@@ -24,6 +23,7 @@ from jaxlstm.training import config
 from jaxlstm.training.config import Options
 from jaxlstm.training.tasks.task import Task
 from jaxlstm.training.train_step import TrainState
+from jaxlstm.validation import replace_quietly
 
 AUTO = "auto"
 SECONDS = 20.0  # for a measurement
@@ -55,7 +55,7 @@ def named_backend(options: Options, lstm: LSTM) -> LSTM:
         raise ValueError(
             f"--implementation {name} cannot split hidden units over --mesh {options.mesh}; expected tensor_parallel"
         )
-    return replace(lstm, implementation=name)
+    return replace_quietly(lstm, implementation=name)
 
 
 def measure_backend(options: Options, task: Task, state: TrainState, mesh: Mesh | None) -> tuple[dict[str, Any], str]:
@@ -108,7 +108,7 @@ def with_backend(lstm: LSTM, saved: dict[str, Any]) -> LSTM:
     """
     check_entries(saved, SAVED_TYPES, "backend")
     implementation: Any = implementation_from_json(saved["implementation"], "backend")
-    return replace(lstm, implementation=implementation, unroll=saved["unroll"])
+    return replace_quietly(lstm, implementation=implementation, unroll=saved["unroll"])
 
 
 def is_of_this_device(saved: dict[str, Any]) -> bool:

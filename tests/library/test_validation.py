@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 import jaxlstm
+from jaxlstm.recurrence import explain
 
 
 def zero_params(*sizes, **options):
@@ -320,3 +321,15 @@ def test_learned_state_needs_params():
         network.initial_state(2)
     with pytest.raises(ValueError, match=re.escape("params.state.h is missing; expected shape [1, 4]")):
         network(zero_params(3, 4), xs)
+
+
+@pytest.mark.parametrize("use", ["explain", "export", "autotune"])
+def test_functions_do_not_repeat_the_warnings_of_a_network(use):
+    """They make networks with other options from the user's, whose warnings were given; pytest raises any other."""
+    with pytest.warns(UserWarning, match="dropout option"):
+        lstm = jaxlstm.LSTM(2, 3, dropout=0.5)
+    {
+        "explain": lambda: explain(lstm, (4, 2)),
+        "export": lambda: jaxlstm.export.sequence(lstm, lstm.init(jax.random.key(0))),
+        "autotune": lambda: jaxlstm.autotune(lstm, (4, 1, 2), training=False, seconds=0.1),
+    }[use]()

@@ -1,4 +1,4 @@
-"""Runs survive a power cut: what the system is asked to write to disk, and disks as a power cut leaves them."""
+"""Power cuts: the order in which files are synced to disk, and resuming from copies of a disk taken during a run."""
 
 import contextlib
 import os
