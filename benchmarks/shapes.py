@@ -123,6 +123,8 @@ def draw(path: Path, results: Sequence[dict[str, Any]], title: str) -> None:
 def main(options: Options, console: Console) -> None:
     """Measures one split of the shapes; writes the results after each shape."""
     rounds = check_rounds(options.rounds)
+    if options.max_shapes < 1:
+        raise ValueError(f"max-shapes must be at least 1, got {options.max_shapes}")
     machine = describe_machine()
     version = ".".join(jax.__version__.split(".")[:2])
     name = options.name or f"{machine_slug()}-jax-{version}"
