@@ -28,7 +28,7 @@ from jaxlstm.training.memory import check_memory
 from jaxlstm.training.output import check_written, make_output_lenient, printable
 from jaxlstm.training.processes import end_process
 from jaxlstm.training.run_directory import lacks_config
-from jaxlstm.training.stop_signals import Interrupted, raise_on_stop_signals
+from jaxlstm.training.stop_signals import Interrupted, raise_on_stop_signals, repeat_ignored_signal
 from jaxlstm.training.tasks import TASKS
 from jaxlstm.training.tasks.task import LanguageTaskModule
 
@@ -71,16 +71,16 @@ def set_up_process() -> None:
     keep_freed_memory()
     for name in ("absl", "asyncio"):  # Orbax logs, in each of its threads, errors that it also raises
         logging.getLogger(name).setLevel(logging.CRITICAL)
-    sys.unraisablehook = _ignore_closed_event_loop
+    sys.unraisablehook = _handle_unraisable
     warnings.filterwarnings("ignore", "Error writing persistent compilation cache entry")
     warnings.filterwarnings("ignore", "Glyph .* missing from font")  # matplotlib draws a box
     jax.config.update("jax_compilation_cache_dir", str(cache_folder() / "compiled"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
 
 
-def _ignore_closed_event_loop(unraisable: "sys.UnraisableHookArgs") -> None:
-    """Ignores one error of TensorStore's threads, printed after a failed write that was raised already."""
-    if str(unraisable.exc_value) != "Event loop is closed":
+def _handle_unraisable(unraisable: "sys.UnraisableHookArgs") -> None:
+    """Repeats stop signals, and ignores an error of TensorStore's threads after a failed write that was raised."""
+    if not repeat_ignored_signal(unraisable) and str(unraisable.exc_value) != "Event loop is closed":
         sys.__unraisablehook__(unraisable)
 
 

@@ -1,6 +1,9 @@
 """Ctrl-C, SIGTERM and a closed terminal end the start-up at once, and a run after its current step."""
 
+import os
 import signal
+import sys
+import threading
 from types import FrameType
 
 STOP_SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
@@ -19,6 +22,21 @@ def raise_on_stop_signals() -> None:
     for kind in STOP_SIGNALS:
         if not _ignores_hangup(kind):
             signal.signal(kind, _interrupt)
+
+
+def repeat_ignored_signal(unraisable: "sys.UnraisableHookArgs") -> bool:
+    """Sends a signal again whose `Interrupted` Python ignored, as it does in callbacks of the garbage collector.
+
+    Args:
+      unraisable: argument of ``sys.unraisablehook``.
+
+    Returns:
+      Whether the exception was an `Interrupted`.
+    """
+    if not isinstance(unraisable.exc_value, Interrupted):
+        return False
+    threading.Timer(0.05, os.kill, [os.getpid(), unraisable.exc_value.number]).start()
+    return True
 
 
 def catch_stop_signals() -> list[signal.Signals]:

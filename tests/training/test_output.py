@@ -1,5 +1,6 @@
 """Output that goes on without a reader, text that cannot control a terminal, and signals at any time."""
 
+import gc
 import io
 import os
 import re
@@ -164,6 +165,26 @@ def test_stop_signals_end_the_start_up_with_one_line(capsys, kind):
         signal.raise_signal(kind)
     assert end.value.code == 128 + kind
     assert capsys.readouterr().err == "train.py: interrupted\n"
+
+
+@pytest.mark.usefixtures("signal_handlers")
+def test_stop_signal_in_a_garbage_collection_is_not_lost(monkeypatch, capsys):
+    def callback(phase: str, info: dict[str, int]) -> None:
+        gc.callbacks.remove(callback)
+        signal.raise_signal(signal.SIGTERM)
+
+    def collect_and_wait() -> None:
+        gc.collect()
+        time.sleep(60)
+
+    stop_signals.raise_on_stop_signals()
+    monkeypatch.setattr(sys, "unraisablehook", cli._handle_unraisable)
+    gc.callbacks.append(callback)
+    start = time.monotonic()
+    with pytest.raises(stop_signals.Interrupted, match="SIGTERM"):
+        collect_and_wait()
+    assert time.monotonic() - start < 30
+    assert capsys.readouterr().err == ""
 
 
 @pytest.mark.usefixtures("signal_handlers")
