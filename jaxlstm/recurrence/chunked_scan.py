@@ -1,6 +1,7 @@
 """Loops over time: a scan over chunks of a sequence, and the loop of a recurrence given by its equations."""
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -8,10 +9,12 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.export import is_symbolic_dim
 
+from jaxlstm.cells import Cell
 from jaxlstm.dropout import RegularizerMasks
-from jaxlstm.params import State
+from jaxlstm.params import State, Weights
 from jaxlstm.recurrence.context import Direction, Results, ScanContext
 from jaxlstm.recurrence.masking import hold_skipped, restart
+from jaxlstm.recurrence.step import project_inputs, recurrent_step
 
 
 def scan_in_chunks(run: Callable[[Any, Any], tuple[Any, Any]], carry: Any, xs: Any, *, size: int) -> tuple[Any, Any]:
@@ -54,6 +57,16 @@ def emit_hidden(step: Callable[[Any, State, RegularizerMasks], State]) -> Callab
         return new_state, new_state.h
 
     return step_and_output
+
+
+def layer_equations(cell: Cell, weights: Weights, context: ScanContext, mesh_axis: str | None = None) -> ScanFns:
+    """Returns the equations of `jaxlstm.recurrence.step`; ``mesh_axis`` as in `recurrent_step`."""
+
+    def step(z_x: Array, state: State, masks: RegularizerMasks) -> State:
+        return recurrent_step(cell, weights, z_x, state, context.dtype, context.rates, masks, mesh_axis)
+
+    project = partial(project_inputs, weights, dtype=context.dtype, accum_dtype=context.accum_dtype)
+    return ScanFns(project, emit_hidden(step))
 
 
 def scan_directions(fns: Sequence[ScanFns], directions: Sequence[Direction], context: ScanContext) -> Results:

@@ -1,7 +1,6 @@
 """The reference backend: the equations of `jaxlstm.cells` under `jax.lax.scan`, differentiated by JAX."""
 
 from dataclasses import dataclass
-from functools import partial
 
 import jax.numpy as jnp
 from jax import Array
@@ -11,9 +10,9 @@ from jaxlstm.cells import Cell
 from jaxlstm.dropout import RegularizerMasks
 from jaxlstm.params import State, Weights
 from jaxlstm.primitives.mixed_precision_dot import dot
-from jaxlstm.recurrence.chunked_scan import ScanFns, emit_hidden, scan_directions
+from jaxlstm.recurrence.chunked_scan import ScanFns, emit_hidden, layer_equations, scan_directions
 from jaxlstm.recurrence.context import Direction, Results, ScanContext
-from jaxlstm.recurrence.step import finish_step, project_inputs, recurrent_step
+from jaxlstm.recurrence.step import finish_step
 
 
 @dataclass(frozen=True)
@@ -40,19 +39,11 @@ class Scan:
         Raises:
           ValueError: while tracing, for ``concatenate`` with layer normalization.
         """
-        equations = _concatenated_equations if self.concatenate else _equations
+        equations = _concatenated_equations if self.concatenate else layer_equations
         return scan_directions([equations(cell, d.weights, context) for d in directions], directions, context)
 
 
 run = Scan()  # the backend named "scan"
-
-
-def _equations(cell: Cell, weights: Weights, context: ScanContext) -> ScanFns:
-    def step(z_x, state: State, masks: RegularizerMasks) -> State:
-        return recurrent_step(cell, weights, z_x, state, context.dtype, context.rates, masks)
-
-    project = partial(project_inputs, weights, dtype=context.dtype, accum_dtype=context.accum_dtype)
-    return ScanFns(project, emit_hidden(step))
 
 
 def _concatenated_equations(cell: Cell, weights: Weights, context: ScanContext) -> ScanFns:

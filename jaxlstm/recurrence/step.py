@@ -49,6 +49,7 @@ def recurrent_step(
     dtype: DTypeLike,
     rates: RegularizerRates,
     masks: RegularizerMasks,
+    mesh_axis: str | None = None,
 ) -> State:
     """Takes one step, from the projected inputs and the state to the new state.
 
@@ -60,10 +61,14 @@ def recurrent_step(
       dtype: of the operands of matrix products.
       rates: rates of the regularizers.
       masks: masks of this step, ``(*batch, .)``.
+      mesh_axis: mesh axis over which the units are sharded; None if each device has all units.
     """
-    z_h = matvec(weights.w_h, state.h, dtype, z_x.dtype)
+    h = state.h
+    if mesh_axis is not None and weights.w_p is None:
+        h = lax.all_gather(h.astype(dtype), mesh_axis, axis=h.ndim - 1, tiled=True)  # the exchange of a step
+    z_h = matvec(weights.w_h, h, dtype, z_x.dtype)
     z, z_h = (z_x + z_h, None) if weights.norm is None else (z_x, z_h)
-    return finish_step(cell, weights, z, z_h, state, dtype, rates, masks)
+    return finish_step(cell, weights, z, z_h, state, dtype, rates, masks, mesh_axis)
 
 
 def finish_step(
@@ -75,14 +80,19 @@ def finish_step(
     dtype: DTypeLike,
     rates: RegularizerRates,
     masks: RegularizerMasks,
+    mesh_axis: str | None = None,
 ) -> State:
     """Takes the rest of a step, from the pre-activations and the state to the new state; arguments as `recurrent_step`.
 
     ``z`` and ``z_h`` are the two arrays of `apply_gates`, with the gates still in the last axis.
     """
     z, z_h = split_gates(z, cell.num_gates, -1), None if z_h is None else split_gates(z_h, cell.num_gates, -1)
-    c, cell_output = apply_gates(cell, weights, z, z_h, state.c, masks.candidate_mask, rates, axis=z.ndim - 2)
-    h = cell_output if weights.w_p is None else matvec(weights.w_p, cell_output, dtype, z.dtype)
+    c, h = apply_gates(
+        cell, weights, z, z_h, state.c, masks.candidate_mask, rates, axis=z.ndim - 2, mesh_axis=mesh_axis
+    )
+    if weights.w_p is not None:
+        h = matvec(weights.w_p, h, dtype, z.dtype)
+        h = h if mesh_axis is None else lax.psum(h, mesh_axis)  # the exchange of a step with a projection
     return apply_zoneout(rates, masks, State(h, c), state)
 
 

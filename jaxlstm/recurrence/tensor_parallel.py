@@ -6,20 +6,17 @@ elementwise over units. Layer normalization needs two more exchanges per mean an
 `jax.set_mesh`; without a mesh, or with one device along ``model``, this is the reference backend.
 """
 
-from functools import partial
 from typing import Any, TypeVar
 
 import jax
-from jax import Array, lax
+from jax import lax
 from jax.sharding import PartitionSpec
 
 from jaxlstm.cells import Cell
-from jaxlstm.dropout import RegularizerMasks, apply_zoneout
+from jaxlstm.dropout import RegularizerMasks
 from jaxlstm.params import State, Weights
-from jaxlstm.primitives.mixed_precision_dot import matvec
-from jaxlstm.recurrence.chunked_scan import ScanFns, emit_hidden, scan_directions
+from jaxlstm.recurrence.chunked_scan import layer_equations, scan_directions
 from jaxlstm.recurrence.context import Direction, Results, ScanContext
-from jaxlstm.recurrence.step import apply_gates, project_inputs, split_gates
 
 BATCH_AXIS, UNITS_AXIS = "data", "model"  # names of mesh axes
 
@@ -59,30 +56,8 @@ def run(cell: Cell, directions: tuple[Direction, ...], context: ScanContext) -> 
 
 
 def _scan(cell: Cell, directions: tuple[Direction, ...], context: ScanContext, mesh_axis: str | None) -> Results:
-    return scan_directions([_equations(cell, d.weights, context, mesh_axis) for d in directions], directions, context)
-
-
-def _equations(cell: Cell, weights: Weights, context: ScanContext, mesh_axis: str | None) -> ScanFns:
-    """Returns the equations of the units on one device."""
-    dtype, accum_dtype = context.dtype, context.accum_dtype
-
-    def step(z_x: Array, state: State, masks: RegularizerMasks) -> State:
-        h = state.h
-        if mesh_axis is not None and weights.w_p is None:
-            h = lax.all_gather(h.astype(dtype), mesh_axis, axis=1, tiled=True)  # (B, H): the exchange of a step
-        z, z_h = z_x, matvec(weights.w_h, h, dtype, accum_dtype)
-        if weights.norm is None:
-            z, z_h = z + z_h, None
-        z, z_h = jax.tree.map(lambda a: split_gates(a, cell.num_gates, -1), (z, z_h))
-        c, h = apply_gates(
-            cell, weights, z, z_h, state.c, masks.candidate_mask, context.rates, axis=z_x.ndim - 1, mesh_axis=mesh_axis
-        )
-        if weights.w_p is not None:
-            h = matvec(weights.w_p, h, dtype, accum_dtype)
-            h = h if mesh_axis is None else lax.psum(h, mesh_axis)  # (B, P): the exchange with a projection
-        return apply_zoneout(context.rates, masks, State(h, c), state)
-
-    return ScanFns(partial(project_inputs, weights, dtype=dtype, accum_dtype=accum_dtype), emit_hidden(step))
+    equations = [layer_equations(cell, d.weights, context, mesh_axis) for d in directions]
+    return scan_directions(equations, directions, context)
 
 
 def _pvary(direction: Direction, batch_axis: str) -> Direction:
