@@ -1,5 +1,6 @@
 """Strict JAX for every test: float64 available, no silent promotion of dtypes or ranks, shapes checked at run time."""
 
+import gc
 import os
 from importlib.metadata import version
 
@@ -23,6 +24,9 @@ jax.config.update("jax_enable_x64", True)
 jax.config.update("jax_num_cpu_devices", 2)  # tests of sharding use two devices
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+gc.set_threshold(50_000, 20, 100)  # tracing makes many objects and few cycles
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -204,7 +204,9 @@ def test_gradient_flow_network_jacobian_equals_jax_jacobian():
 
 
 @pytest.mark.parametrize(
-    "options", [{"bidirectional": True}, {"cell": "rnn", "num_layers": 2, "dropout": 0.5}], ids=str
+    "options",
+    [{"bidirectional": True}, pytest.param({"cell": "rnn", "num_layers": 2, "dropout": 0.5}, marks=pytest.mark.slow)],
+    ids=str,
 )
 def test_gradient_flow_of_a_layer_equals_the_flow_of_a_network_of_one_layer(options):
     """A direction that runs backward in time is compared on the reversed sequence."""

@@ -46,6 +46,7 @@ def network(**options):
     return lstm, cases.random_params(lstm, np.random.default_rng(0), lstm.param_dtype)
 
 
+@pytest.mark.slow
 def test_exported_files_run_without_this_package(tmp_path):
     lstm, params = network(proj_size=4)
     export.save(export.sequence(lstm, params, with_state=True, with_lengths=True), tmp_path / "sequence")

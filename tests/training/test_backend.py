@@ -45,6 +45,7 @@ def losses(folder):
     return [row["loss"] for row in read_metrics(folder / "run") if row["split"] == "train"]
 
 
+@pytest.mark.slow
 def test_measured_backend_is_kept_and_a_resumed_run_is_the_same_program(tmp_path, measure, monkeypatch):
     printed = run_command(*RUN, 6, "--implementation", "auto", cwd=tmp_path)
     assert printed.splitlines()[0] == (

@@ -216,6 +216,7 @@ def test_resume_after_a_stop_and_a_crash_is_exact(complete_run, tmp_path, monkey
     assert read_summary(tmp_path / "run")["steps"] == 40
 
 
+@pytest.mark.slow
 def test_resume_needs_the_options_and_data_of_the_run(complete_run, tmp_path):
     shutil.copytree(complete_run, tmp_path / "run")
     for option, message in (
@@ -261,6 +262,7 @@ def test_resume_needs_the_options_and_data_of_the_run(complete_run, tmp_path):
         cli.parse(["--resume", str(tmp_path)])
 
 
+@pytest.mark.slow
 def test_resume_continues_the_clock(complete_run, tmp_path):
     shutil.copytree(complete_run, tmp_path / "run")
     path = tmp_path / "run" / "checkpoints" / "40" / "manifest.json"

@@ -46,7 +46,14 @@ def test_parse_mesh():
             sharding.parse_mesh(wrong)
 
 
-@pytest.mark.parametrize(("mesh", "optimizer"), [(None, "adamw"), ("data=2", "asgd"), ("model=2", "adamw")])
+@pytest.mark.parametrize(
+    ("mesh", "optimizer"),
+    [
+        pytest.param(None, "adamw", marks=pytest.mark.slow),
+        pytest.param("data=2", "asgd", marks=pytest.mark.slow),
+        ("model=2", "adamw"),
+    ],
+)
 def test_step_keeps_the_sharding_of_its_state_and_compiles_once(tmp_path, monkeypatch, caplog, mesh, optimizer):
     """Initial, trained and restored states have the same layout, so a resumed run adds floats in the same order."""
     (tmp_path / "text.txt").write_text(TEXT, encoding="utf-8")

@@ -115,6 +115,7 @@ def test_charlm_starts_without_a_prompt_from_any_vocabulary(monkeypatch, charact
     CharVocabulary(characters).encode(expected)
 
 
+@pytest.mark.slow
 def test_sample_needs_no_prompt_where_the_text_has_no_newline(tmp_path):
     (tmp_path / "text.txt").write_text("abcde" * 400)
     run_command("--data", "text.txt", "--run-dir", "run", "--max-steps", 1, *SMALL, cwd=tmp_path)

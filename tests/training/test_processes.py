@@ -98,6 +98,7 @@ def test_two_processes_with_the_same_index_end(ended):
     assert leader in followers
 
 
+@pytest.mark.slow
 def test_a_process_that_does_not_connect_is_named(ended):
     assert connect(options_of(0, free_port())) == ["--process 1 did not connect within 2 s"]
     port = free_port()

@@ -84,6 +84,7 @@ def test_refused_step_leaves_no_run_directory(tmp_path, monkeypatch):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_resume_accepts_data_that_moved_and_reports_versions_and_learning_rate(run_dir, monkeypatch):
     (run_dir / "metrics.jsonl").write_bytes(b"")
     (run_dir.parent / "text.txt").rename(run_dir.parent / "moved.txt")
@@ -112,6 +113,7 @@ def test_resume_accepts_data_that_moved_and_reports_versions_and_learning_rate(r
     assert read_summary(run_dir)["wall_seconds"] <= seconds
 
 
+@pytest.mark.slow
 def test_resume_without_best_parameters(run_dir):
     best = next(run_dir.glob("best.*"))
     content = best.read_bytes()

@@ -103,6 +103,7 @@ def test_language_model_accepts_every_option(tmp_path):
     assert len(sample) == 24
 
 
+@pytest.mark.slow
 def test_seed_determines_the_losses(finished_run, tmp_path):
     folder, _ = finished_run
     options = ["--data", folder.parent / "text.txt", "--max-steps", 60, "--valid-every", 20, *SMALL]
