@@ -370,10 +370,9 @@ def _activate(layout: Layout, *, save: bool) -> Activate | None:
     Without residuals, and batch-major with z from one product, XLA computes activations one by one in the kernels of c
     and h. That saves a kernel.
     """
-    if layout.threaded_gates:
-        return cpu_activations.activate
-    separate = not save and not layout.hoist_inputs and layout.units_axis == 1
-    return cpu_activations.activate_separately if separate else None
+    if not save and not layout.hoist_inputs and layout.units_axis == 1:
+        return cpu_activations.activate_separately
+    return cpu_activations.activate if layout.threaded_gates else None
 
 
 def _apply_gates(

@@ -23,7 +23,8 @@ class Layout:
       hoist_inputs: whether ``W_x x`` is computed for all steps before the loop; otherwise each step multiplies
         ``[W_x W_h]`` with ``[x; h]``.
       chunk_size: steps whose tangents are computed together; enough for one large product, few enough for the cache.
-      threaded_gates: whether the gates use `jaxlstm.recurrence.cpu_activations`.
+      threaded_gates: whether the gates use all threads, by `jaxlstm.recurrence.cpu_activations`, where activations one
+        by one are not faster.
       bitcast: whether loops read and write bfloat16 arrays as uint16, which has no derivative. To slice, concatenate or
         transpose a bfloat16 array, XLA on CPU converts it to float32.
     """
@@ -192,13 +193,13 @@ def choose_layout(
 ) -> Layout:
     """Returns the layout for the sizes of a layer: on CPU by measurement, elsewhere a default, not measured.
 
-    Feature-major pays off if the weights are large, with more than 256 units.
+    Feature-major pays off if the weights are large, with more than 256 units, or 400 for fewer than 8 rows.
 
     The product of the inputs is hoisted from the loop if a row has at least 16 times as many inputs as there are rows:
     a step then reads ``G H B`` numbers of the result instead of ``G H I`` weights.
 
-    With float32 sums and ``2^12 <= batch_size * hidden_size < 2^14`` the gates use all threads of a CPU: below, waking
-    a thread costs more than it saves, and above the difference is within 4 %.
+    With float32 sums and ``2^12 <= batch_size * hidden_size < 2^14`` the gates may use all threads of a CPU: below,
+    waking a thread costs more than it saves, and above the difference is within 4 %.
 
     While a program is exported for any size, a symbolic size counts as a large one.
 
@@ -212,7 +213,8 @@ def choose_layout(
         return ORDERS[order or "batch"](dtype, accum_dtype, hoist_inputs=True, chunk_size=64)
     batch_size = sizes.batch_size if isinstance(sizes.batch_size, int) else INF
     hidden_size = sizes.hidden_size
-    order = order or ("feature" if hidden_size > 256 else "batch")
+    feature_major = hidden_size > (256 if batch_size >= 8 else 400)
+    order = order or ("feature" if feature_major else "batch")
     hoist_inputs = sizes.input_size >= 16 * batch_size
     chunk_size = next(size for limit, size in CHUNK_RULES if batch_size <= limit)
     threaded = 2**12 <= batch_size * hidden_size < 2**14 and accum_dtype == jnp.float32

@@ -72,14 +72,17 @@ def test_fused_with_threaded_gates_equals_scan(cell):
 
 @pytest.mark.skipif(jax.default_backend() != "cpu", reason="the layout differs on other platforms")
 @pytest.mark.parametrize("cell", ["lstm", pytest.param("cifg", marks=pytest.mark.slow)])
-def test_fused_uses_threaded_gates_between_two_sizes(cell):
+def test_fused_trains_with_threaded_gates_between_two_sizes(cell):
     lstm = jaxlstm.LSTM(INPUT_SIZE, H, cell=cell, implementation="fused")
     params = lstm.init(jax.random.key(0))
 
-    def has_threaded_gates(batch_size):  # only their tanh has a division
-        return " div " in str(jax.make_jaxpr(lstm)(params, jnp.zeros((T, batch_size, INPUT_SIZE))))
+    def has_threaded_gates(function, batch_size):  # only their tanh has a division
+        return " div " in str(jax.make_jaxpr(function)(params, jnp.zeros((T, batch_size, INPUT_SIZE))))
 
-    assert [batch_size for batch_size in (1, 15, 16, 63, 64) if has_threaded_gates(batch_size)] == [16, 63]
+    gradient = jax.grad(lambda params, xs: lstm(params, xs)[0].sum())
+    sizes = (1, 15, 16, 63, 64)
+    assert [batch_size for batch_size in sizes if has_threaded_gates(gradient, batch_size)] == [16, 63]
+    assert not any(has_threaded_gates(lstm, batch_size) for batch_size in sizes)  # one by one, batch-major
 
 
 @pytest.mark.skipif(jax.default_backend() != "cpu", reason="the layout differs on other platforms")

@@ -43,6 +43,9 @@ def set_layout(monkeypatch):
     [
         ((8, 127, 256), BatchMajor, False, 64),
         ((8, 128, 256), BatchMajor, True, 64),
+        ((7, 3, 400), BatchMajor, False, 64),
+        ((7, 3, 401), FeatureMajor, False, 64),
+        ((8, 3, 257), FeatureMajor, False, 64),
         ((9, 144, 257), FeatureMajor, True, 32),
         ((16, 255, 257), FeatureMajor, False, 32),
         ((17, 3, 5), BatchMajor, False, 8),
