@@ -151,8 +151,8 @@ def test_missing_package_is_named_as_on_pypi():
 
 @pytest.fixture
 def signal_handlers():
-    """Restores the handlers of the stop signals."""
-    handlers = {kind: signal.getsignal(kind) for kind in stop_signals.STOP_SIGNALS}
+    """Sets the default handlers of the stop signals, which a shell may have ignored, and restores them."""
+    handlers = {kind: signal.signal(kind, signal.SIG_DFL) for kind in stop_signals.STOP_SIGNALS}
     yield
     for kind, handler in handlers.items():
         signal.signal(kind, handler)
