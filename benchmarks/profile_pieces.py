@@ -21,6 +21,7 @@ from timing import time_interleaved
 
 import jaxlstm
 from jaxlstm.recurrence import gate_derivatives
+from jaxlstm.recurrence.gates import evaluate_cell
 from jaxlstm.recurrence.layout import LayerSizes, choose_layout
 from jaxlstm.training.metrics import write_json
 
@@ -110,7 +111,7 @@ def backward_pieces(dtype: str, shape: Shape) -> dict[str, Piece]:
     d_ys = normal(shape.hidden_size, chunk_size)
 
     def chunk_derivatives(z: jax.Array, c: jax.Array) -> gate_derivatives.GateJacobian:
-        return gate_derivatives.gate_jacobian(jaxlstm.cells.lstm, z, c, 1.0, layout.units_axis)
+        return gate_derivatives.gate_jacobian(jaxlstm.cells.LSTM, z, c, None, layout.units_axis)
 
     def all_derivatives(z: jax.Array, c: jax.Array) -> gate_derivatives.GateJacobian:
         """Computes the derivatives chunk by chunk; only the last result is returned, so they are not stored."""
@@ -125,7 +126,7 @@ def backward_pieces(dtype: str, shape: Shape) -> dict[str, Piece]:
             dc, dh = tangents
             derivatives_t, dz = inputs_t
             dz = dz + layout.dot_for_vjp(recurrent, dh)
-            dc, dh = gate_derivatives.apply_jacobian(derivatives_t, dz, dc, layout.units_axis)
+            dc, dh = gate_derivatives.apply_jacobian(jaxlstm.cells.LSTM, derivatives_t, dz, dc, layout.units_axis)
             return (dc, dh), dh
 
         def tangent_scan(dz: jax.Array) -> jax.Array:
@@ -173,7 +174,7 @@ def reference_pieces(dtype: str, shape: Shape) -> dict[str, Piece]:
         "scan of W_h h alone": Piece(jax.jit(scan_h), (w_h, h), 2 * gates_size * hidden_size * num_columns),
         "scan of W [x; h] alone": Piece(jax.jit(scan_xh), (w, h, xs), joined_flops),
         "weight gradient alone": Piece(weight_gradient, (d_z, xh), joined_flops),
-        "gates alone, all steps at once": Piece(jax.jit(jax.vmap(jaxlstm.cells.lstm)), (z, c)),
+        "gates alone, all steps at once": Piece(jax.jit(jax.vmap(partial(evaluate_cell, jaxlstm.cells.LSTM))), (z, c)),
     }
 
 

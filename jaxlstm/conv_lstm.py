@@ -30,6 +30,7 @@ from jaxlstm.primitives.mixed_precision_dot import matvec
 from jaxlstm.recurrence import masking
 from jaxlstm.recurrence.chunked_scan import ScanFns, emit_hidden, scan_directions
 from jaxlstm.recurrence.context import Direction, LayerInputs, Results
+from jaxlstm.recurrence.gates import evaluate_cell
 from jaxlstm.recurrence.step import split_gates
 
 ConvCellName = Literal["lstm", "peephole", "cifg"]
@@ -112,10 +113,10 @@ def recurrent_step(
     """Takes one step, from the projected inputs and the state to the new state; convolves in ``dtype``."""
     z = split_gates(z_x + convolve_in_loop(weights.w_h, state.h, dtype, z_x.dtype), cell.num_gates, -1)
     if weights.w_c is None:
-        c, h = cell.gates(z, state.c)
+        c, h = evaluate_cell(cell, z, state.c)
     else:  # (K, *spatial, H) to (K, 1, ..., 1, *spatial, H)
         peepholes = jnp.expand_dims(weights.w_c, tuple(range(1, 1 + z.ndim - weights.w_c.ndim)))
-        c, h = cell.gates(z, state.c, peepholes=peepholes.astype(z.dtype))
+        c, h = evaluate_cell(cell, z, state.c, peepholes=peepholes.astype(z.dtype))
     return State(h, c)
 
 
@@ -185,7 +186,7 @@ class ConvLSTM(RecurrentNetwork):
         """Returns the shape and dtype of the weights of one direction of a layer with this input size."""
         cell, array = self.resolved_cell, self.param_shape
         kernel, channels = validation.sizes("kernel_size", self.kernel_size), cell.num_gates * self.hidden_size
-        peepholes = array(cell.num_peepholes, *self.feature_shape(self.hidden_size)) if cell.num_peepholes else None
+        peepholes = array(len(cell.peepholes), *self.feature_shape(self.hidden_size)) if cell.peepholes else None
         return Weights(
             w_x=array(*kernel, input_size, channels),
             w_h=array(*kernel, self.hidden_size, channels),

@@ -107,9 +107,8 @@ class LSTM(RecurrentNetwork):
         """Raises an error for options that the cell does not support."""
         cell = self.resolved_cell
         supported = {
-            "recurrent_dropout": (cell.takes("candidate_scale"), "gates that take `candidate_scale`"),
+            "recurrent_dropout": (cell.candidate is not None, "a candidate"),
             "zoneout_c": (cell.has_cell_state, "a cell state"),
-            "layer_norm": (cell.takes("normalize") or not cell.has_cell_state, "gates that take `normalize`"),
         }
         for name, (is_supported, need) in supported.items():
             if getattr(self, name) and not is_supported:
@@ -150,7 +149,7 @@ class LSTM(RecurrentNetwork):
             w_h=array(rows, p),
             b=array(rows) if self.use_bias else None,
             w_p=None if self.proj_size is None else array(p, h),
-            w_c=array(cell.num_peepholes, h) if cell.num_peepholes else None,
+            w_c=array(len(cell.peepholes), h) if cell.peepholes else None,
             norm=norm if self.layer_norm else None,
         )
 

@@ -85,7 +85,7 @@ class RecurrentNetwork(ABC):
             validation.cell(self.cell)
         elif callable(self.cell):
             raise TypeError(
-                "cell must be a name or a jaxlstm.Cell, got a function; declare it: jaxlstm.Cell(gates, num_gates)"
+                "cell must be a name or a jaxlstm.Cell, got a function; declare it: jaxlstm.Cell(gates, output, update)"
             )
         else:
             validation.choice("cell", self.cell, self.cell_names)
@@ -232,10 +232,11 @@ class RecurrentNetwork(ABC):
 
     def _bias_initializer(self) -> initializers.Initializer:
         cell = self.resolved_cell
-        if self.chrono is not None and cell.forget_gate is not None:
-            return initializers.chrono(cell.num_gates, cell.forget_gate, cell.input_gate, self.chrono)
+        forget_gate = cell.slab(cell.forget_gate)
+        if self.chrono is not None and forget_gate is not None:
+            return initializers.chrono(cell.num_gates, forget_gate, cell.slab(cell.input_gate), self.chrono)
         return initializers.forget_bias(
-            cell.num_gates, cell.forget_gate, 1.0 if self.forget_bias is None else self.forget_bias
+            cell.num_gates, forget_gate, 1.0 if self.forget_bias is None else self.forget_bias
         )
 
     def initial_state(self, batch_shape: int | tuple[int, ...] = (), params: Params | None = None) -> State:

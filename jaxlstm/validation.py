@@ -4,20 +4,23 @@ import contextlib
 import math
 import operator
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
 from jax.export import is_symbolic_dim
+from jax.extend.core import ClosedJaxpr, Jaxpr
 
-from jaxlstm.cells import Cell
+from jaxlstm.cells import Cell, argument_names
 from jaxlstm.errors import first_line
 from jaxlstm.params import Params, Size, State
 
+# Operations that mix numbers of different places although their results have the shape of their operands.
+SHAPE_PRESERVING = ("cumlogsumexp", "cummax", "cummin", "cumprod", "cumsum", "rev", "sort")
 Network = TypeVar("Network", bound=Any)  # a dataclass: `jaxlstm.LSTM` or `jaxlstm.ConvLSTM`
 
 
@@ -109,42 +112,92 @@ def _float(name: str, value: Any, expected: str) -> float:
 
 def cell(value: Cell) -> None:
     """Checks that the parts of a user's own cell fit together."""
-    if not callable(value.gates):
-        raise TypeError(f"gates of the cell must be a function, got {describe(value.gates)}")
-    positive_int("num_gates of the cell", value.num_gates)
-    for name in ("forget_gate", "input_gate"):
-        slab = getattr(value, name)
-        is_int = isinstance(slab, int) and not isinstance(slab, bool)
-        if slab is not None and not (is_int and slab in range(value.num_gates)):
-            raise ValueError(f"{name} of the cell must be a slab of z, 0 to {value.num_gates - 1}, got {slab!r}")
-    if not isinstance(value.num_peepholes, int) or value.num_peepholes < 0:
-        raise ValueError(f"num_peepholes of the cell must be an integer of at least 0, got {value.num_peepholes!r}")
-    if bool(value.num_peepholes) != value.takes("peepholes"):
-        takes = "take" if value.takes("peepholes") else "do not take"
-        raise ValueError(f"the cell's gates {takes} `peepholes`, but num_peepholes is {value.num_peepholes}")
-    _check_gates(value)
+    names = _gate_names(value)
+    for label in ("forget_gate", "input_gate", "candidate"):
+        name = getattr(value, label)
+        if name is not None and name not in names:
+            raise ValueError(f"{label} of the cell must be one of its gates {', '.join(names)}, got {name!r}")
+    if not isinstance(value.peepholes, tuple) or not set(value.peepholes) <= set(names):
+        raise ValueError(f"peepholes of the cell must be some of its gates {', '.join(names)}, got {value.peepholes!r}")
+    if value.peepholes and value.update is None:
+        raise ValueError("peepholes of the cell need a cell state, but update is None")
+    states = set() if value.update is None else {"c"}
+    read: set[str] = set()
+    for label in ("update", "output"):
+        function: Any = getattr(value, label)
+        if function is None and label == "update":
+            continue
+        if not callable(function):
+            raise TypeError(f"{label} of the cell must be a function, got {describe(function)}")
+        arguments = argument_names(getattr(value, label))
+        unknown = [name for name in arguments if name not in states | set(names)]
+        if unknown:
+            known = [*names, *states]
+            raise ValueError(f"{label} of the cell takes {unknown[0]!r}, which is not one of {', '.join(known)}")
+        read |= set(arguments)
+        _check_elementwise(f"{label} of the cell", function, arguments)
+    unread = [name for name in names if name not in read]
+    if unread:
+        raise ValueError(f"gate {unread[0]!r} of the cell is read neither by update nor by output")
 
 
-def _check_gates(cell: Cell) -> None:
-    """Checks by tracing that the gates return a cell state and an output of one number per unit."""
-
-    def array(*shape: int) -> Any:
-        return jax.ShapeDtypeStruct(shape, jnp.float32)
-
-    c = array(1, 1) if cell.has_cell_state else None
-    options = {"peepholes": array(cell.num_peepholes, 1, 1)} if cell.num_peepholes else {}
-    shapes = f"z [{cell.num_gates}, 1, 1] and c {'[1, 1]' if cell.has_cell_state else 'None'}"
-    try:
-        result = jax.eval_shape(cell.gates, array(cell.num_gates, 1, 1), c, **options)
-    except Exception as error:  # of the user's function
-        raise ValueError(f"gates of the cell failed on {shapes}: {first_line(error)}") from error
-    is_pair = isinstance(result, tuple) and len(result) == 2
-    returned = [None if a is None else tuple(a.shape) for a in result] if is_pair else describe(result)
-    if returned != [None if c is None else (1, 1), (1, 1)]:
-        raise ValueError(
-            "gates of the cell must be elementwise over units and return (c, output), each of the shape of c; "
-            f"for {shapes} got {returned}"
+def _gate_names(cell: Cell) -> list[str]:
+    """Returns the names of a cell's gates after checking their declaration."""
+    pairs = cell.gates
+    if not isinstance(pairs, tuple) or not pairs or not all(isinstance(a, tuple) and len(a) == 2 for a in pairs):
+        raise TypeError(
+            'gates of the cell must be a dict of activations by name such as {"i": jaxlstm.cells.sigmoid}, got '
+            f"{describe(pairs)}"
         )
+    names = [name for name, _ in pairs]
+    for name, activation in pairs:
+        if not (isinstance(name, str) and name.isidentifier()) or name in ("c", "h") or names.count(name) > 1:
+            raise ValueError(f"names of gates must be different identifiers other than c and h, got {name!r}")
+        if activation is None:
+            continue
+        if not callable(activation):
+            raise TypeError(f"the activation of gate {name!r} must be a function or None, got {describe(activation)}")
+        _check_elementwise(f"the activation of gate {name!r}", lambda z, activation=activation: activation(z), ("z",))
+    return names
+
+
+def _check_elementwise(label: str, function: Callable[..., Any], arguments: tuple[str, ...]) -> None:
+    """Checks by tracing that a function of arrays by name is elementwise."""
+    array = jax.ShapeDtypeStruct((2, 3), jnp.float32)
+    try:
+        closed, result = jax.make_jaxpr(lambda values: function(**values), return_shape=True)(
+            dict.fromkeys(arguments, array)
+        )
+    except Exception as error:  # of the user's function
+        raise ValueError(f"{label} failed on arrays [2, 3]: {first_line(error)}") from error
+    if not isinstance(result, jax.ShapeDtypeStruct) or result.shape != array.shape:
+        received = list(result.shape) if isinstance(result, jax.ShapeDtypeStruct) else describe(result)
+        raise ValueError(f"{label} must be elementwise over units; for arrays [2, 3] it returned {received}")
+    mixing = _mixing_operation(closed.jaxpr, array.shape)
+    if mixing is not None:
+        raise ValueError(f"{label} must be elementwise over units, got the operation {mixing!r}")
+
+
+def _mixing_operation(jaxpr: Jaxpr, shape: tuple[int, ...]) -> str | None:
+    """Returns the first operation of a jaxpr that mixes numbers of different places; None if there is none.
+
+    The sizes of ``shape`` are different from each other and from 1, so that an operation on whole axes shows in shapes.
+    """
+    for equation in jaxpr.eqns:
+        arrays = [cast(Any, atom).aval for atom in (*equation.invars, *equation.outvars)]
+        name = equation.primitive.name
+        if name in SHAPE_PRESERVING or any(a.shape != shape for a in arrays if a.size != 1):
+            return name
+        parameters = jax.tree.leaves(list(equation.params.values()), is_leaf=_is_jaxpr)
+        for inner in filter(_is_jaxpr, parameters):
+            mixing = _mixing_operation(inner.jaxpr if isinstance(inner, ClosedJaxpr) else inner, shape)
+            if mixing is not None:
+                return mixing
+    return None
+
+
+def _is_jaxpr(value: Any) -> bool:
+    return isinstance(value, Jaxpr | ClosedJaxpr)
 
 
 def replace_quietly(network: Network, **options: Any) -> Network:

@@ -13,7 +13,12 @@ from jaxlstm.lstm import LSTM
 from jaxlstm.recurrence.backends import OPTION_CLASSES, Implementation, load
 
 DTYPES = ("dtype", "param_dtype")
-CELL_TYPES = get_type_hints(Cell) | {"gates": str}
+CELL_TYPES: dict[str, Any] = get_type_hints(Cell) | {
+    "gates": dict[str, str | None],
+    "output": str,
+    "update": str | None,
+    "peepholes": list[str],
+}
 BACKEND_TYPES = {"class": Literal[tuple(OPTION_CLASSES)], "options": dict[str, Any]}
 # Types of the options as JSON values; `jaxlstm.LSTM` checks the values.
 LSTM_TYPES: dict[str, Any] = {f.name: get_type_hints(LSTM)[f.name] for f in fields(LSTM)} | {
@@ -34,7 +39,7 @@ def lstm_to_json(lstm: LSTM) -> dict[str, Any]:
     for name in DTYPES:
         values[name] = None if values[name] is None else jnp.dtype(values[name]).name
     if isinstance(lstm.cell, Cell):
-        values["cell"] = vars(lstm.cell) | {"gates": _import_name(lstm.cell.gates)}
+        values["cell"] = _cell_to_json(lstm.cell)
     return values | {"implementation": implementation_to_json(lstm.implementation)}
 
 
@@ -53,13 +58,34 @@ def lstm_from_json(values: Any, label: str) -> LSTM:
     try:
         if isinstance(values["cell"], dict):
             check_entries(values["cell"], CELL_TYPES, f"{label}: cell")
-            options["cell"] = Cell(**values["cell"] | {"gates": load(values["cell"]["gates"])})
+            options["cell"] = _cell_from_json(values["cell"])
         with validation.without_warnings():
             return LSTM(**options)
     except (ImportError, AttributeError, TypeError) as error:
         raise ValueError(f"{label}: {first_line(error)}") from None
     except ValueError as error:
         raise ValueError(str(error) if str(error).startswith(label) else f"{label}: {first_line(error)}") from None
+
+
+def _cell_to_json(cell: Cell) -> dict[str, Any]:
+    """Returns a custom cell as JSON values, its functions by their names."""
+    return vars(cell) | {
+        "gates": {name: None if f is None else _import_name(f) for name, f in cell.activations.items()},
+        "output": _import_name(cell.output),
+        "update": None if cell.update is None else _import_name(cell.update),
+        "peepholes": list(cell.peepholes),
+    }
+
+
+def _cell_from_json(values: dict[str, Any]) -> Cell:
+    """Inverts `_cell_to_json`."""
+    functions = {
+        "gates": {name: None if path is None else load(path) for name, path in values["gates"].items()},
+        "output": load(values["output"]),
+        "update": None if values["update"] is None else load(values["update"]),
+        "peepholes": tuple(values["peepholes"]),
+    }
+    return Cell(**values | functions)
 
 
 def implementation_to_json(implementation: Implementation | None) -> Any:
@@ -110,5 +136,5 @@ def _import_name(function: Any) -> str:
     except (ImportError, AttributeError):
         pass
     raise ValueError(
-        f"the gates {path} of the cell cannot be saved: expected a function at the top of a module that can be imported"
+        f"the cell's function {path} cannot be saved: expected one at the top of a module that can be imported"
     )

@@ -163,11 +163,8 @@ def _recurrent_matrices(cell: Cell, weights: Weights) -> dict[str, np.ndarray]:
     w_h = np.asarray(weights.w_h, np.float64)
     if weights.w_p is not None:
         w_h = w_h @ np.asarray(weights.w_p, np.float64)
-    letters = {4: "ifgo", 3: "fgo"}.get(cell.num_gates, "")
-    names = [GATE_LABELS[letter] for letter in letters] or [
-        f"W_h {n}" if cell.num_gates > 1 else "W_h" for n in range(cell.num_gates)
-    ]
-    return dict(zip(names, np.split(w_h, cell.num_gates)))
+    names = cell.activations if cell.num_gates > 1 else ["W_h"]
+    return dict(zip((GATE_LABELS.get(name, name) for name in names), np.split(w_h, cell.num_gates)))
 
 
 def _check_rows(a: ArrayLike, text: str, name: str) -> np.ndarray:

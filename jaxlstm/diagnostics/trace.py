@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from functools import partial
+from functools import partial, wraps
 from typing import Any, Generic, NamedTuple, TypeVar
 
 import jax
@@ -13,7 +13,6 @@ from jaxtyping import Bool, Float, Int
 
 from jaxlstm import validation
 from jaxlstm.cells import Cell
-from jaxlstm.diagnostics.jaxpr_probe import probe_gates
 from jaxlstm.dropout import RegularizerMasks
 from jaxlstm.lstm import LSTM
 from jaxlstm.network import CallArgs
@@ -77,7 +76,7 @@ def trace(
 ) -> Trace:
     """Records every gate, candidate, cell state and output of ``lstm(params, xs, ...)`` without a key.
 
-    The gates of a user-defined cell are the values that it names by `jax.ad_checkpoint.checkpoint_name`.
+    The gates are those that the cell declares, after their activations.
 
     Args:
       lstm: the network.
@@ -191,18 +190,42 @@ def _recording_fns(cell: Cell, weights: Weights, context: ScanContext, perturbat
         inputs_t: tuple[Array, Perturbations | None], state: State, masks: RegularizerMasks
     ) -> tuple[State, DirectionTrace]:
         z_x, perturbation = inputs_t
-        recorded: dict[str, Any] = {}
-
-        def recording_gates(z: Array, c: Array | None, **options: Any) -> tuple[Array | None, Array]:
-            c_perturbation = None if perturbation is None else perturbation.c
-            (c, cell_output), gates = probe_gates(cell.gates, z, c, options, c_perturbation)
-            recorded.update(gates=gates, cell_output=cell_output)
-            return c, cell_output
-
-        recording_cell = replace(cell, gates=recording_gates)
+        recording_cell, recorded = _record(cell, None if perturbation is None else perturbation.c)
         new_state = recurrent_step(recording_cell, weights, z_x, state, context.dtype, context.rates, masks)
         if perturbation is not None:
             new_state = new_state._replace(h=new_state.h + perturbation.h)
         return new_state, DirectionTrace(c=new_state.c, h=new_state.h, **recorded)
 
     return ScanFns(project, step)
+
+
+def _record(cell: Cell, c_perturbation: Array | None) -> tuple[Cell, dict[str, Any]]:
+    """Returns a cell that records its gates and its output, and the dict that receives them.
+
+    Args:
+      cell: the cell; one without a cell state has no gates, its slab is the output.
+      c_perturbation: added to the new cell state before the output reads it; None for none.
+    """
+    recorded: dict[str, Any] = {"gates": {}}
+
+    def record_gates(values: dict[str, Array]) -> None:
+        recorded["gates"] |= {name: a for name, a in values.items() if name != "c"}
+
+    @wraps(cell.output)
+    def output(**values: Array) -> Array:
+        if cell.has_cell_state:
+            record_gates(values)
+        recorded["cell_output"] = cell.output(**values)
+        return recorded["cell_output"]
+
+    if cell.update is None:
+        return replace(cell, output=output), recorded
+
+    @wraps(cell.update)
+    def update(**values: Array) -> Array:
+        assert cell.update is not None
+        record_gates(values)
+        c = cell.update(**values)
+        return c if c_perturbation is None else c + c_perturbation
+
+    return replace(cell, output=output, update=update), recorded

@@ -16,6 +16,7 @@ from jaxlstm.export.c_expressions import Block, literal
 from jaxlstm.lstm import LSTM
 from jaxlstm.params import Params, Weights
 from jaxlstm.recurrence.cpu_activations import DENOMINATOR, LIMIT, NUMERATOR
+from jaxlstm.recurrence.gates import evaluate_cell
 from jaxlstm.recurrence.step import EPSILON
 
 Readout = tuple[Float[ArrayLike, "O P"], Float[ArrayLike, "O"] | None]
@@ -175,12 +176,10 @@ class _Writer:
         peepholes = None
         if weights.w_c is not None:
             array = self.add_array(f"w_c{n}", weights.w_c)
-            peepholes = [f"{array}[{k}][j]" for k in range(cell.num_peepholes)]
+            peepholes = [f"{array}[{k}][j]" for k in range(len(cell.peepholes))]
 
         def gates(z: Array, c: Array | None, peepholes: Array | None, **options: Any) -> tuple[Array | None, Array]:
-            if peepholes is not None:
-                options["peepholes"] = peepholes
-            return cell.gates(z, None if c is None else c[0], **options)
+            return evaluate_cell(cell, z, None if c is None else c[0], peepholes, **options)
 
         h, old_h = f"s->h{n}[j]", f"s->h{n}[j]"
         output = "u[j]" if weights.w_p is not None else None

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jaxtyping import Float
 
-from jaxlstm import cells
+from jaxlstm.recurrence.gates import activation_scales, activation_slope, sigmoid_or_tanh
 
 # tanh(x) / x = NUMERATOR(x^2) / DENOMINATOR(x^2) for |x| < LIMIT, coefficients in ascending order. They were fitted for
 # the least relative error, 6.5e-9. At LIMIT tanh is 4 units in the last place of float32 below 1. Evaluated in float32
@@ -46,14 +46,14 @@ def _polynomial(coefficients: tuple[float, ...], x: Array) -> Array:
 
 
 def activate_separately(z: Float[Array, "G *units"], kinds: str) -> list[Float[Array, "*units"]]:
-    """Replaces `jaxlstm.cells.activate`: computes each slab by a tanh of its own, with the same results."""
-    return [cells.sigmoid_or_tanh(slab[None], kind)[0] for slab, kind in zip(jnp.unstack(z), kinds)]
+    """Replaces `jaxlstm.recurrence.gates.activate`: computes each slab by a tanh of its own, with the same results."""
+    return [sigmoid_or_tanh(slab[None], kind)[0] for slab, kind in zip(jnp.unstack(z), kinds)]
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(1,))
 def activate(z: Float[Array, "G *units"], kinds: str) -> list[Float[Array, "*units"]]:
-    """Replaces `jaxlstm.cells.activate` in float32."""
-    return list(jnp.unstack(cells.sigmoid_or_tanh(z, kinds, tanh)))
+    """Replaces `jaxlstm.recurrence.gates.activate` in float32."""
+    return list(jnp.unstack(sigmoid_or_tanh(z, kinds, tanh)))
 
 
 @activate.defjvp
@@ -63,8 +63,8 @@ def _activate_jvp(kinds: str, primals: tuple[Array], tangents: tuple[Array]) -> 
     The values come from `jnp.tanh`: every kernel that reads them would evaluate the quotient of polynomials again.
     """
     (z,), (dz,) = primals, tangents
-    y, scale = cells.sigmoid_or_tanh(z, kinds), cells.activation_scales(z, kinds)
-    dy = dz * cells.activation_slope(y, scale)
+    y, scale = sigmoid_or_tanh(z, kinds), activation_scales(z, kinds)
+    dy = dz * activation_slope(y, scale)
     return list(jnp.unstack(y)), unstack_by_selection(dy)
 
 

@@ -31,7 +31,7 @@ from jax import Array, lax
 from jax.custom_derivatives import SymbolicZero
 
 from jaxlstm import validation
-from jaxlstm.cells import Activate, Cell
+from jaxlstm.cells import Cell
 from jaxlstm.dropout import RegularizerMasks, RegularizerRates, apply_zoneout
 from jaxlstm.params import Size, State, Weights
 from jaxlstm.primitives.batch_folding import SHARED, foldable_call
@@ -41,6 +41,7 @@ from jaxlstm.recurrence.gate_derivatives import GateJacobian
 from jaxlstm.recurrence.layout import ORDERS, LayerSizes, Layout, OrderName, choose_layout
 from jaxlstm.recurrence.masking import hold_skipped, restart
 from jaxlstm.recurrence.step import (
+    Activate,
     ElementwiseWeights,
     apply_gates,
     candidate_scale,
@@ -117,8 +118,8 @@ class FusedConfig(NamedTuple):
 
     @property
     def has_gate_jacobian(self) -> bool:
-        """True if `jaxlstm.recurrence.gate_derivatives` has the Jacobian of the gates."""
-        return self.cell.gates in gate_derivatives.SUPPORTED and not self.layer_norm
+        """True if `jaxlstm.recurrence.gate_derivatives` has the Jacobian of the cell."""
+        return gate_derivatives.has_jacobian(self.cell) and not self.layer_norm
 
     def layout(self, batch_size: Size) -> Layout:
         """Returns the layout for a batch size."""
@@ -365,7 +366,7 @@ def _forward_step(
 
 
 def _activate(layout: Layout, *, save: bool) -> Activate | None:
-    """Returns the activations of the gates that are fastest on a CPU; None for those of `jaxlstm.cells`.
+    """Returns the activations of the gates that are fastest on a CPU; None for one tanh over all.
 
     Without residuals, and batch-major with z from one product, XLA computes activations one by one in the kernels of c
     and h. That saves a kernel.
@@ -528,10 +529,10 @@ def _tangent_inputs(
         return TangentInputs(masks, residuals, hoisted)
     assert residuals.c is not None, "every supported cell has a cell state"
     mask, axis = masks.regularizer.candidate_mask, layout.units_axis
-    scale = 1.0
+    scale = None
     if mask is not None:
         scale = layout.from_batch_major(candidate_scale(mask, config.rates, layout.accum_dtype))
-    jacobian = gate_derivatives.gate_jacobian(config.cell.gates, residuals.z, residuals.c, scale, axis)
+    jacobian = gate_derivatives.gate_jacobian(config.cell, residuals.z, residuals.c, scale, axis)
     return TangentInputs(masks, jacobian, hoisted)
 
 
@@ -580,7 +581,7 @@ def _tangent_step(
         dz_h = dz_h + layout.dot_for_vjp(w_h, d_state.h)
     if isinstance(primals, GateJacobian):
         assert d_state.c is not None, "every supported cell has a cell state"
-        dc, dh = gate_derivatives.apply_jacobian(primals, dz, d_state.c, layout.units_axis)
+        dc, dh = gate_derivatives.apply_jacobian(config.cell, primals, dz, d_state.c, layout.units_axis)
     else:
         gates = partial(_apply_gates, config, layout, _activate(layout, save=True), masks.regularizer)
         args = elementwise_weights(weights), primals.z, primals.z_h, primals.c

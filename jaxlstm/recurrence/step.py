@@ -7,10 +7,12 @@ from jax import Array, lax
 from jax.typing import DTypeLike
 from jaxtyping import Bool, Float
 
-from jaxlstm.cells import Activate, Cell
+from jaxlstm.cells import Cell
 from jaxlstm.dropout import RegularizerMasks, RegularizerRates, apply_zoneout
 from jaxlstm.params import Norm, State, Weights
 from jaxlstm.primitives.mixed_precision_dot import matvec
+from jaxlstm.recurrence.gates import Activate as Activate
+from jaxlstm.recurrence.gates import evaluate_cell
 
 EPSILON = 1e-5  # added to the variance in layer normalization
 
@@ -127,7 +129,7 @@ def apply_gates(
       rates: rates of the regularizers.
       axis: the axis of the units in ``c``.
       mesh_axis: mesh axis over which the units are sharded; None if each device has all units.
-      activate: replaces `jaxlstm.cells.activate` in cells whose gates take it.
+      activate: replaces `jaxlstm.recurrence.gates.activate`.
     """
 
     def per_unit(v: Float[Array, "*rows H"]) -> Array:
@@ -156,9 +158,9 @@ def apply_gates(
         options["candidate_scale"] = candidate_scale(candidate_mask, rates, z.dtype)
     if weights.w_c is not None:
         options["peepholes"] = per_unit(weights.w_c)
-    if activate is not None and cell.takes("activate"):
+    if activate is not None:
         options["activate"] = activate
-    return cell.gates(z, c, **options)
+    return evaluate_cell(cell, z, c, **options)
 
 
 def candidate_scale(

@@ -18,6 +18,7 @@ from jaxlstm.autotuning import tune, tuning
 from jaxlstm.autotuning.agreement import relative_error, tolerance
 from jaxlstm.autotuning.candidates import Candidate, Candidates, list_candidates
 from jaxlstm.autotuning.search import ENOUGH_RUNS, FEWEST_RUNS, search
+from jaxlstm.cells import sigmoid
 from jaxlstm.experimental.newton import Newton
 from jaxlstm.recurrence import explain
 from jaxlstm.recurrence.backends import get_backend
@@ -405,11 +406,18 @@ def test_autotune_in_float64_compares_in_float64():
         jaxlstm.autotune(jaxlstm.LSTM(3, 5, param_dtype=jnp.float64), (6, 3), seconds=0.01)
 
 
-def halved(z, c):
-    """Gates of a cell of this module."""
-    f, g = z
-    c = 0.5 * c + jax.nn.sigmoid(f) * g
-    return c, c
+# A cell of this module.
+
+
+def halved(f, g, c):
+    return 0.5 * c + f * g
+
+
+def shown(c):
+    return c
+
+
+HALVED = jaxlstm.Cell({"f": sigmoid, "g": None}, shown, halved, input_gate="f", peepholes=("f",))
 
 
 def saved(lstm, **entries):
@@ -426,7 +434,7 @@ def saved(lstm, **entries):
         jaxlstm.LSTM(3, 5, implementation=FEATURE, dtype=jnp.bfloat16, proj_size=2, bidirectional=True, remat=3),
         jaxlstm.LSTM(3, 5, implementation=Scan(concatenate=True), cell="rnn", activation="relu", zoneout_h=0.5),
         jaxlstm.LSTM(3, 5, implementation=Newton("diagonal", damping=0.1), forget_bias=2, layer_norm=False),
-        jaxlstm.LSTM(3, 5, cell=jaxlstm.Cell(halved, num_gates=2, input_gate=0), num_layers=2, param_dtype=jnp.float64),
+        jaxlstm.LSTM(3, 5, cell=HALVED, num_layers=2, param_dtype=jnp.float64),
     ],
 )
 def test_saved_choice_is_the_same_when_loaded(lstm, tmp_path):
@@ -446,8 +454,8 @@ def test_loading_gives_no_warning_that_the_network_gave(tmp_path):
 
 
 def test_cell_or_backend_without_an_importable_name_is_not_saved(tmp_path):
-    local = jaxlstm.Cell(lambda z, c: halved(z, c), num_gates=2)
-    with pytest.raises(ValueError, match=r"the gates .*<lambda> of the cell cannot be saved: expected a function at"):
+    local = replace(HALVED, output=lambda c: c)
+    with pytest.raises(ValueError, match=r"the cell's function .*<lambda> cannot be saved: expected one at the top"):
         saved(jaxlstm.LSTM(3, 5, cell=local)).save(tmp_path / "tuning.json")
     with pytest.raises(ValueError, match=r"forgetful.* cannot be saved; expected a name or one of Scan, Fused, Newton"):
         saved(jaxlstm.LSTM(3, 5, implementation=forgetful)).save(tmp_path / "tuning.json")
@@ -461,6 +469,17 @@ def test_choice_of_another_device_or_version_is_not_loaded(tmp_path, name, value
     message = re.escape(f"tuning.json: {name} is {value!r}, expected {expected!r}: the choice may not be the fastest ")
     with pytest.raises(ValueError, match=f"{message}here; jaxlstm.autotune finds it$"):
         jaxlstm.load_tuning(tmp_path / "tuning.json")
+
+
+SAVED_CELL = {
+    "gates": {"f": None, "g": None},
+    "output": f"{__name__}:shown",
+    "update": f"{__name__}:halved",
+    "forget_gate": None,
+    "input_gate": None,
+    "candidate": None,
+    "peepholes": [],
+}
 
 
 @pytest.mark.parametrize(
@@ -477,8 +496,10 @@ def test_choice_of_another_device_or_version_is_not_loaded(tmp_path, name, value
         ({("lstm", "implementation"): {"class": "Fuse", "options": {}}}, "lstm: implementation: class must be one of "),
         ({("lstm", "implementation"): {"class": "Scan", "options": {}}}, "options has no key 'concatenate'"),
         ({("lstm", "cell"): {"gates": "os:nothing"}}, "lstm: cell has no key "),
-        ({("lstm", "cell"): vars(jaxlstm.Cell(halved, 2)) | {"gates": "os:nothing"}}, "lstm: module 'os' has no attr"),
-        ({("lstm", "cell"): vars(jaxlstm.Cell(halved, 2)) | {"gates": "nowhere:f"}}, "lstm: No module named 'nowhere'"),
+        ({("lstm", "cell"): SAVED_CELL | {"update": "os:nothing"}}, "lstm: module 'os' has no attr"),
+        ({("lstm", "cell"): SAVED_CELL | {"output": "nowhere:f"}}, "lstm: No module named 'nowhere'"),
+        ({("lstm", "cell"): SAVED_CELL | {"gates": {"f": 1}}}, "lstm: cell: gates"),
+        ({("lstm", "cell"): SAVED_CELL | {"forget_gate": "z"}}, "forget_gate of the cell must be one of its gates "),
     ],
 )
 def test_damaged_file_gives_one_line(tmp_path, change, message):

@@ -32,12 +32,23 @@ int main(void)
 """
 
 
-def unusual_gates(z, c):
-    """A user-defined cell of comparisons, selections and functions of math.h."""
-    f = jnp.clip(0.25 * z[0] + 0.5, 0, 1)
-    i = jnp.exp(-jnp.square(z[1])) / (1 + jnp.abs(jnp.sin(z[2])) ** 3)
-    c = jnp.where(f > 0.5, f * c + i * jax.nn.relu(z[1]), jnp.minimum(f * c, jnp.sqrt(i)))
-    return c, jnp.sign(z[2]) * jnp.tanh(jnp.log1p(c * c)) - 0.1 * jax.nn.sigmoid(z[1])
+# A user-defined cell of comparisons, selections and functions of math.h.
+
+
+def unusual_update(f, u, v, c):
+    i = jnp.exp(-jnp.square(u)) / (1 + jnp.abs(jnp.sin(v)) ** 3)
+    return jnp.where(f > 0.5, f * c + i * jax.nn.relu(u), jnp.minimum(f * c, jnp.sqrt(i)))
+
+
+def unusual_output(u, v, c):
+    return jnp.sign(v) * jnp.tanh(jnp.log1p(c * c)) - 0.1 * jax.nn.sigmoid(u)
+
+
+UNUSUAL_CELL = jaxlstm.Cell(
+    gates={"f": lambda z: jnp.clip(0.25 * z + 0.5, 0, 1), "u": None, "v": None},
+    update=unusual_update,
+    output=unusual_output,
+)
 
 
 NETWORKS = {
@@ -46,7 +57,7 @@ NETWORKS = {
         "cell": "peephole", "num_layers": 2, "proj_size": 2, "layer_norm": True, "learned_state": True,
         "zoneout_h": 0.3, "zoneout_c": 0.2, "dropout": 0.5,
     },
-    "user-defined cell": {"cell": jaxlstm.Cell(unusual_gates, num_gates=3)},
+    "user-defined cell": {"cell": UNUSUAL_CELL},
     "peephole without bias": {"cell": "peephole", "use_bias": False},
     "cifg wide projection": {"cell": "cifg", "proj_size": 6, "zoneout_h": 0.1},
     "rnn": {"cell": "rnn", "num_layers": 2},
@@ -222,7 +233,7 @@ def to_c_of(name="lstm", network=None, params=None, **options):
         (to_c_of(readout=np.ones((2, 5))), TypeError, r"readout must be \(weights, bias or None\)"),
         (to_c_of(readout=(np.full((2, 5), np.nan), None)), ValueError, r"readout\[0\] must be finite"),
         (
-            to_c_of(network=jaxlstm.LSTM(3, 4, cell=jaxlstm.Cell(lambda z, c: (c, jax.lax.lgamma(z[0])), 1))),
+            to_c_of(network=jaxlstm.LSTM(3, 4, cell=jaxlstm.Cell({"y": jax.lax.lgamma}, lambda y: y))),
             ValueError,
             "got the operation 'lgamma'",
         ),

@@ -11,6 +11,7 @@ from tolerance import tolerance
 
 import jaxlstm
 from jaxlstm import cells
+from jaxlstm.recurrence.gates import evaluate_cell
 
 OPEN, CLOSED = 1e3, -1e3  # pre-activations with a sigmoid of exactly 1 and 0
 c = jnp.array([0.3, -1.7, 1e-5, 12.0], jnp.float32)
@@ -20,39 +21,41 @@ def z(i=0.0, f=0.0, g=0.0, o=0.0):
     return jnp.stack([jnp.full(4, value, jnp.float32) for value in (i, f, g, o)])
 
 
+def lstm(z, c):
+    return evaluate_cell(cells.LSTM, z, c)
+
+
 def test_lstm_equals_values_by_hand():
     """At z = 0 every gate is 1/2 and the candidate 0; then a step with four different pre-activations."""
-    after, h = cells.lstm(z(), c)
+    after, h = lstm(z(), c)
     np.testing.assert_allclose(after, c / 2, rtol=1e-7)
     np.testing.assert_allclose(h, np.tanh(np.asarray(c) / 2) / 2, **tolerance(np.float32, 1))
     i, f, g, o = 1 / (1 + math.exp(-0.5)), 1 / (1 + math.exp(1.0)), math.tanh(2.0), 1 / (1 + math.exp(-3.0))
-    after, h = cells.lstm(z(0.5, -1.0, 2.0, 3.0), c)
+    after, h = lstm(z(0.5, -1.0, 2.0, 3.0), c)
     np.testing.assert_allclose(after, f * np.asarray(c, np.float64) + i * g, **tolerance(np.float32, 4))
     np.testing.assert_allclose(h, o * np.tanh(f * np.asarray(c, np.float64) + i * g), **tolerance(np.float32, 4))
 
 
 def test_closed_forget_gate_erases_cell_state():
-    after, _ = cells.lstm(z(i=0.7, f=CLOSED, g=1.2), c)
-    after_zeros, _ = cells.lstm(z(i=0.7, f=CLOSED, g=1.2), jnp.zeros(4, jnp.float32))
+    after, _ = lstm(z(i=0.7, f=CLOSED, g=1.2), c)
+    after_zeros, _ = lstm(z(i=0.7, f=CLOSED, g=1.2), jnp.zeros(4, jnp.float32))
     np.testing.assert_array_equal(after, after_zeros)
 
 
 def test_open_forget_gate_preserves_cell_state_exactly():
-    np.testing.assert_array_equal(cells.lstm(z(i=CLOSED, f=OPEN, g=5.0, o=1.0), c)[0], c)
+    np.testing.assert_array_equal(lstm(z(i=CLOSED, f=OPEN, g=5.0, o=1.0), c)[0], c)
 
 
 def test_closed_input_gate_blocks_candidate():
-    np.testing.assert_array_equal(
-        cells.lstm(z(i=CLOSED, f=0.4, g=3.0), c)[0], cells.lstm(z(i=CLOSED, f=0.4, g=-3.0), c)[0]
-    )
+    np.testing.assert_array_equal(lstm(z(i=CLOSED, f=0.4, g=3.0), c)[0], lstm(z(i=CLOSED, f=0.4, g=-3.0), c)[0])
 
 
 def test_closed_output_gate_returns_zeros():
-    np.testing.assert_array_equal(cells.lstm(z(i=1.0, f=1.0, g=1.0, o=CLOSED), c)[1], jnp.zeros(4, jnp.float32))
+    np.testing.assert_array_equal(lstm(z(i=1.0, f=1.0, g=1.0, o=CLOSED), c)[1], jnp.zeros(4, jnp.float32))
 
 
 def test_open_output_gate_returns_tanh_of_cell_state():
-    np.testing.assert_array_equal(cells.lstm(z(i=CLOSED, f=OPEN, o=OPEN), c)[1], jnp.tanh(c))
+    np.testing.assert_array_equal(lstm(z(i=CLOSED, f=OPEN, o=OPEN), c)[1], jnp.tanh(c))
 
 
 @pytest.mark.parametrize("implementation", cases.BACKENDS)
@@ -75,10 +78,11 @@ def test_open_forget_gate_preserves_gradient_over_10_000_steps(implementation):
 @pytest.mark.parametrize("value", [-3.0, -0.5, 0.0, 0.7, 4.0])
 def test_rnn_equals_its_activation(value):
     z = jnp.full((1, 2), value, jnp.float64)
-    assert cells.rnn_tanh(z)[0] is None
-    np.testing.assert_allclose(cells.rnn_tanh(z)[1], math.tanh(value), rtol=1e-15)
-    np.testing.assert_allclose(cells.rnn_relu(z)[1], max(value, 0.0), rtol=1e-15)
-    np.testing.assert_allclose(cells.rnn_sigmoid(z)[1], 1 / (1 + math.exp(-value)), rtol=1e-14)
+    expected = {"tanh": math.tanh(value), "relu": max(value, 0.0), "sigmoid": 1 / (1 + math.exp(-value))}
+    for name, cell in cells.RNN.items():
+        c, y = evaluate_cell(cell, z, None)
+        assert c is None
+        np.testing.assert_allclose(y, expected[name], rtol=1e-14)
 
 
 def test_rnn_has_no_cell_state():

@@ -7,8 +7,7 @@ import pytest
 from tolerance import tolerance
 
 import jaxlstm
-from jaxlstm import cells
-from jaxlstm.recurrence import cpu_activations
+from jaxlstm.recurrence import cpu_activations, gates
 from jaxlstm.recurrence.layout import LayerSizes, choose_layout
 
 T, B, INPUT_SIZE, H = 3, 16, 2, 256
@@ -30,7 +29,7 @@ def test_tanh_of_infinities_nan_and_negative_zero():
 
 
 @pytest.mark.parametrize("kinds", ["t", pytest.param("ssts", marks=pytest.mark.slow)])
-def test_activate_derivatives_equal_cells_activate(kinds):
+def test_activate_derivatives_equal_gates_activate(kinds):
     rng = np.random.default_rng(0)
     z, dz, ct = (jnp.asarray(3 * rng.standard_normal((len(kinds), 5)), jnp.float32) for _ in range(3))
 
@@ -43,7 +42,7 @@ def test_activate_derivatives_equal_cells_activate(kinds):
 
         return jax.jvp(slabs, (z,), (dz,)), jax.jvp(vjp, (z,), (dz,)), jax.vmap(vjp, 2, 2)(jnp.stack([z, -z], 2))
 
-    actual, expected = derivatives(cpu_activations.activate), derivatives(cells.activate)
+    actual, expected = derivatives(cpu_activations.activate), derivatives(gates.activate)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, **tolerance(jnp.float32, 8)), actual, expected)
 
 

@@ -7,14 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from cases import random_params
-from jax.ad_checkpoint import checkpoint_name
 from matplotlib.figure import Figure
 from tolerance import tolerance
 
 import jaxlstm
-from jaxlstm import diagnostics
+from jaxlstm import cells, diagnostics
 from jaxlstm.diagnostics import plots
-from jaxlstm.diagnostics.jaxpr_probe import probe_gates
 from jaxlstm.primitives.pytrees import tree_index
 
 STEPS, B, INPUT, H = 5, 2, 3, 4
@@ -78,18 +76,17 @@ def test_trace_gates_satisfy_the_equations(cell):
     xs = draw_inputs(B)
     state = jaxlstm.State(*np.random.default_rng(3).standard_normal((2, 1, B, H)))
     (values,) = diagnostics.trace(lstm, params, xs, state).layers[0].directions
-    assert list(values.gates) == list("ifgo")
+    assert list(values.gates) == list(lstm.resolved_cell.activations)
     w, xs, values = jax.tree.map(np.asarray, (params.layers[0].forward, xs, values))
     h, c = np.concatenate([state.h, values.h[:-1]]), np.concatenate([state.c, values.c[:-1]])
     slabs = np.split(xs @ w.w_x.T + h @ w.w_h.T + w.b, lstm.resolved_cell.num_gates, -1)
-    z = dict(zip("fgo" if cell == "cifg" else "ifgo", slabs))
+    z = dict(zip(lstm.resolved_cell.activations, slabs))
     if cell == "peephole":
         z = {"i": z["i"] + w.w_c[0] * c, "f": z["f"] + w.w_c[1] * c, "g": z["g"], "o": z["o"] + w.w_c[2] * values.c}
     expected = {name: np.tanh(a) if name == "g" else 1 / (1 + np.exp(-a)) for name, a in z.items()}
-    if cell == "cifg":
-        expected["i"] = 1 - expected["f"]
     assert_close(values.gates, expected)
-    assert_close(values.c, expected["f"] * c + expected["i"] * expected["g"])
+    i = expected.get("i", 1 - expected["f"])
+    assert_close(values.c, expected["f"] * c + i * expected["g"])
     assert_close(values.cell_output, expected["o"] * np.tanh(values.c))
 
 
@@ -101,29 +98,22 @@ def test_trace_accepts_any_batch_axes():
     assert_close(jax.tree.map(lambda a: a[:, 1, 2], batched.layers), single.layers)
 
 
-def test_trace_of_a_user_defined_cell_has_its_named_values():
-    lstm = jaxlstm.LSTM(INPUT, H, cell=jaxlstm.Cell(minimal_gates, num_gates=2, forget_gate=0))
+def test_trace_of_a_user_defined_cell_has_its_gates():
+    minimal = jaxlstm.Cell(
+        gates={"f": cells.sigmoid, "n": cells.tanh},
+        update=lambda f, n, c: f * c + (1 - f) * n,
+        output=lambda c: jnp.tanh(c),
+        forget_gate="f",
+    )
+    lstm = jaxlstm.LSTM(INPUT, H, cell=minimal)
     trace = diagnostics.trace(lstm, lstm.init(jax.random.key(0)), jnp.ones((STEPS, INPUT)))
-    assert list(trace.layers[0].forward.gates) == ["f"]
+    values = trace.layers[0].forward
+    assert list(values.gates) == ["f", "n"]
+    f, n = values.gates.values()
+    c = jnp.concatenate([jnp.zeros((1, H), values.c.dtype), values.c])
+    assert_close(values.c, f * c[:-1] + (1 - f) * n)
+    assert_close(values.cell_output, jnp.tanh(values.c))
     assert diagnostics.gate_statistics(trace).layers[0].forward.time_constant.shape == (H,)
-
-
-def minimal_gates(z, c):
-    f, g = z
-    f = checkpoint_name(jax.nn.sigmoid(f), "f")
-    c = f * c + (1 - f) * jnp.tanh(g)
-    return c, jnp.tanh(c)
-
-
-@pytest.mark.parametrize("gates", [minimal_gates, jax.jit(minimal_gates)], ids=["plain", "jit"])
-def test_probe_gates_returns_named_values_and_adds_the_perturbation(gates):
-    z, c = jax.random.normal(jax.random.key(0), (2, H)), jnp.ones(H)
-    (new_c, cell_output), named_values = probe_gates(gates, z, c, {})
-    assert_close((new_c, cell_output), minimal_gates(z, c))
-    assert list(named_values) == ["f"]
-    assert_close(named_values["f"], jax.nn.sigmoid(z[0]))
-    perturbed, _ = probe_gates(gates, z, c, {}, c_perturbation=jnp.full(H, 0.5))
-    assert_close(perturbed, (new_c + 0.5, jnp.tanh(new_c + 0.5)))
 
 
 def perturbed_outputs(params, xs, where=None, amount=0.0):

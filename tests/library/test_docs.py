@@ -10,10 +10,11 @@ import pytest
 ROOT = Path(__file__).parent.parent.parent
 DOCS = ROOT / "docs"
 FIGURES = DOCS / "figures"
+README = (ROOT / "README.md").read_text(encoding="utf-8")
 LSTM = (DOCS / "lstm.md").read_text(encoding="utf-8")
 SCALING = (DOCS / "scaling.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"^```python\n(.*?)^```", LSTM + "\n" + SCALING, re.DOTALL | re.MULTILINE)
-QUOTATIONS = re.findall(r"^```python cells.py\n(.*?)^```", LSTM, re.DOTALL | re.MULTILINE)
+QUOTATIONS = re.findall(r"^```python cells.py\n(.*?)^```", README + LSTM, re.DOTALL | re.MULTILINE)
 
 
 def headings(page):
@@ -33,8 +34,9 @@ def test_docs_have_python_blocks():
 
 
 def test_docs_quoted_equations_match_cells():
-    (quotation,) = QUOTATIONS
-    assert quotation in (ROOT / "jaxlstm" / "cells.py").read_text(encoding="utf-8")
+    assert len(QUOTATIONS) == 3
+    for quotation in QUOTATIONS:
+        assert quotation in (ROOT / "jaxlstm" / "cells.py").read_text(encoding="utf-8")
 
 
 def test_docs_numbers_match_recorded_values():

@@ -1,4 +1,4 @@
-"""The Jacobian of the gates written by hand, against `jax.jvp` and `jax.vjp` of the gates."""
+"""The Jacobian of a cell for many steps, against `jax.jvp` and `jax.vjp` of the gates."""
 
 from itertools import product
 
@@ -10,21 +10,30 @@ from cases import random_params
 from tolerance import tolerance
 
 import jaxlstm
-from jaxlstm import cells
+from jaxlstm.cells import CELLS, Cell, sigmoid, tanh
 from jaxlstm.recurrence import gate_derivatives
+from jaxlstm.recurrence.gates import evaluate_cell
 from jaxlstm.recurrence.step import split_gates
 
 T, B, H = 3, 5, 4
-DEFAULT = [("lstm", True, 1), ("cifg", False, 0)]  # the others are slow tests
+# Gates in another order, read by the functions in another order, two of them by the output.
+SHUFFLED = Cell(
+    gates={"a": tanh, "b": sigmoid, "d": sigmoid, "e": tanh},
+    update=lambda c, d, b: c * b - d * c**2,
+    output=lambda e, c, a: jnp.sin(c) * a + e,
+    candidate="d",
+)
+NETWORKS = {"lstm": CELLS["lstm"], "cifg": CELLS["cifg"], "shuffled": SHUFFLED}
+DEFAULT = [("lstm", True, 1), ("cifg", False, 0), ("shuffled", True, 0)]  # the others are slow tests
 CASES = [
     pytest.param(*case, marks=() if case in DEFAULT else pytest.mark.slow)
-    for case in product(("lstm", "cifg"), (False, True), (0, 1))
+    for case in product(NETWORKS, (False, True), (0, 1))
 ]
 
 
 @pytest.mark.parametrize(("name", "dropout", "axis"), CASES)
 def test_jacobian_equals_derivatives_of_gates(name, dropout, axis):
-    cell, rng = cells.CELLS[name], np.random.default_rng(0)
+    cell, rng = NETWORKS[name], np.random.default_rng(0)
     shape = [(H, B), (B, H)][axis]
     z_shape = tuple(n * cell.num_gates if k == axis else n for k, n in enumerate(shape))
     z, dz = (2 * rng.standard_normal((T, *z_shape)) for _ in range(2))
@@ -32,7 +41,7 @@ def test_jacobian_equals_derivatives_of_gates(name, dropout, axis):
     scale = rng.choice([0, 1.25], (T, *shape)) if dropout else np.ones((T, *shape))
 
     def gates(scale):
-        return lambda z, c: cell.gates(split_gates(z, cell.num_gates, axis), c, scale)
+        return lambda z, c: evaluate_cell(cell, split_gates(z, cell.num_gates, axis), c, candidate_scale=scale)
 
     def jvp(z, c, scale, dz, dc):
         return jax.jvp(gates(scale), (z, c), (dz, dc))[1]
@@ -41,14 +50,14 @@ def test_jacobian_equals_derivatives_of_gates(name, dropout, axis):
         return jax.vjp(gates(scale), z, c)[1]((ct_c, ct_h))
 
     def apply(jacobian, dz, dc):
-        return gate_derivatives.apply_jacobian(jacobian, dz, dc, axis)
+        return gate_derivatives.apply_jacobian(cell, jacobian, dz, dc, axis)
 
     def transpose(jacobian, ct_c, ct_h):
         return jax.linear_transpose(lambda dz, dc: apply(jacobian, dz, dc), dz[0], dc[0])((ct_c, ct_h))
 
     @jax.jit
     def both(z, c, scale, dz, dc, ct_c, ct_h):
-        jacobian = gate_derivatives.gate_jacobian(cell.gates, z, c, scale if dropout else 1.0, axis)
+        jacobian = gate_derivatives.gate_jacobian(cell, z, c, scale if dropout else None, axis)
         actual = jax.vmap(apply)(jacobian, dz, dc), jax.vmap(transpose)(jacobian, ct_c, ct_h)
         return actual, (jax.vmap(jvp)(z, c, scale, dz, dc), jax.vmap(vjp)(z, c, scale, ct_c, ct_h))
 
@@ -80,19 +89,20 @@ def test_fused_uses_jacobian_of_supported_cells(options, has_jacobian, monkeypat
     assert np.allclose(gradient(2), expected) is not has_jacobian
 
 
-def test_fused_differentiates_custom_cell():
-    """Takes the derivative from the cell, not from the supported cell with the same name and number of gates."""
-
-    def lstm(z, c):
-        i, f, g, o = z
-        c = f * c + i * g
-        return c, o * c
-
-    assert lstm not in gate_derivatives.SUPPORTED
-    params = random_params(jaxlstm.LSTM(2, H), np.random.default_rng(0), np.float32)
+@pytest.mark.parametrize(
+    "cell",
+    [
+        SHUFFLED,
+        Cell(gates={"a": None, "b": jnp.square}, update=lambda a, b, c: b * c + a, output=lambda a, c: a * c),
+        pytest.param(Cell(gates={"y": jax.nn.relu}, output=lambda y: y), marks=pytest.mark.slow),
+    ],
+    ids=["with Jacobian", "without Jacobian", "without cell state"],
+)
+def test_fused_differentiates_custom_cell(cell):
+    params = random_params(jaxlstm.LSTM(2, H, cell=cell), np.random.default_rng(0), np.float32)
 
     def gradient(implementation):
-        network = jaxlstm.LSTM(2, H, cell=cells.Cell(lstm, num_gates=4), implementation=implementation)
+        network = jaxlstm.LSTM(2, H, cell=cell, implementation=implementation)
         return jax.jit(jax.grad(lambda xs: network(params, xs)[0].sum()))(np.ones((T, B, 2), np.float32))
 
     actual, expected = gradient("fused"), gradient("scan")

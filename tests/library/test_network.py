@@ -4,6 +4,7 @@ import subprocess
 import sys
 import typing
 import warnings
+from dataclasses import replace
 from functools import partial
 
 import cases
@@ -210,18 +211,34 @@ except AttributeError as error:
     assert result.stdout == "module 'jaxlstm' has no attribute 'lstn'\n"
 
 
+def cell(**fields):
+    """Options with a cell that is wrong in some fields."""
+    return {"cell": replace(jaxlstm.Cell({"a": None}, lambda c: c, lambda a, c: a + c), **fields)}
+
+
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({"cell": lambda z, c: (c, c)}, TypeError, "declare it: jaxlstm.Cell"),
-        ({"cell": jaxlstm.Cell(lambda z, c: c, 1)}, ValueError, "return \\(c, output\\)"),
-        ({"cell": jaxlstm.Cell(lambda z, c: (c + np.ones((1, 4), "f"), c), 1)}, ValueError, "elementwise .*\\(1, 4\\)"),
-        ({"cell": jaxlstm.Cell(lambda z, c: (z, z), 2)}, ValueError, "got \\[\\(2, 1, 1\\), \\(2, 1, 1\\)\\]"),
-        ({"cell": jaxlstm.Cell(lambda z, c, other: (c, c), 1)}, ValueError, "gates of the cell failed on z"),
-        ({"cell": jaxlstm.Cell(lambda z, c: (c, sum(np.ones(2)[:3], *z)), 3)}, ValueError, "gates of the cell failed"),
+        ({"cell": lambda a, c: a}, TypeError, "declare it: jaxlstm.Cell"),
+        (
+            cell(update=lambda a, c: c + np.ones((1, 4), "f")),
+            ValueError,
+            "update of the cell failed on arrays \\[2, 3\\]",
+        ),
+        (cell(update=lambda a, c: c.sum(0, keepdims=True) + a), ValueError, "got the operation 'reduce_sum'"),
+        (cell(gates={"a": jax.nn.softmax}), ValueError, "the activation of gate 'a' .* got the operation 'reduce_max'"),
+        (cell(output=lambda c: jnp.cumsum(c, 0)), ValueError, "output of the cell .* got the operation 'cumsum'"),
+        (cell(output=lambda c: c[::-1]), ValueError, "output of the cell .* got the operation 'rev'"),
+        (cell(update=lambda a, c: (a, c)), ValueError, "update of the cell must be elementwise .* returned tuple"),
+        (cell(update=lambda a, other: a), ValueError, "update of the cell takes 'other', which is not one of a, c"),
+        (cell(update=None), ValueError, "output of the cell takes 'c', which is not one of a$"),
+        (cell(update=lambda c: c), ValueError, "gate 'a' of the cell is read neither by update nor by output"),
+        (cell(output=lambda c: sum(np.ones(2)[:3], c)), ValueError, "output of the cell failed on arrays"),
+        (cell(gates={"a": jnp.sum}), ValueError, "the activation of gate 'a' must be elementwise .* returned \\[\\]"),
+        (cell(gates={"c": None}), ValueError, "names of gates must be different identifiers other than c and h"),
     ],
 )
-def test_wrong_gates_are_reported_when_the_network_is_made(options, error, message):
+def test_wrong_cell_is_reported_when_the_network_is_made(options, error, message):
     with pytest.raises(error, match=message):
         jaxlstm.LSTM(3, 4, **options)
 

@@ -31,7 +31,7 @@ class Foreign:
     dtype = type("Dtype", (), {"__str__": lambda _: "f32"})()
 
 
-PLAIN = jaxlstm.Cell(lambda z, c: (z[0] * c, z[1] * c), num_gates=2)
+PLAIN = jaxlstm.Cell({"a": None, "b": None}, lambda b, c: b * c, lambda a, c: a * c)
 
 
 def invalid_cell(**fields):
@@ -73,7 +73,7 @@ def invalid_cell(**fields):
         (
             {"cell": "rnn", "recurrent_dropout": 0.1},
             ValueError,
-            "recurrent_dropout=0.1 needs a cell with gates that take `candidate_scale`, got cell='rnn'",
+            "recurrent_dropout=0.1 needs a cell with a candidate, got cell='rnn'",
         ),
         ({"cell": "rnn", "zoneout_c": 0.1}, ValueError, "zoneout_c=0.1 needs a cell with a cell state, got cell='rnn'"),
         (
@@ -83,37 +83,34 @@ def invalid_cell(**fields):
         ),
         ({"cell": "rnn", "chrono": 10}, ValueError, "chrono=10 needs a cell with a forget gate, got cell='rnn'"),
         (
-            {"cell": PLAIN, "layer_norm": True},
-            ValueError,
-            "layer_norm=True needs a cell with gates that take `normalize`",
-        ),
-        (
             {"cell": PLAIN, "recurrent_dropout": 0.5},
             ValueError,
-            "recurrent_dropout=0.5 needs a cell with gates that take `candidate_scale`",
+            "recurrent_dropout=0.5 needs a cell with a candidate",
         ),
         (
-            {"cell": dataclasses.replace(PLAIN, forget_gate=2)},
+            {"cell": dataclasses.replace(PLAIN, forget_gate="d")},
             ValueError,
-            "forget_gate of the cell must be a slab of z, 0 to 1, got 2",
+            "forget_gate of the cell must be one of its gates a, b, got 'd'",
         ),
         (
-            {"cell": dataclasses.replace(PLAIN, num_peepholes=1)},
+            {"cell": dataclasses.replace(PLAIN, peepholes=("a", "d"))},
             ValueError,
-            "the cell's gates do not take `peepholes`, but num_peepholes is 1",
+            "peepholes of the cell must be some of its gates a, b, got ('a', 'd')",
         ),
         (
-            {"cell": invalid_cell(forget_gate=0.0)},
+            {"cell": invalid_cell(candidate=0.0)},
             ValueError,
-            "forget_gate of the cell must be a slab of z, 0 to 1, got 0.0",
+            "candidate of the cell must be one of its gates a, b, got 0.0",
         ),
         (
-            {"cell": jaxlstm.Cell(lambda z, c, peepholes: (c, c), 1, num_peepholes=-2)},
+            {"cell": jaxlstm.Cell({"a": None}, lambda a: a, peepholes=("a",))},
             ValueError,
-            "num_peepholes of the cell must be an integer of at least 0, got -2",
+            "peepholes of the cell need a cell state, but update is None",
         ),
-        ({"cell": invalid_cell(gates=5)}, TypeError, "gates of the cell must be a function, got int 5"),
-        ({"cell": dataclasses.replace(PLAIN, num_gates=0)}, ValueError, "num_gates of the cell must be at least 1"),
+        ({"cell": invalid_cell(gates=5)}, TypeError, "gates of the cell must be a dict of activations by name"),
+        ({"cell": dataclasses.replace(PLAIN, gates={})}, TypeError, "gates of the cell must be a dict of activations"),
+        ({"cell": invalid_cell(output=5)}, TypeError, "output of the cell must be a function, got int 5"),
+        ({"cell": invalid_cell(gates=(("a", 5),))}, TypeError, "the activation of gate 'a' must be a function or None"),
     ],
 )
 def test_lstm_rejects_wrong_option(options, error, message):

@@ -1,0 +1,90 @@
+"""The gates of a cell: the activations of all slabs by one tanh, and the cell's two functions."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from jaxtyping import Float
+
+from jaxlstm import cells
+from jaxlstm.cells import Activation, Cell, argument_names
+
+Activate = Callable[[Array, str], list[Array]]
+
+KINDS: dict[Activation | None, str] = {cells.sigmoid: "s", jax.nn.sigmoid: "s", cells.tanh: "t", jnp.tanh: "t"}
+
+
+def activation_kinds(cell: Cell) -> str | None:
+    """Returns ``s`` for sigmoid or ``t`` for tanh for each gate, if the cell has no other activations; else None."""
+    activations = cell.activations.values()
+    return "".join(KINDS[a] for a in activations) if set(activations) <= set(KINDS) else None
+
+
+def activation_scales(z: Float[Array, "G *units"], kinds: str) -> np.ndarray:
+    """Returns the ``scale`` of `sigmoid_or_tanh` for each slab of ``z``: ``(G, 1, ...)``."""
+    scale = np.array([{"s": 0.5, "t": 1.0}[kind] for kind in kinds], z.dtype)
+    return scale.reshape(-1, *[1] * (z.ndim - 1))  # in NumPy: a TPU kernel has no such reshape
+
+
+def sigmoid_or_tanh(
+    z: Float[Array, "G *units"], kinds: str, tanh: Callable[[Array], Array] = jnp.tanh
+) -> Float[Array, "G *units"]:
+    """Applies sigmoid to the slabs marked ``s`` and tanh to those marked ``t``, by one tanh over all slabs.
+
+    ``sigmoid(z) = (1 + tanh(z/2)) / 2``. A compiler vectorizes one function over one contiguous array well: activating
+    the four slabs of an LSTM one by one makes a whole forward scan 1.1 to 1.9 times slower on a CPU.
+    """
+    scale = activation_scales(z, kinds)
+    return tanh(z * scale) * scale + (1 - scale)
+
+
+def activation_slope(y: Float[Array, "G *units"], scale: np.ndarray) -> Float[Array, "G *units"]:
+    """Returns the derivative of `sigmoid_or_tanh`, given its value ``y`` and the ``scale`` of each slab."""
+    return -((y - (1 - scale)) ** 2) + scale**2
+
+
+def activate(z: Float[Array, "G *units"], kinds: str) -> list[Float[Array, "*units"]]:
+    """Returns the slabs after their sigmoid (``s``) or tanh (``t``)."""
+    return list(jnp.unstack(sigmoid_or_tanh(z, kinds)))
+
+
+def evaluate_cell(
+    cell: Cell,
+    z: Float[Array, "G *units"],
+    c: Float[Array, "*units"] | None,
+    peepholes: Float[Array, "K *w_units"] | None = None,
+    candidate_scale: Array | None = None,
+    normalize: Callable[[Array], Array] | None = None,
+    activate: Activate = activate,
+) -> tuple[Array | None, Array]:
+    """Returns the new cell state and the output of a step; elementwise over units.
+
+    Args:
+      cell: the cell.
+      z: pre-activations; every slab has the shape of ``c``.
+      c: the cell state; None for a cell without one.
+      peepholes: one array per gate of ``cell.peepholes``, which broadcasts to the shape of ``c``.
+      candidate_scale: factor of the candidate, for recurrent dropout.
+      normalize: function of the cell state on its way to the output, for layer normalization.
+      activate: the function of this name above, or one that is equal to it.
+    """
+    weights = {} if peepholes is None else dict(zip(cell.peepholes, jnp.unstack(peepholes)))
+    kinds = activation_kinds(cell) if cell.num_gates > 1 and not weights else None  # None: each gate by itself
+    slabs = dict(zip(cell.activations, jnp.unstack(z) if kinds is None else activate(z, kinds)))
+    gates: dict[str, Array] = {}
+
+    def gate(name: str, c: Array | None) -> Array:
+        """Returns a gate, which reads ``c`` through its peephole when it is first needed."""
+        if name not in gates:
+            slab = slabs[name] if name not in weights or c is None else slabs[name] + weights[name] * c
+            activation = cell.activations[name] if kinds is None else None
+            slab = slab if activation is None else activation(slab)
+            gates[name] = slab if candidate_scale is None or name != cell.candidate else slab * candidate_scale
+        return gates[name]
+
+    if cell.update is not None:
+        c = cell.update(**{name: c if name == "c" else gate(name, c) for name in argument_names(cell.update)})
+    shown = c if normalize is None or c is None else normalize(c)
+    return c, cell.output(**{name: shown if name == "c" else gate(name, c) for name in argument_names(cell.output)})
