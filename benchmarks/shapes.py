@@ -94,7 +94,7 @@ def summarize(results: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 def draw(path: Path, results: Sequence[dict[str, Any]], title: str) -> None:
-    """Draws the time of jaxlstm over that of the best JAX library and of PyTorch, at each shape, in ascending order."""
+    """Draws the ratios of jaxlstm to the best JAX library and to PyTorch, at each shape, in ascending order."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 4), layout="constrained")

@@ -9,8 +9,11 @@ One step of a recurrent layer is a dense part, the same for every cell, and two 
     h    = W_p y                    with a projection; otherwise h = y
 
 The functions take the gates and the cell state by name. They are written once, here, and every backend of the
-recurrence calls them. To add a cell, write them, declare a `Cell`, and name it in `CELLS` and, for type checkers and
-the command line, in `CellName`.
+recurrence calls them.
+
+To add a cell, write them, declare a `Cell`, and name it in `CELLS` and, for type checkers and the command line, in
+`CellName`; `jaxlstm.conv_lstm` has such a list, too. `tests/cases.py` compares every cell with its oracle in
+`tests/oracle.py`.
 """
 
 import inspect

@@ -6,8 +6,9 @@ A backend is a function::
 
 It runs each `Direction` forward in time and returns, for each, the outputs ``(T, B, P)`` and the state after the last
 step. `jaxlstm.recurrence.masking` prepares the directions and merges the results: a direction that runs backward in
-time is already flipped, resets are already restarts, all batch axes are one, and there is at least one step. A backend
-holds the state where ``step_mask`` is False (`jaxlstm.recurrence.masking.hold_skipped`); its outputs there are ignored.
+time is already flipped, resets are already restarts, all batch axes are one, and there is at least one step. In each
+step a backend takes the state after `jaxlstm.recurrence.masking.restart`, and holds it where ``step_mask`` is False
+(`jaxlstm.recurrence.masking.hold_skipped`); its outputs there are ignored.
 """
 
 from collections.abc import Callable, Sequence

@@ -1,4 +1,7 @@
-"""Lengths, masks, resets, direction of time and batch axes: handled here once, for every backend.
+"""Lengths, masks, resets, direction of time and batch axes, once for every backend.
+
+`scan_masked` prepares the directions of a backend and merges its results; the steps of a backend call `restart` and
+`hold_skipped`.
 
 A skipped step does not exist: its input is never read, its output is zero, the state passes it unchanged, and a reset
 marked on it has no effect.

@@ -1,4 +1,7 @@
-"""The reference backend: the equations of `jaxlstm.cells` under `jax.lax.scan`, differentiated by JAX."""
+"""The reference backend: the equations of `jaxlstm.cells` under `jax.lax.scan`, differentiated by JAX.
+
+The loop is `jaxlstm.recurrence.chunked_scan.scan_directions`, which runs other backends and diagnostics, too.
+"""
 
 from dataclasses import dataclass
 

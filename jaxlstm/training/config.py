@@ -11,6 +11,7 @@ from jaxlstm import checksum
 from jaxlstm.cells import CellName
 from jaxlstm.json_types import check_entries
 from jaxlstm.training.data import text
+from jaxlstm.training.sharding import parse_mesh
 
 CONFIG = "config.json"  # in the run directory
 Limit = Literal["positive", "size", "layers", "non-negative", "fraction"]
@@ -80,8 +81,9 @@ class Options:
 
     implementation: Literal["auto", "scan", "fused", "tensor_parallel", "newton", "pallas", "cudnn"] | None = _option(
         None,
-        "Backend of the training step; auto measures which is the fastest, for 20 seconds or a twentieth of "
-        "--max-seconds, before the first step. Default: auto on GPUs and TPUs, fused on CPUs.",
+        "Backend of the training step; newton, pallas and cudnn are experimental. auto measures which is the fastest, "
+        "for 20 seconds or a twentieth of --max-seconds, before the first step. Default: auto on GPUs and TPUs, fused "
+        "on CPUs.",
     )
 
     # Regularization.
@@ -224,7 +226,7 @@ VOCABULARY_TYPES: dict[str, Any] = {"charlm": str, "wordlm": list[str]}
 
 def splits_units(options: Options) -> bool:
     """Returns whether ``--mesh`` splits the hidden units over devices, which takes the backend "tensor_parallel"."""
-    return bool(options.mesh) and "model" in str(options.mesh)
+    return options.mesh is not None and parse_mesh(options.mesh)["model"] > 1
 
 
 def groups() -> dict[str, list[dataclasses.Field[Any]]]:

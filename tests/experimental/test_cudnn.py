@@ -15,7 +15,7 @@ from jax.interpreters import mlir
 import jaxlstm
 from jaxlstm.experimental import cudnn
 
-slow = pytest.mark.slow  # all but the first two, which do not replace parts of JAX
+pytestmark = pytest.mark.slow
 CudnnLSTM = partial(jaxlstm.LSTM, 3, 4, implementation="cudnn")
 
 
@@ -64,7 +64,6 @@ OTHER_CONFIGURATIONS = {
 }
 
 
-@slow
 @pytest.mark.parametrize(
     ("inputs", "configuration"),
     [
@@ -122,7 +121,6 @@ def fake_cuda(fake_gpu):
     mlir.register_lowering(rnn.rnn_bwd_p, gpu.cudnn_rnn_bwd_lowering, platform="cuda")
 
 
-@slow
 @pytest.mark.parametrize(
     ("lstm_options", "call_options", "name"),
     [
@@ -144,12 +142,10 @@ def test_cudnn_refuses_unsupported_options_by_name(lstm_options, call_options, n
         eval_shape(CudnnLSTM(**lstm_options), **call_options)
 
 
-@slow
 def test_cudnn_supports_dropout_rates_without_a_key(fake_cuda):
     eval_shape(CudnnLSTM(num_layers=2, recurrent_dropout=0.1, dropout=0.1), lengths=jnp.zeros(2, int))
 
 
-@slow
 def test_cudnn_refuses_vmap_and_forward_mode_and_second_derivatives(fake_cuda):
     lstm = CudnnLSTM()
     params = lstm.init(jax.random.key(0))
@@ -171,7 +167,6 @@ ONE_CALL = [(3, 4, 2, 2, 6, 0.0, True)]
 ONE_CALL_PER_LAYER = [(3, 4, 1, 2, 6, 0.0, True), (8, 4, 1, 2, 6, 0.0, True)]
 
 
-@slow
 @pytest.mark.parametrize(("dropout", "calls"), [(0.0, ONE_CALL), (0.5, ONE_CALL_PER_LAYER)])
 @pytest.mark.parametrize(
     ("precision", "allow_tf32"), [(None, True), ("highest", False), ("high", True), ("float32", False)]
@@ -193,7 +188,6 @@ def test_cudnn_lowers_to_one_call_for_all_layers(precision, allow_tf32, dropout,
         assert text.count(repr((*sizes, allow_tf32))[:-1]) == 2
 
 
-@slow
 @pytest.mark.parametrize(("num_steps", "batch_size"), [(0, 2), (6, 0)])
 def test_cudnn_supports_empty_sequences_and_batches(num_steps, batch_size, fake_cuda):
     lstm = CudnnLSTM(num_layers=2, bidirectional=True)

@@ -34,7 +34,7 @@ BACKENDS = [
 # Modules that belong to one backend alone.
 PARTS = {"fused": {"layout", "gate_derivatives", "cpu_activations"}, "newton": {"newton_jacobian"}}
 # Modules that import others by name, while the program runs.
-IMPORT_BY_NAME = {"__init__", "experimental", "interop.onnx", "recurrence.backends", "training.commands"}
+IMPORT_BY_NAME = {"__init__", "experimental", "interop.onnx", "recurrence", "recurrence.backends", "training.commands"}
 
 
 def name_of(path):

@@ -201,6 +201,9 @@ for name in lazy:
     assert getattr(jaxlstm, name).__name__ == f"jaxlstm.{name}"
 for name in dir(jaxlstm):
     getattr(jaxlstm, name)
+assert jaxlstm.recurrence.fused.Fused() == jaxlstm.recurrence.fused.run
+assert jaxlstm.recurrence.scan.Scan() == jaxlstm.recurrence.scan.run
+assert not hasattr(jaxlstm.recurrence, "pallas")
 try:
     jaxlstm.lstn
 except AttributeError as error:

@@ -167,6 +167,8 @@ def test_named_backend_must_support_the_mesh():
     message = "--implementation fused cannot split hidden units over --mesh model=2; expected tensor_parallel"
     with pytest.raises(ValueError, match=message):
         backend.named_backend(Options(mesh="model=2", implementation="fused"), lstm)
+    one = Options(task="adding", window=5, mesh="data=2,model=1", implementation="fused")
+    assert backend.named_backend(one, TASKS["adding"].make(one).lstm).implementation == "fused"
 
 
 def test_mesh_measures_the_shapes_of_one_device(measure):

@@ -3,6 +3,7 @@
 import jax.numpy as jnp
 
 import jaxlstm
+from jaxlstm.cells import CELLS
 from jaxlstm.training import config
 from jaxlstm.training.config import Options
 
@@ -17,7 +18,8 @@ def build_lstm(options: Options, input_size: int, *, longest_dependency: int | N
         gate; ``--chrono`` takes precedence. None keeps the usual initializer.
     """
     chrono = options.chrono
-    if chrono is None and longest_dependency is not None and options.cell != "rnn":
+    has_forget_gate = options.cell != "rnn" and CELLS[options.cell].forget_gate is not None
+    if chrono is None and longest_dependency is not None and has_forget_gate:
         chrono = max(longest_dependency, 3)
     dropout_between_layers = options.dropout if options.layers > 1 else 0.0  # models apply --dropout to outputs, too
     return jaxlstm.LSTM(
