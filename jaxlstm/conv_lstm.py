@@ -25,11 +25,10 @@ from jaxlstm import initializers, validation
 from jaxlstm.cells import Cell
 from jaxlstm.dropout import RegularizerMasks
 from jaxlstm.network import RecurrentNetwork
-from jaxlstm.params import Layer, State, Weights
+from jaxlstm.params import State, Weights
 from jaxlstm.primitives.mixed_precision_dot import matvec
-from jaxlstm.recurrence import masking
 from jaxlstm.recurrence.chunked_scan import ScanFns, emit_hidden, scan_directions
-from jaxlstm.recurrence.context import Direction, LayerInputs, Results
+from jaxlstm.recurrence.context import Direction, Results
 from jaxlstm.recurrence.gates import evaluate_cell
 from jaxlstm.recurrence.step import split_gates
 
@@ -203,27 +202,9 @@ class ConvLSTM(RecurrentNetwork):
             "w_c": jax.nn.initializers.zeros,
         }
 
-    def run_layer(
-        self, layer: Layer, xs: Array, state: State, inputs: LayerInputs, reverse: bool
-    ) -> tuple[Array, State]:
-        """Runs one layer over time."""
-        if xs.shape[0] == 0:
-            return masking.empty_sequence(state, self.output_dtype)
-        context = self.scan_context()
-
-        def backend(directions: tuple[Direction, ...]) -> Results:
-            return scan_directions([self._equations(d.weights) for d in directions], directions, context)
-
-        return masking.scan_masked(
-            backend,
-            layer,
-            xs,
-            state,
-            inputs,
-            reverse=reverse,
-            batch_axes=xs.ndim - 2 - len(self.spatial_axes),
-            merge=masking.concat_directions(self.output_dtype),
-        )
+    def run_directions(self, directions: tuple[Direction, ...]) -> Results:
+        """Runs the directions of a layer one after the other."""
+        return scan_directions([self._equations(d.weights) for d in directions], directions, self.scan_context())
 
     def _equations(self, weights: Weights) -> ScanFns:
         in_chunks = self.remat is not None  # then the projection runs within the loop over chunks

@@ -14,7 +14,7 @@ from jaxlstm.network import NO_MASKS, CallArgs, RecurrentNetwork
 from jaxlstm.params import Layer, Norm, State, Weights
 from jaxlstm.recurrence import masking
 from jaxlstm.recurrence.backends import MULTILAYER_BACKENDS, NAMES, Implementation, get_backend, load
-from jaxlstm.recurrence.context import LayerInputs
+from jaxlstm.recurrence.context import Direction, LayerInputs, Results
 from jaxlstm.recurrence.selection import default_backend
 from jaxlstm.recurrence.step import project_inputs, recurrent_step
 
@@ -207,24 +207,10 @@ class LSTM(RecurrentNetwork):
         ]
         return Layer(*dropped)
 
-    def run_layer(
-        self, layer: Layer, xs: Array, state: State, inputs: LayerInputs, reverse: bool
-    ) -> tuple[Array, State]:
-        """Runs one layer over time by the backend."""
-        if xs.shape[0] == 0:
-            return masking.empty_sequence(state, self.output_dtype)
+    def run_directions(self, directions: tuple[Direction, ...]) -> Results:
+        """Runs the directions of a layer by the backend."""
         backend = get_backend(self.implementation or default_backend(jax.default_backend()))
-        context = self.scan_context(self.regularizer_rates)
-        return masking.scan_masked(
-            lambda directions: backend(self.resolved_cell, directions, context),
-            layer,
-            xs,
-            state,
-            inputs,
-            reverse=reverse,
-            batch_axes=xs.ndim - 2,
-            merge=masking.concat_directions(self.output_dtype),
-        )
+        return backend(self.resolved_cell, directions, self.scan_context(self.regularizer_rates))
 
     def layer_step(self, weights: Weights, x: Array, state: State) -> State:
         """Takes one step of one layer without regularizers: from its input and the state to the new state."""

@@ -22,7 +22,7 @@ from jaxlstm.dropout import RegularizerMasks, RegularizerRates, dropout, regular
 from jaxlstm.params import Layer, Norm, Params, State, Weights, output_dtype, state_dtype
 from jaxlstm.primitives.pytrees import tree_concatenate, tree_index, tree_stack
 from jaxlstm.recurrence import masking
-from jaxlstm.recurrence.context import LayerInputs, ScanContext
+from jaxlstm.recurrence.context import Direction, LayerInputs, Results, ScanContext
 
 NO_RATES, NO_MASKS = RegularizerRates(), RegularizerMasks()
 
@@ -443,7 +443,6 @@ class RecurrentNetwork(ABC):
         del n, xs, key
         return layer, inputs
 
-    @abstractmethod
     def run_layer(
         self, layer: Layer, xs: Array, state: State, inputs: LayerInputs, reverse: bool
     ) -> tuple[Array, State]:
@@ -459,6 +458,22 @@ class RecurrentNetwork(ABC):
         Returns:
           outputs ``(T, *batch, *features)`` of all directions, concatenated, and the final state.
         """
+        if xs.shape[0] == 0:
+            return masking.empty_sequence(state, self.output_dtype)
+        return masking.scan_masked(
+            self.run_directions,
+            layer,
+            xs,
+            state,
+            inputs,
+            reverse=reverse,
+            batch_axes=xs.ndim - 1 - self._num_feature_axes,
+            merge=masking.concat_directions(self.output_dtype),
+        )
+
+    @abstractmethod
+    def run_directions(self, directions: tuple[Direction, ...]) -> Results:
+        """Runs the directions of a layer forward in time; see `jaxlstm.recurrence.context`."""
 
     @abstractmethod
     def layer_step(self, weights: Weights, x: Array, state: State) -> State:

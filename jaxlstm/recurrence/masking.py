@@ -147,7 +147,7 @@ def scan_masked(
     """
     backward = [reverse ^ (d == 1) for d in range(len(layer.directions))]
 
-    def run_directions(xs: Array, state: State, inputs: LayerInputs) -> tuple[Any, State]:
+    def run_one_batch_axis(xs: Array, state: State, inputs: LayerInputs) -> tuple[Any, State]:
         directions = _directions(layer, xs, state, inputs, backward)
         outputs, states = backend(directions)
         if inputs.resets is not None:  # backward in time, a reset at the first step restarts the returned state
@@ -158,7 +158,7 @@ def scan_masked(
         merged = merge([tree_flip(each) if back else each for each, back in zip(outputs, backward)])
         return merged, tree_stack(list(states))
 
-    return run_masked(run_directions, xs, state, inputs, batch_axes=batch_axes)
+    return run_masked(run_one_batch_axis, xs, state, inputs, batch_axes=batch_axes)
 
 
 def run_masked(
