@@ -174,8 +174,9 @@ class LSTM(RecurrentNetwork):
         context, key = self.scan_context(self.regularizer_rates), args.key
 
         def run_layers(layers: tuple[Layer, ...], xs: Array, state: State, inputs: LayerInputs) -> tuple[Array, State]:
-            run = partial(run_stack, self.resolved_cell, layers, context=context, reverse=reverse)
-            return masking.run_masked(run, xs, state, inputs, batch_axes=xs.ndim - 2)
+            folded = masking.fold_batch(xs, state, inputs, batch_axes=xs.ndim - 2)
+            ys, state = run_stack(self.resolved_cell, layers, *folded, context=context, reverse=reverse)
+            return masking.unfold_batch(ys, state, inputs.step_mask, xs.shape[1:-1])
 
         if key is not None and self.dropout > 0.0:
             return self.scan_layers(

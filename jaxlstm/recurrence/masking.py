@@ -146,53 +146,38 @@ def scan_masked(
       merged outputs ``(T, *batch, ...)``, zero at skipped steps, and the final state ``(D, *batch, *units)``.
     """
     backward = [reverse ^ (d == 1) for d in range(len(layer.directions))]
-
-    def run_one_batch_axis(xs: Array, state: State, inputs: LayerInputs) -> tuple[Any, State]:
-        directions = _directions(layer, xs, state, inputs, backward)
-        outputs, states = backend(directions)
-        if inputs.resets is not None:  # backward in time, a reset at the first step restarts the returned state
-            states = [
-                restart(inputs.resets[0], direction.restart_state, last) if back else last
-                for direction, last, back in zip(directions, states, backward)
-            ]
-        merged = merge([tree_flip(each) if back else each for each, back in zip(outputs, backward)])
-        return merged, tree_stack(list(states))
-
-    return run_masked(run_one_batch_axis, xs, state, inputs, batch_axes=batch_axes)
+    batch = xs.shape[1 : 1 + batch_axes]
+    xs, state, folded = fold_batch(xs, state, inputs, batch_axes=batch_axes)
+    directions = _directions(layer, xs, state, folded, backward)
+    outputs, states = backend(directions)
+    if folded.resets is not None:  # backward in time, a reset at the first step restarts the returned state
+        states = [
+            restart(folded.resets[0], direction.restart_state, last) if back else last
+            for direction, last, back in zip(directions, states, backward)
+        ]
+    merged = merge([tree_flip(each) if back else each for each, back in zip(outputs, backward)])
+    return unfold_batch(merged, tree_stack(list(states)), inputs.step_mask, batch)
 
 
-def run_masked(
-    run: Callable[[Array, State, LayerInputs], tuple[Any, State]],
-    xs: Float[Array, "T *batch_and_inputs"],
-    state: State,
-    inputs: LayerInputs,
-    *,
-    batch_axes: int,
-) -> tuple[Any, State]:
-    """Runs a recurrence over one batch axis on any number of them, with zeros at the skipped steps.
+def fold_batch(
+    xs: Float[Array, "T *batch_and_inputs"], state: State, inputs: LayerInputs, *, batch_axes: int
+) -> tuple[Array, State, LayerInputs]:
+    """Makes all batch axes one, sets inputs to zero at skipped steps, and drops the resets there.
 
     Args:
-      run: ``(xs, state, inputs) -> (outputs, state)`` over one batch axis; the outputs are a tree of arrays
-        ``(T, B, ...)``.
       xs: inputs, ``(T, *batch, *inputs)``.
       state: initial state, ``(., *batch, *units)``.
       inputs: masks and resets.
       batch_axes: number of batch axes.
-
-    Returns:
-      outputs ``(T, *batch, ...)`` and the final state ``(., *batch, *units)``.
     """
-    batch = xs.shape[1 : 1 + batch_axes]
     step_mask, resets = inputs.step_mask, inputs.resets
     if step_mask is not None:
         xs = jnp.where(expand_to_rank(step_mask, xs), xs, 0)
         resets = None if resets is None else resets & step_mask
 
     def fold(a: Array, axis: int = 1) -> Array:
+        batch = a.shape[axis : axis + batch_axes]
         return a.reshape(*a.shape[:axis], math.prod(batch), *a.shape[axis + batch_axes :])
-
-    def unfold(a: Array) -> Array:
-        return a.reshape(a.shape[0], *batch, *a.shape[2:])
 
     folded = inputs._replace(
         step_mask=None if step_mask is None else fold(step_mask),
@@ -200,7 +185,24 @@ def run_masked(
         lengths=None if inputs.lengths is None else inputs.lengths.ravel(),
         masks=jax.tree.map(lambda a: fold(a, 2), inputs.masks),
     )
-    outputs, state = run(fold(xs), jax.tree.map(fold, state), folded)
+    return fold(xs), jax.tree.map(fold, state), folded
+
+
+def unfold_batch(
+    outputs: Any, state: State, step_mask: Bool[Array, "T *batch"] | None, batch: tuple[Size, ...]
+) -> tuple[Any, State]:
+    """Inverts `fold_batch` for the results of a recurrence, and sets outputs to zero at skipped steps.
+
+    Args:
+      outputs: a tree of arrays ``(T, B, ...)``.
+      state: final state ``(., B, *units)``.
+      step_mask: False at skipped steps; None if there are none.
+      batch: sizes of the batch axes.
+    """
+
+    def unfold(a: Array) -> Array:
+        return a.reshape(a.shape[0], *batch, *a.shape[2:])
+
     outputs = jax.tree.map(unfold, outputs)
     if step_mask is not None:
         outputs = jax.tree.map(lambda a: jnp.where(expand_to_rank(step_mask, a), a, 0), outputs)
