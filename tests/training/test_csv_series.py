@@ -105,6 +105,31 @@ def test_read_series_reads_common_forms_of_time(read, cells, step, first, last):
     assert len(series.values) == len(cells)
 
 
+ZONED_FORMS = (
+    ("%Y-%m-%dT%H:%M%z", None),
+    ("%Y%m%dT%H%M%S%z", None),
+    ("%Y-%m-%dT%H:%M%z", "%Y-%m-%dT%H:%M%z"),
+    ("%a %b %d %H:%M:%S %z %Y", "%a %b %d %H:%M:%S %z %Y"),
+)
+
+
+@pytest.mark.parametrize(("form", "date_format"), ZONED_FORMS)
+def test_read_series_keeps_local_times_in_every_form(read, form, date_format):
+    zone = datetime.timezone(datetime.timedelta(hours=2))
+    weekdays = [datetime.datetime(2020, 1, 6 + n, tzinfo=zone) for n in range(19) if n % 7 < 5]
+    series = read(rows(weekdays, form), date_format=date_format)
+    assert "time is 'date', 1 business day per step from 2020-01-06 to 2020-01-24;" in series.notes[0]
+    assert series.known.all()
+    assert read(rows(MIDNIGHTS, form), date_format=date_format).dates[-1] == "2020-03-31"  # the clock changed
+    hours = [hour.astimezone(MIDNIGHTS[0].tzinfo) for hour in HOURS]
+    assert read(rows(hours, form), date_format=date_format).dates == read(rows(HOURS, "%Y-%m-%dT%H:%M")).dates
+
+
+@pytest.mark.parametrize("time", ["T00+02", " 00+02", "T00:00+2", "T00+2:00", "T0000 +02:00", "T00Z"])
+def test_read_series_keeps_local_times_with_short_offsets(read, time):
+    assert read([f"2020-01-{n:02}{time},{n * n}" for n in range(6, 11)]).dates[0] == "2020-01-06"
+
+
 def test_read_series_takes_the_format_of_dates(read):
     assert read(rows(DAYS[:12], "%d.%m.%y"), date_format="%d.%m.%y").dates == tuple(map(str, DAYS[:12]))
     assert read(rows(DAYS[:12], "%d/%m/%Y"), date_format="%d/%m/%Y").dates == tuple(map(str, DAYS[:12]))

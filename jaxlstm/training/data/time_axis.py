@@ -1,6 +1,8 @@
 """Reads the times of a series and infers its step: dates in ISO 8601 and common forms, time zones, or plain numbers."""
 
+import re
 from collections.abc import Callable, Sequence
+from datetime import UTC, datetime, timedelta
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -13,7 +15,8 @@ DATE_FORMATS = (
     "%Y %m %d", "%m %d %Y", "%d %m %Y", "%d %b %Y", "%d %B %Y", "%b %d %Y", "%B %d %Y",
     "%Y %m", "%m %Y", "%b %Y", "%B %Y", "%Y %b", "%Y %B",
 )  # fmt: skip
-ZONE = r"^(.*\d:\d\d.*?)\s*((?i:Z|UTC|GMT)|[+-]\d\d(?::?\d\d)?)$"
+CLOCK_OR_HOUR = r"\d:\d\d|\d{4}[-/. ]?\d\d?[-/. ]?\d\d?[T ]\d"  # hours without minutes follow a date of ISO 8601
+ZONE = rf"^(.*(?:{CLOCK_OR_HOUR}).*?)\s*((?i:Z|UTC|GMT)|[+-]\d\d?(?::?\d\d)?)$"
 CLOCK = r"^(.*?)(?:[\sT,]+(\d{1,2}):(\d\d)(?::(\d\d(?:\.\d+)?))?\s*([AaPp][Mm])?)?$"
 DAY = np.timedelta64(1, "D")
 DURATIONS = {"week": 604_800_000_000, "day": 86_400_000_000, "hour": 3_600_000_000, "minute": 60_000_000,
@@ -51,12 +54,7 @@ def read_times(cells: Sequence[str], lines: Sequence[int], date_format: str | No
         if not cell:
             raise DataError(f"line {line} has no time")
     if date_format is not None:
-        try:
-            times = to_dates(text, date_format)
-        except ValueError as error:
-            raise DataError(f"--date-format {date_format}: {error}") from None
-        _check_dates(times, cells, lines, f"--date-format {date_format}")
-        return times
+        return _read_format(cells, lines, date_format)
     if text.str.fullmatch(NUMBER).all():
         for form, digits in (("%Y%m%d", 8), ("%Y%m", 6)):
             dates = to_dates(text, form)
@@ -76,16 +74,39 @@ def read_times(cells: Sequence[str], lines: Sequence[int], date_format: str | No
         raise DataError(f"line {lines[without]}: {cells[without]!r} has no time zone, line {lines[other]} has one")
     local = _read_dates(zoned[0], cells, lines)
     offsets = zoned[1].map({zone: offset_from_utc(zone) for zone in set(zoned[1])}).to_numpy()
+    return _local_or_utc(local, offsets.astype("m8[m]"))
+
+
+def _local_or_utc(local: np.ndarray, offsets: np.ndarray) -> np.ndarray:
+    """Returns local times with the given offsets, ``timedelta64``, as `read_times` describes."""
     clock = local - local.astype("M8[D]")
-    return local if (offsets == offsets[0]).all() or (clock == clock[0]).all() else local - offsets.astype("m8[m]")
+    return local if (offsets == offsets[0]).all() or (clock == clock[0]).all() else local - offsets
+
+
+def _read_format(cells: Sequence[str], lines: Sequence[int], date_format: str) -> np.ndarray:
+    """Returns the dates in a format of ``strptime``."""
+    try:
+        datetime.strptime(datetime(2020, 1, 6, tzinfo=UTC).strftime(date_format), date_format)
+    except (ValueError, re.error) as error:  # the format, not a date, is wrong
+        raise DataError(f"--date-format {date_format}: {error}") from None
+
+    def parse(cell: str) -> datetime | None:
+        try:
+            return datetime.strptime(cell, date_format)
+        except ValueError:
+            return None
+
+    dates = [parse(cell) for cell in cells]
+    local = np.array([date and date.replace(tzinfo=None) for date in dates], "M8[us]")
+    _check_dates(local, cells, lines, f"--date-format {date_format}")
+    offsets = np.array([(date and date.utcoffset()) or timedelta(0) for date in dates], "m8[us]")
+    return _local_or_utc(local, offsets)
 
 
 def offset_from_utc(zone: str) -> int:
     """Returns the minutes of an offset such as ``+01:00``; 0 for the names of UTC."""
-    if not zone.startswith(("+", "-")):
-        return 0
-    digits = zone[1:].replace(":", "")
-    return int(zone[0] + "1") * (60 * int(digits[:2]) + int(digits[2:] or 0))
+    match = re.fullmatch(r"([+-])(\d\d?):?(\d\d)?", zone)
+    return 0 if match is None else int(match[1] + "1") * (60 * int(match[2]) + int(match[3] or 0))
 
 
 def to_dates(text: Any, date_format: str) -> np.ndarray:
