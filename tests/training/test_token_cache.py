@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 
+from jaxlstm.checksum import read_checked_json, write_checked_json
 from jaxlstm.training.data import token_cache
 from jaxlstm.training.data.text import CharVocabulary, DataError, evaluation_windows
 from jaxlstm.training.data.token_cache import load_characters, map_characters
@@ -83,6 +84,11 @@ def flip(path, position):
     path.write_bytes(content)
 
 
+def change_description(ids_path, **changes):
+    path = ids_path.with_suffix(".json")
+    write_checked_json(path, read_checked_json(path) | changes)
+
+
 @pytest.mark.parametrize(
     "damage",
     [
@@ -97,6 +103,10 @@ def flip(path, position):
         lambda ids: ids.with_suffix(".json").write_text('{"characters": 3, "length": [], "ids_sha256": null}'),
         lambda ids: ids.with_suffix(".json").write_text("[" * 100_000),
         lambda ids: ids.with_suffix(".json").write_text(ids.with_suffix(".json").read_text().replace("abc", "ab")),
+        lambda ids: ids.with_suffix(".json").write_text(ids.with_suffix(".json").read_text().replace("abc", "abb")),
+        lambda ids: flip(ids.with_suffix(".json"), ids.with_suffix(".json").read_bytes().index(b"abc") + 2),
+        lambda ids: change_description(ids, characters="cba"),
+        lambda ids: change_description(ids, characters=""),
     ],
 )
 def test_map_characters_replaces_a_damaged_cache(cached, damage):
@@ -135,7 +145,7 @@ def test_map_characters_refuses_a_text_that_changes_while_it_is_read(tmp_path, m
 
 
 @pytest.mark.parametrize(
-    ("text", "failing"), [("abc" * 100_000, "ids"), ("".join(map(chr, range(0x4E00, 0x4E00 + 3000))), "json")]
+    ("text", "failing"), [("abc" * 100_000, "ids"), ("".join(map(chr, range(0x4E00, 0x4E00 + 3500))), "json")]
 )
 def test_map_characters_on_a_full_disk_is_one_line_and_leaves_no_files(tmp_path, text, failing):
     path = tmp_path / "text.txt"

@@ -2,7 +2,6 @@
 
 import codecs
 import hashlib
-import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -10,8 +9,9 @@ from pathlib import Path
 import numpy as np
 
 from jaxlstm.atomic_write import atomic_write
+from jaxlstm.checksum import read_checked_json, write_checked_json
 from jaxlstm.json_types import from_json
-from jaxlstm.regular_file import open_regular, read_regular
+from jaxlstm.regular_file import open_regular
 from jaxlstm.training.data.text import (
     DOWNLOADS,
     EMBEDDED,
@@ -47,11 +47,18 @@ def load_characters(source: str) -> tuple[np.ndarray, CharVocabulary]:
 
 @dataclass(frozen=True)
 class Entry:
-    """Description of a file of ids, stored beside it."""
+    """Description of a file of ids, stored beside it.
+
+    Raises:
+      DataError: if the characters are not a vocabulary.
+    """
 
     characters: str  # the vocabulary
     length: int  # number of ids
     ids_sha256: str
+
+    def __post_init__(self) -> None:
+        CharVocabulary(self.characters)  # checks them
 
     @property
     def dtype(self) -> np.dtype:
@@ -62,8 +69,9 @@ class Entry:
 def map_characters(path: Path, folder: Path) -> tuple[np.ndarray, CharVocabulary]:
     """Returns the character ids of a file as a memory map of a file in ``folder``, and their vocabulary.
 
-    The ids are stored under the SHA-256 of the text. Before they are used, they are compared with their own hash,
-    their number and the size of the vocabulary; damaged ones are replaced. One process writes them while others wait.
+    The ids are stored under the SHA-256 of the text. Before they are used, they and their description are compared
+    with their own hashes, their number and the size of the vocabulary; damaged ones are replaced. One process writes
+    them while others wait.
 
     Raises:
       DataError: if the text is not UTF-8, changes while it is read, or the ids cannot be written.
@@ -88,13 +96,13 @@ def read_entry(ids_path: Path) -> Entry | None:
     """
     digest, largest, length = hashlib.sha256(), 0, 0
     try:
-        entry = from_json(Entry, json.loads(read_regular(ids_path.with_suffix(".json"))), "entry")
+        entry = from_json(Entry, read_checked_json(ids_path.with_suffix(".json")), "entry")
         with open_regular(ids_path) as file:
             while piece := file.read(PIECE_BYTES):
                 digest.update(piece)
                 ids = np.frombuffer(piece, entry.dtype)
                 largest, length = max(largest, int(ids.max())), length + len(ids)
-    except (OSError, ValueError, RecursionError):
+    except (OSError, ValueError):
         return None
     matches = length == entry.length and digest.hexdigest() == entry.ids_sha256
     return entry if matches and largest < len(entry.characters) else None
@@ -118,8 +126,7 @@ def _encode_file(path: Path, text_sha256: str, ids_path: Path) -> Entry:
                 digest.update(ids)
                 file.write(ids)
         entry = Entry(vocabulary.characters, length, digest.hexdigest())
-        with atomic_write(ids_path.with_suffix(".json")) as file:
-            file.write(json.dumps(asdict(entry)).encode())
+        write_checked_json(ids_path.with_suffix(".json"), asdict(entry))
     except OSError:
         ids_path.unlink(missing_ok=True)  # without an entry it only takes space
         raise
