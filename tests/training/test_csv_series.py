@@ -139,6 +139,15 @@ def test_read_series_takes_the_format_of_dates(read):
         read(DAILY, date_format="%Q")
 
 
+@pytest.mark.parametrize("word", ["now", "today"])
+def test_read_series_takes_no_word_for_the_current_time(read, word):
+    assert read(DAILY, f"date,{word}").names == (word,)
+    with pytest.raises(DataError, match=f"line 42: '{word}' is not a date like '2020-01-01' of line 2"):
+        read([*DAILY, f"{word},1"])
+    with pytest.raises(DataError, match=f"line 42: '{word}' is not a date like"):
+        read([*DAILY, f"{word},1"], date_format="%Y-%m-%d")
+
+
 def test_read_series_counts_business_days(read):
     weekdays = [day for day in DAYS if day.weekday() < 5]
     series = read(rows(weekdays))

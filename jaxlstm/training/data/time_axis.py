@@ -113,6 +113,7 @@ def to_dates(text: Any, date_format: str) -> np.ndarray:
     """Returns a ``pandas.Series`` of dates in one format as ``datetime64[us]``, NaT where a cell is none."""
     import pandas as pd
 
+    text = text.where(text.str.contains(r"\d", na=False))  # pandas takes "now" and "today" for the current time
     return pd.to_datetime(text, format=date_format, errors="coerce", utc=True).dt.tz_localize(None).to_numpy("M8[us]")
 
 
