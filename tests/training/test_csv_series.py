@@ -196,6 +196,12 @@ def test_read_series_names_columns_of_a_file_without_header_by_number(read):
     assert (numbers.names, len(numbers.values)) == (("column 2",), 9)
 
 
+def test_read_series_keeps_a_first_row_that_begins_with_a_gap(read):
+    series = read([f"{n * n % 7 if n else ''},{row}" for n, row in enumerate(DAILY)], header=None, target="column 3")
+    assert (series.dates, series.names) == (tuple(map(str, DAYS)), ("column 3",))
+    assert series.notes[1] == "the first line is not a header: columns are named by their number"
+
+
 def test_read_series_takes_an_unnamed_column_of_dates_for_time(read):
     series = read([f"{row},{n}" for n, row in enumerate(DAILY)], ",0,n")
     assert series.names == ("0",)

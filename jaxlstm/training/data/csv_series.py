@@ -152,13 +152,11 @@ def read_table(text: str, delimiter: str | None = None, decimal: str = ".") -> T
 def is_header(cells: list[str]) -> bool:
     """Returns whether the first row names the columns: it has neither a date nor numbers only.
 
-    A blank first cell is a header too: the unnamed index of a data frame.
+    Numbers after a blank first cell are names too, as those of a data frame with an unnamed index.
     """
-    if not cells[0]:
-        return True
     is_number = [re.fullmatch(NUMBER.replace(r"\.", "[.,]"), cell) is not None for cell in cells]
     has_date = any(is_date(cell) for cell, number in zip(cells, is_number) if cell and not number)
-    return not has_date and not all(number or not cell for cell, number in zip(cells, is_number))
+    return not has_date and (not cells[0] or not all(number or not cell for cell, number in zip(cells, is_number)))
 
 
 def _time_column(table: Table, name: str | None) -> str:
