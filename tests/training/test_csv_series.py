@@ -137,6 +137,14 @@ def test_read_series_takes_the_format_of_dates(read):
         read(DAILY, date_format="%d.%m.%y")
     with pytest.raises(DataError, match="--date-format %Q: 'Q' is a bad directive"):
         read(DAILY, date_format="%Q")
+    with pytest.raises(DataError, match="--date-format %Y %Y: redefinition of group name"):
+        read(DAILY, date_format="%Y %Y")
+
+
+@pytest.mark.parametrize("date_format", ["mixed", "ISO8601", ""])
+def test_read_series_refuses_a_format_without_codes(read, date_format):
+    with pytest.raises(DataError, match=f"--date-format {date_format}: expected codes of strptime, such as %d.%m.%Y"):
+        read(rows(DAYS[:12], "%d/%m/%Y"), date_format=date_format)
 
 
 @pytest.mark.parametrize("word", ["now", "today"])

@@ -85,6 +85,8 @@ def _local_or_utc(local: np.ndarray, offsets: np.ndarray) -> np.ndarray:
 
 def _read_format(cells: Sequence[str], lines: Sequence[int], date_format: str) -> np.ndarray:
     """Returns the dates in a format of ``strptime``."""
+    if "%" not in date_format:
+        raise DataError(f"--date-format {date_format}: expected codes of strptime, such as %d.%m.%Y or %m/%d/%Y")
     try:
         datetime.strptime(datetime(2020, 1, 6, tzinfo=UTC).strftime(date_format), date_format)
     except (ValueError, re.error) as error:  # the format, not a date, is wrong
