@@ -56,7 +56,12 @@ def random_walk(gaps=0.0, length=200):
         (
             np.where(np.arange(200) // 35 == 4, np.nan, random_walk()),
             ["--horizon", "1"],
-            "validation part, steps 140 to 170",
+            "the validation part has nothing to score: its targets, steps 140 to 170, are one gap",
+        ),
+        (
+            np.where(np.arange(200) // 8 == 0, random_walk(), np.where(np.arange(200) < 140, np.nan, random_walk())),
+            [],
+            "the training part has nothing to score: its targets, steps 8 to 140, are one gap",
         ),
     ],
 )

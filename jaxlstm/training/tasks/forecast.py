@@ -86,8 +86,12 @@ class WindowedSeries:
                 "70 % of them must hold a window and its forecast, and 15 % a forecast"
             )
         for name, begin, end in zip(("training", "validation", "test"), self.boundaries, self.boundaries[1:]):
-            if not self.series.known[begin:end].any():
-                raise DataError(f"{self.name}: the {name} part, steps {begin:,} to {end:,}, is one gap")
+            first = max(begin, self.window)  # the first window has no targets
+            if not self.series.known[first:end].any():
+                raise DataError(
+                    f"{self.name}: the {name} part has nothing to score: its targets, steps {first:,} to {end:,}, are "
+                    "one gap; --target chooses columns"
+                )
         for name, scale in zip(self.series.names, self.scale):
             if not 0 < scale < np.inf:
                 raise DataError(
