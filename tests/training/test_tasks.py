@@ -158,6 +158,27 @@ def test_language_tasks_tell_of_texts_of_unknown_words(tmp_path, task, text, not
     assert notes == () if note is None else note in notes[0]
 
 
+@pytest.mark.parametrize(
+    ("task", "text", "notes"),
+    [
+        ("wordlm", STORY + "\n" * 500, ("all 72 words to validate on are '\\n', so the loss says little",)),
+        ("charlm", STORY + "\n" * 1500, ("all 765 characters to validate on are '\\n', so the loss says little",)),
+        (
+            "charlm",
+            "a" * 2000,
+            (
+                "all 1,799 characters to train on are 'a', so the loss says little",
+                "all 199 characters to validate on are 'a', so the loss says little",
+            ),
+        ),
+    ],
+)
+def test_language_tasks_tell_of_one_repeated_token(tmp_path, task, text, notes):
+    (tmp_path / "text.txt").write_text(text)
+    options = parse(["--task", task, "--data", str(tmp_path / "text.txt"), "--window", "5"])
+    assert TASKS[task].make(options).notes == notes
+
+
 @pytest.mark.parametrize("task", ["charlm", "wordlm"])
 def test_language_tasks_tell_of_tables(tmp_path, task):
     path = tmp_path / "prices.csv"

@@ -98,6 +98,7 @@ def make_language_task(
             raise DataError(f"{len(valid_ids)} {unit_name} are too few to validate on: use a longer text")
     except DataError as error:
         raise DataError("; ".join([str(error), *notes])) from None
+    notes = (*notes, *repetition_notes(vocabulary, train_ids, valid_ids, unit_name))
     model = build_language_model(options, len(vocabulary))
     regularization = {"activation": options.activation, "temporal_activation": options.temporal_activation}
     first_token = jnp.asarray(valid_ids[:1])
@@ -125,6 +126,17 @@ def make_language_task(
         fingerprint=fingerprint(train_ids, valid_ids, repr(extra_config)),
         extra_config=extra_config,
         notes=notes,
+    )
+
+
+def repetition_notes(
+    vocabulary: Vocabulary, train_ids: np.ndarray, valid_ids: np.ndarray, unit_name: str
+) -> tuple[str, ...]:
+    """Returns a line for the user per part whose targets are one repeated token: it is easy to predict."""
+    return tuple(
+        f"all {len(targets):,} {unit_name} to {purpose} are {vocabulary.decode(targets[:1])!r}, so the loss says little"
+        for targets, purpose in ((train_ids[1:], "train on"), (valid_ids[1:], "validate on"))
+        if targets.min() == targets.max()
     )
 
 
