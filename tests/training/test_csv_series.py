@@ -233,6 +233,19 @@ def test_read_series_reads_other_delimiters_and_decimal_commas(read):
         np.testing.assert_array_equal(series.values[:, 0], VALUES)
 
 
+def test_read_series_counts_no_delimiters_in_quotes(read):
+    cells = [f'"{row}";"{n * n % 7}"'.replace(",", '";"') for n, row in enumerate(DAILY)]
+    assert read(cells, '"date";"Price, EUR";"Vol, t, ""net"""').names == ("Price, EUR", 'Vol, t, "net"')
+
+
+@pytest.mark.parametrize(
+    ("decimal", "cell"), [(",", "1.100"), (".", "1,100"), (".", "-12,345,678.9"), (",", "1.100,5")]
+)
+def test_read_series_tells_of_separators_of_thousands(read, decimal, cell):
+    with pytest.raises(DataError, match=r"line 42, a: .* remove separators of thousands, or pass --decimal"):
+        read([*(row.replace(",", ";") for row in DAILY), f"2020-02-10;{cell}"], "date;a", decimal=decimal)
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
@@ -250,6 +263,11 @@ def test_read_series_reads_other_delimiters_and_decimal_commas(read):
         ("a,b\n3,5\n4,9\n", "no column of dates; --time names the column of times, one of 'a', 'b'"),
         ("a,b\n2020-01-01,2020-01-01\n", "several columns of dates, 'a', 'b'; --time names"),
         ("date;a\n2020-01-01;1,5\n", "line 2, a: '1,5' is not a number .*; --decimal , reads it"),
+        ("date;a\n2020-01-01;0,125\n", "line 2, a: '0,125' is not a number .*; --decimal , reads it"),
+        (
+            "date,time,a\n2020-01-01,00:00,1\n2020-01-01,01:00,2\n2020-01-02,00:00,4\n",
+            "line 3 has the time of line 2, .*; times are read from 'date' only, not from 'time'; --time names another",
+        ),
     ],
 )
 def test_read_series_names_the_fault_of_a_file(tmp_path, content, message):
@@ -271,6 +289,9 @@ def test_read_series_names_the_fault_of_a_file(tmp_path, content, message):
         (lambda r: [f"x{row}" for row in r], "line 2: 'x2020-01-01' is not a date in ISO 8601 or a"),
         (lambda r: rows(DAYS, "%d.%m.%y"), "line 2: '01.01.20' is not a date in ISO 8601 or a common form"),
         (lambda r: [*r[:3], ",1", *r[3:]], "line 5 has no time"),
+        (lambda r: [*(f"{n},1" for n in range(20)), "oops,1"], "line 22: 'oops' is not a number like '0' of line 2"),
+        (lambda r: ["nan,1", *(f"{n},1" for n in range(20))], "line 2: 'nan' is not a number like '0' of line 3"),
+        (lambda r: [*rows(DAYS, "%Y%m%d"), "2020021o,1"], "line 42: '2020021o' is not a date like '20200101'"),
         (lambda r: rows(DAYS[:12], "%d/%m/%Y"), "line 3: '02/01/2020' has day and month in an order that .* not tell"),
         (lambda r: [*rows(HOURS, "%Y-%m-%d %H:%MZ")[:9], "2020-03-28 21:00,1"],
          "line 11: '2020-03-28 21:00' has no time zone, line 2 has one"),

@@ -12,7 +12,7 @@ import numpy as np
 
 from jaxlstm.errors import optional_package
 from jaxlstm.training.data.text import DataError, read_text
-from jaxlstm.training.data.time_axis import NUMBER, infer_axis, is_date, read_times
+from jaxlstm.training.data.time_axis import NUMBER, TimeAxis, infer_axis, is_date, read_times
 
 TIME_COLUMNS = ("date", "time", "datetime", "timestamp", "ds")  # names of the column of times
 DELIMITERS = ",;\t|"
@@ -79,7 +79,7 @@ def read_series(
         table = read_table(text, delimiter, decimal)
         time = _time_column(table, time)
         columns, ignored = _number_columns(table, time, target, decimal)
-        axis = infer_axis(read_times(table.column(time), table.lines, date_format), table.lines)
+        axis = _time_axis(table, time, date_format)
         rows = np.full((len(axis.labels), len(columns)), np.nan)
         rows[axis.positions] = np.stack(list(columns.values()), -1)[axis.order]
         series, gaps = _fill_gaps(tuple(columns), axis.labels, rows)
@@ -114,7 +114,8 @@ def read_table(text: str, delimiter: str | None = None, decimal: str = ".") -> T
     delimiter = {"\\t": "\t", "tab": "\t"}.get(delimiter or "", delimiter)
     if delimiter is None:
         first_line = next((line for line in text.splitlines() if line.strip()), "")
-        delimiter = max(DELIMITERS.replace(decimal, ""), key=first_line.count)
+        unquoted = re.sub('"[^"]*("|$)', "", first_line)
+        delimiter = max(DELIMITERS.replace(decimal, ""), key=unquoted.count)
     try:
         reader = csv.reader(io.StringIO(text, newline=None), delimiter=delimiter, strict=True)
     except (TypeError, ValueError):
@@ -175,6 +176,20 @@ def _time_column(table: Table, name: str | None) -> str:
     return dates[0]
 
 
+def _time_axis(table: Table, time: str, date_format: str | None) -> TimeAxis:
+    """Returns the axis of a column of times; an error names other columns that may belong to the times."""
+    try:
+        return infer_axis(read_times(table.column(time), table.lines, date_format), table.lines)
+    except DataError as error:
+        others = [name for name in table.names if name != time and name.lower() in TIME_COLUMNS]
+        if not others:
+            raise
+        raise DataError(
+            f"{error}; times are read from {time!r} only, not from {name_list(others)}; --time names another, or "
+            "write date and time into one column"
+        ) from None
+
+
 def _number_columns(
     table: Table, time: str, target: str | None, decimal: str
 ) -> tuple[dict[str, np.ndarray], list[tuple[str, str]]]:
@@ -230,8 +245,13 @@ def _number_error(cell: str, decimal: str, target: str | None) -> str:
     if re.fullmatch(rf"[+-]?inf(inity)?|{NUMBER}", cell, re.IGNORECASE) and not math.isfinite(float(cell)):
         return f"{cell} is not finite; leave the cell empty if the number is missing"
     other = OTHER_DECIMAL[decimal]
+    not_a_number = f"{cell!r} is not a number with the decimal separator {decimal!r}"
+    if re.fullmatch(rf"[+-]?[1-9]\d{{0,2}}([{other}]\d{{3}})+([{decimal}]\d*)?", cell):
+        return (
+            f"{not_a_number}; remove separators of thousands, or pass --decimal {other} if {other!r} is the decimal one"
+        )
     if math.isfinite(read_numbers([cell], other)[0]):
-        return f"{cell!r} is not a number with the decimal separator {decimal!r}; --decimal {other} reads it"
+        return f"{not_a_number}; --decimal {other} reads it"
     return f"{cell!r} is not a number" + ("; --target chooses columns" if target is None else "")
 
 

@@ -149,6 +149,12 @@ def _read_dates(text: Any, cells: Sequence[str], lines: Sequence[int]) -> np.nda
     fitting = [times for times in candidates.values() if not np.isnat(times).any()]
     if not fitting:
         best = min(candidates.values(), key=lambda times: np.isnat(times).sum())
+        is_number = text.str.fullmatch(NUMBER).to_numpy()
+        if is_number.sum() > (~np.isnat(best)).sum():
+            row, example = int(np.argmin(is_number)), int(np.argmax(is_number))
+            raise DataError(
+                f"line {lines[row]}: {cells[row]!r} is not a number like {cells[example]!r} of line {lines[example]}"
+            )
         _check_dates(best, cells, lines, "ISO 8601 or a common form; --date-format describes others, such as %d.%m.%y")
     for other in fitting[1:]:
         differs = fitting[0] != other
