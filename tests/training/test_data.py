@@ -125,10 +125,13 @@ def test_load_text_refuses_a_text_that_changes_while_it_is_read(tmp_path, monkey
         load_text(str(path))
 
 
-def test_read_text_refuses_a_named_pipe(tmp_path):
+@pytest.mark.parametrize("read", [read_text, lambda path: load_text(str(path))])
+def test_text_in_a_named_pipe_or_a_folder_is_one_line(tmp_path, read):
     os.mkfifo(tmp_path / "pipe")
-    with pytest.raises(DataError, match="pipe is not a regular file"):
-        read_text(tmp_path / "pipe")
+    with pytest.raises(DataError, match="pipe is not a regular file; expected a text file"):
+        read(tmp_path / "pipe")
+    with pytest.raises(DataError, match=f"{tmp_path} is a folder; expected a text file"):
+        read(tmp_path)
 
 
 def test_load_text_keeps_every_character_but_the_byte_order_mark(tmp_path):

@@ -1,6 +1,7 @@
 """Every task learns in a short run (default tier or slow), and reaches its documented result (slow)."""
 
 import dataclasses
+import os
 import typing
 
 import numpy as np
@@ -195,6 +196,10 @@ def test_wordlm_reads_a_folder_with_two_files(tmp_path):
     (tmp_path / "ptb.valid.txt").write_text("the cat lay on a penguin .\n")
     options = parse(["--task", "wordlm", "--data", str(tmp_path), "--window", "9"])
     assert TASKS["wordlm"].make(options).description == "1,920 words to train on, 8 to validate, 15 distinct"
+    (tmp_path / "ptb.valid.txt").unlink()
+    os.mkfifo(tmp_path / "ptb.valid.txt")
+    with pytest.raises(DataError, match=r"ptb\.valid\.txt is not a regular file; expected a text file"):
+        TASKS["wordlm"].make(options)
     (tmp_path / "ptb.valid.txt").unlink()
     with pytest.raises(DataError, match=r"must hold one file \*train\* and one \*valid\*"):
         TASKS["wordlm"].make(options)

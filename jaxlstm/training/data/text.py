@@ -54,7 +54,7 @@ def load_text(source: str) -> str:
         path = fetch_cached(source, DOWNLOADS[source], cache_folder())
     else:
         path = Path(source)
-        if not path.is_file():
+        if not path.exists():
             names = ", ".join([EMBEDDED, *DOWNLOADS])
             raise DataError(f"no text {source!r}: neither a file nor one of the known names {names}")
     return read_text(path)
@@ -68,7 +68,8 @@ def read_text(path: Path) -> str:
     """
     try:
         if path.exists() and not path.is_file():  # a named pipe would wait for a writer
-            raise DataError(f"{path} is not a regular file")
+            kind = "a folder" if path.is_dir() else "not a regular file"
+            raise DataError(f"{path} is {kind}; expected a text file")
         with path.open("rb") as file:
             before = os.fstat(file.fileno())
             content = file.read()
