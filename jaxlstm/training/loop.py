@@ -19,7 +19,7 @@ from jaxlstm.training.config import CONFIG, Options
 from jaxlstm.training.memory import check_memory, num_bytes
 from jaxlstm.training.metrics import Report, draw_curves, print_line, summary_writer
 from jaxlstm.training.optimizer import DEFAULT_PEAK, SCHEDULE_TICKS, learning_rate_schedule, make_optimizer
-from jaxlstm.training.processes import connected_processes
+from jaxlstm.training.processes import check_same_data, connected_processes
 from jaxlstm.training.profiling import StepProfiler
 from jaxlstm.training.run_directory import RunRecord
 from jaxlstm.training.stop_signals import catch_stop_signals
@@ -114,6 +114,7 @@ class Trainer:
             if size % devices:
                 raise ValueError(f"--{option} {size} is not divisible by {axis}={devices} of --mesh")
         self.task = TASKS[options.task].make(options)
+        check_same_data(self.task.fingerprint)
         self.lstm = backend.named_backend(options, self.task.lstm)
 
     def setup_state(self) -> None:

@@ -1,4 +1,4 @@
-"""Connects the processes of a run, compares their options, and ends all of them when one is lost.
+"""Connects the processes of a run, compares their options and data, and ends all of them when one is lost.
 
 Process 0 listens at ``--coordinator``. Each other process opens a control connection to it and sends its options; then
 both ends send a message every second. A process whose control connection closes or stays silent prints one line and
@@ -21,6 +21,8 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import jax
+import numpy as np
+from jax.experimental import multihost_utils
 
 from jaxlstm.errors import first_line
 from jaxlstm.training import config
@@ -35,6 +37,10 @@ MISMATCH_SECONDS = 15.0  # to wait for the other processes to tell them that the
 NOT_COMPARED = ("process", "coordinator")
 
 _ending = threading.Lock()  # held by the thread that ends the process, so that one line is printed
+
+
+class DifferentDataError(ValueError):
+    """The processes of a run read different data; raised in all of them."""
 
 
 def end_process(prog: str, message: str, status: int = 1) -> NoReturn:
@@ -88,8 +94,33 @@ def connected_processes(options: Options, prog: str) -> Iterator[int]:
         raise ValueError(f"--process must be less than --processes {options.processes}, got {options.process}")
     group = (_Leader if options.process == 0 else _Follower)(options, prog, local_devices)
     group.connect()
-    yield options.processes
+    try:
+        yield options.processes
+    except DifferentDataError:  # all processes leave, so that each prints this error and none reports a lost process
+        group.leave()
+        raise
     group.leave()
+
+
+def check_same_data(fingerprint: str) -> None:
+    """Checks that all processes read the same data, which the options alone do not ensure.
+
+    Args:
+      fingerprint: SHA-256 of the data of this process in hexadecimal digits, or empty for data that are generated.
+
+    Raises:
+      DifferentDataError: if the data of a process differ from those of process 0.
+    """
+    if jax.process_count() == 1:
+        return
+    gathered = multihost_utils.process_allgather(np.frombuffer(fingerprint.encode().ljust(64), np.uint8))
+    first, *others = (row.tobytes().decode().strip() for row in gathered)
+    for number, other in enumerate(others, start=1):
+        if other != first:
+            raise DifferentDataError(
+                f"all processes must read the same data: its SHA-256 is {other:.12} in process {number} "
+                f"and {first:.12} in process 0; give all of them the same files"
+            )
 
 
 def _ask_cluster(options: Options) -> tuple[Options, Sequence[int] | None]:

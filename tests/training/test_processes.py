@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 
+import numpy as np
 import pytest
 from training_runs import ENVIRONMENT, ROOT, TEXT
 
@@ -43,14 +44,14 @@ def ended(monkeypatch):
     return lines
 
 
-def connect(*several):
-    """Connects processes, each in a thread; returns the errors."""
+def connect(*several, work=lambda: None):
+    """Connects processes, each in a thread that calls ``work``; returns the errors."""
     errors = [""] * len(several)
 
     def enter(n, options):
         try:
             with processes.connected_processes(options, "train.py"):
-                pass
+                work()
         except ValueError as error:
             errors[n] = str(error)
 
@@ -96,6 +97,20 @@ def test_two_processes_with_the_same_index_end(ended):
     leader, *followers = connect(options_of(0, port, processes=3), *[options_of(1, port, processes=3)] * 2)
     assert leader == "two processes have --process 1"
     assert leader in followers
+
+
+def test_processes_with_other_data_end_with_the_same_line(ended, monkeypatch):
+    def gather(own):
+        assert own.tobytes() == b"a" * 64
+        return np.stack([own, np.frombuffer(b"b" * 64, np.uint8)])
+
+    monkeypatch.setattr(processes.multihost_utils, "process_allgather", gather)
+    monkeypatch.setattr(processes.jax, "process_count", lambda: 2)
+    port = free_port()
+    errors = connect(options_of(0, port), options_of(1, port), work=lambda: processes.check_same_data("a" * 64))
+    message = "its SHA-256 is bbbbbbbbbbbb in process 1 and aaaaaaaaaaaa in process 0; give all of them the same files"
+    assert errors == [f"all processes must read the same data: {message}"] * 2
+    assert ended == []
 
 
 @pytest.mark.slow
@@ -156,25 +171,26 @@ def test_leader_ends_when_a_process_is_lost(ended, fate, message):
 # The command in several processes
 
 RUN = [
-    "--data", "text.txt", "--run-dir", "run", "--max-steps", "1000000", "--hidden", "16", "--embedding", "8",
+    "--data", "text.txt", "--max-steps", "1000000", "--hidden", "16", "--embedding", "8",
     "--batch", "8", "--window", "16", "--log-every", "2", "--mesh", "data=2",
 ]  # fmt: skip
 
 
-def start(folder, cluster=False):
-    """Starts two processes, connected by options or by the variables of a cluster."""
-    (folder / "text.txt").write_text(TEXT, encoding="utf-8")
+def start(folder, cluster=False, texts=(TEXT, TEXT)):
+    """Starts two processes, connected by options or by the variables of a cluster, each with a text."""
     port = free_port()
     both = []
-    for n in range(2):
+    for n, text in enumerate(texts):
+        (folder / str(n)).mkdir()
+        (folder / str(n) / "text.txt").write_text(text, encoding="utf-8")
         settings = ["--coordinator", f"127.0.0.1:{port}", "--processes", "2", "--process", str(n)]
         slurm = {"JOB_ID": "1", "STEP_NODELIST": "localhost", "NTASKS": "2", "PROCID": str(n), "LOCALID": str(n)}
         variables = {f"SLURM_{name}": value for name, value in slurm.items()} | {"JAX_COORDINATOR_PORT": str(port)}
         connection = ["--coordinator", "auto"] if cluster else settings
         both.append(
             subprocess.Popen(
-                [sys.executable, str(ROOT / "train.py"), *RUN, *connection],
-                cwd=folder,
+                [sys.executable, str(ROOT / "train.py"), *RUN, "--run-dir", str(folder / "run"), *connection],
+                cwd=folder / str(n),
                 env=ENVIRONMENT | variables if cluster else ENVIRONMENT,
                 stdout=subprocess.DEVNULL,
                 stderr=(folder / f"{n}.log").open("w"),
@@ -227,9 +243,25 @@ def test_error_of_one_process_ends_the_other(tmp_path):
     (tmp_path / "run" / "file").touch()  # only process 0 looks into the run directory
     both = start(tmp_path)
     assert [process.wait(240) for process in both] == [1, 1]
-    assert lines_of(tmp_path, 0) == ["train.py: --run-dir run is not an empty folder; a run never overwrites another"]
+    assert lines_of(tmp_path, 0) == [
+        f"train.py: --run-dir {tmp_path / 'run'} is not an empty folder; a run never overwrites another"
+    ]
     (line,) = lines_of(tmp_path, 1)
     assert line.startswith("train.py: process 0 ended before the run was complete")
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::ResourceWarning")
+@pytest.mark.parametrize("other", [TEXT[1:] + TEXT[:1], TEXT + "~"], ids=["same vocabulary", "larger vocabulary"])
+def test_processes_with_other_data_end_before_the_first_step(tmp_path, other):
+    both = start(tmp_path, texts=(TEXT, other))
+    assert [process.wait(240) for process in both] == [1, 1]
+    (line,) = lines_of(tmp_path, 0)
+    assert re.fullmatch(
+        r"train\.py: all processes must read the same data: its SHA-256 is \w{12} in process 1 .*", line
+    )
+    assert lines_of(tmp_path, 1) == [line]
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.slow
