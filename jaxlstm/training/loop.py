@@ -185,7 +185,6 @@ class Trainer:
         self.is_complete = self.progress == 1
         self.first_step, self.previous_seconds = self.record.step, self.record.seconds
         self.num_restored_losses = len(self.record.losses)
-        self.best_loss = min(self.record.valid_losses, default=math.inf) if self.record.best_step else math.inf
 
     def resume(self, run_dir: Path) -> None:
         """Restores the latest checkpoint, if there is one, and prints what differs from the run so far."""
@@ -203,17 +202,24 @@ class Trainer:
         self.resume_progress(make_limits(saved["options"].get("max_steps"), saved["options"].get("max_seconds")))
 
     def check_best_params(self) -> None:
-        """Reads the best parameters so far, which the end of the run needs; starts without them if they are missing.
+        """Reads the best parameters so far, which the end of the run needs.
+
+        Starts without them if the file is missing, or was written by a validation after the checkpoint.
 
         Raises:
           ValueError: if they are damaged.
         """
-        path = self.run_dir / params_file.BEST
-        if self.record.best_step and not path.exists():
-            print_line(self.console, f"{path} is missing: the next validation gives the best parameters")
-            self.record.best_step = 0
-        if self.record.best_step:
+        record, path = self.record, self.run_dir / params_file.BEST
+        if record.best_step == 0:
+            return
+        problem = "is missing"
+        if path.exists():
             params_file.load_params(path, self.task.init)
+            if params_file.saved_digest(path) == record.best_digest:
+                return
+            problem = f"was replaced after step {record.step:,}"
+        print_line(self.console, f"{path} {problem}: the next validation gives the best parameters")
+        record.best_step, record.best_loss, record.best_digest = 0, None, ""
 
     def resume_progress(self, limits_before: Limits) -> None:
         """Continues the progress of the run; prints the change of the learning rate if the limits have changed."""
@@ -388,10 +394,10 @@ class Trainer:
                 f"the validation loss is {loss} at step {record.step:,}; the best parameters so far are kept"
             )
         record.valid_losses.append(loss)
-        is_best = loss < self.best_loss
+        is_best = record.best_loss is None or loss < record.best_loss
         if is_best:
-            self.best_loss, record.best_step = loss, record.step
-            params_file.save_params(self.run_dir / params_file.BEST, params)
+            record.best_step, record.best_loss = record.step, loss
+            record.best_digest = params_file.save_params(self.run_dir / params_file.BEST, params)
         sample = task.sample(params, jax.random.fold_in(self.key, record.step))
         self.report.validation_row(record.step, figures, speed, is_best=is_best, sample=sample)
         self.state = train_step.maybe_start_averaging(self.state, record.valid_losses)
@@ -422,7 +428,7 @@ class Trainer:
         params = params_file.load_params(run_dir / params_file.BEST, task.init)
         test_figures = task.test(params)
         summary = {
-            "valid_loss": self.best_loss,
+            "valid_loss": record.best_loss,
             **test_figures,
             "best_step": record.best_step,
             "steps": record.step,
@@ -434,7 +440,7 @@ class Trainer:
         title = f"{task.title} of {self.num_parameters:,} parameters"
         draw_curves(run_dir / "curves.png", self.report.rows, title, task.loss_unit)
         task.draw(params, run_dir)
-        best = f"best validation loss {task.format_loss(self.best_loss)} at step {record.best_step:,}"
+        best = f"best validation loss {task.format_loss(summary['valid_loss'])} at step {record.best_step:,}"
         tested = "".join(f"; {name} {value:.4g}" for name, value in test_figures.items())
         can_sample = isinstance(TASKS[self.options.task], LanguageTaskModule)
         hint = f": {self.command} --sample {run_dir}" if can_sample else ""

@@ -27,12 +27,22 @@ from jaxlstm.regular_file import read_regular
 BEST = "best.safetensors"  # in the run directory: the parameters with the lowest validation loss
 
 
-def save_params(path: Path, params: Any) -> None:
-    """Writes parameters to a file; an existing file is replaced only by a complete one."""
+def save_params(path: Path, params: Any) -> str:
+    """Writes parameters to a file; an existing file is replaced only by a complete one.
+
+    Returns:
+      The SHA-256 in the file; see `saved_digest`.
+    """
     arrays = {name: np.array(leaf, order="C") for name, leaf in named_leaves(params).items()}
-    content = safetensors.numpy.save(arrays, {KEY: PLACEHOLDER})
+    content = insert_digest(safetensors.numpy.save(arrays, {KEY: PLACEHOLDER}))
     with atomic_write(path) as file:
-        file.write(insert_digest(content))
+        file.write(content)
+    return _metadata(content)[KEY]
+
+
+def saved_digest(path: Path) -> str:
+    """Returns the SHA-256 in a file that `load_params` has checked."""
+    return _metadata(read_regular(path))[KEY]
 
 
 def load_params(path: Path, init: Callable[[Array], Any]) -> Any:

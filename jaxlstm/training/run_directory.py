@@ -40,7 +40,9 @@ class RunRecord:
     step: int = 0
     seconds: float = 0.0  # wall-clock time
     rows: int = 0  # rows of metrics.jsonl
-    best_step: int = 0
+    best_step: int = 0  # of the lowest validation loss; 0 without best parameters
+    best_loss: float | None = None
+    best_digest: str = ""  # SHA-256 in best.safetensors, which may be replaced after the checkpoint was written
     valid_losses: list[float] = field(default_factory=list)
     valid_seconds: float = 0.0  # duration of the last validation
     losses: list[float] = field(default_factory=list)  # of the steps since the last row of metrics.jsonl

@@ -7,11 +7,11 @@ import sys
 import jax
 import numpy as np
 import pytest
-from training_runs import SMALL, TEXT, read_metrics, read_summary, run_command, train
+from training_runs import SMALL, TEXT, default_jax, read_metrics, read_summary, run_command, train
 
-from jaxlstm.checksum import write_checked_json
-from jaxlstm.training import cli, run_directory
-from jaxlstm.training.config import Options
+from jaxlstm.checksum import read_checked_json, write_checked_json
+from jaxlstm.training import cli, params_file, run_directory
+from jaxlstm.training.config import Options, load_config
 from jaxlstm.training.loop import make_limits
 from jaxlstm.training.run_directory import check_start, create_run_dir, saved_config
 from jaxlstm.training.tasks import TASKS
@@ -126,6 +126,42 @@ def test_resume_without_best_parameters(run_dir):
     assert f"run/{best.name} is missing: the next validation gives the best parameters\n" in printed
     assert best.exists()
     assert read_summary(run_dir)["best_step"] == 5
+
+
+@pytest.mark.slow
+def test_resume_replaces_best_parameters_of_a_later_step(run_dir):
+    """A killed run may have replaced them after its last checkpoint."""
+    best, before = run_dir / "best.safetensors", (run_dir / "best.safetensors").read_bytes()
+    assert read_summary(run_dir)["best_step"] == 4
+    shutil.rmtree(run_dir / "checkpoints" / "4")
+    printed = run_command("--resume", "run", "--max-steps", 3, cwd=run_dir.parent)
+    assert f"run/{best.name} was replaced after step 3: the next validation gives the best parameters\n" in printed
+    assert best.read_bytes() != before
+    assert_summary_of_the_best_parameters(run_dir, 3)
+
+
+@pytest.mark.slow
+def test_resume_keeps_the_loss_of_new_best_parameters(run_dir):
+    """Losses of best parameters that were lost do not count."""
+    path = run_dir / "checkpoints" / "4" / "manifest.json"
+    manifest = read_checked_json(path)
+    manifest["record"]["loop"]["valid_losses"][0] = 0.5  # lower than any later one
+    write_checked_json(path, manifest)
+    (run_dir / "best.safetensors").unlink()
+    for _ in range(2):  # the second resume makes no step
+        run_command("--resume", "run", "--max-steps", 5, cwd=run_dir.parent)
+        assert_summary_of_the_best_parameters(run_dir, 5)
+
+
+def assert_summary_of_the_best_parameters(run_dir, step):
+    """The summary names a step, its validation loss, and the loss of the parameters in the file."""
+    summary = read_summary(run_dir)
+    (loss,) = {row["loss"] for row in read_metrics(run_dir) if row["split"] == "valid" and row["step"] == step}
+    with default_jax():
+        options, _ = load_config(run_dir, "")
+        task = TASKS[options.task].make(options)
+        measured = task.evaluate(params_file.load_params(run_dir / params_file.BEST, task.init))["loss"]
+    assert (summary["best_step"], summary["valid_loss"], measured) == (step, loss, loss)
 
 
 def test_versions_include_the_code(monkeypatch, tmp_path):
