@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import os
+import re
 import secrets
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import BinaryIO
 
 from jaxlstm.errors import first_line
 
-PARTIAL = "*.partial"  # temporary files; a killed process leaves its own
+PARTIAL = re.compile(r"[0-9a-f]{16}\.partial")  # names of temporary files; a killed process leaves its own
 
 
 def sync_path(path: Path) -> None:
@@ -25,6 +26,11 @@ def sync_path(path: Path) -> None:
             raise
     finally:
         os.close(descriptor)
+
+
+def is_partial(path: Path) -> bool:
+    """Returns whether a path is a temporary file of `atomic_write`."""
+    return PARTIAL.fullmatch(path.name) is not None and path.is_file()
 
 
 @contextlib.contextmanager
@@ -47,7 +53,7 @@ def atomic_write(path: Path, *, overwrite: bool = True) -> Iterator[BinaryIO]:
       OSError: if the file cannot be written, or ``path`` is a folder, a device, a named pipe or a link to nothing. The
         message names ``path``; an existing file is left unchanged.
     """
-    partial = path.with_name(secrets.token_hex(8) + PARTIAL[1:])
+    partial = path.with_name(f"{secrets.token_hex(8)}.partial")
     try:
         if os.path.lexists(path):
             if not overwrite:

@@ -19,7 +19,7 @@ import jax
 from jax.experimental import multihost_utils
 
 import jaxlstm
-from jaxlstm.atomic_write import PARTIAL
+from jaxlstm.atomic_write import is_partial
 from jaxlstm.json_types import check_entries, from_json
 from jaxlstm.training import config
 from jaxlstm.training.checkpointing import CheckpointError, Checkpoints, checkpoint_steps, make_folder
@@ -72,7 +72,7 @@ def lacks_config(run_dir: Path) -> bool:
     """Returns whether a folder is empty or has only the files of a run that ended before it wrote ``config.json``."""
     if not run_dir.is_dir():
         return False
-    names = {path.name for path in run_dir.iterdir() if ".partial" not in path.name}
+    names = {path.name for path in run_dir.iterdir() if not is_partial(path)}
     return names <= {"lock", "checkpoints"} and not checkpoint_steps(run_dir / "checkpoints")
 
 
@@ -102,7 +102,7 @@ def lock_run_dir(run_dir: Path) -> Iterator[None]:
             exit_stack.enter_context(file_lock(path, wait=False))
         except BlockingIOError:
             raise ValueError(f"another process is training in {run_dir}: {path} is locked") from None
-        for unfinished in run_dir.glob(PARTIAL):
+        for unfinished in filter(is_partial, list(run_dir.iterdir())):
             unfinished.unlink()
         yield
 
@@ -111,7 +111,7 @@ def temporary_copy(run_dir: Path) -> Path:
     """Returns a copy of the run directory without checkpoints, for processes that do not write to it."""
     copy = Path(tempfile.mkdtemp())
     for path in run_dir.iterdir():
-        if path.is_file() and not path.name.endswith(".partial"):
+        if path.is_file() and not is_partial(path):
             shutil.copy(path, copy)
     return copy
 

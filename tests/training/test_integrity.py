@@ -395,8 +395,11 @@ def test_named_pipes_and_devices_in_a_run_are_refused_without_waiting(written_ru
 
 def test_lock_removes_temporary_files_of_a_killed_process(written_run):
     (written_run / "0123456789abcdef.partial").write_bytes(b"half")
+    (written_run / "movie.mp4.partial").write_bytes(b"half")  # of another program
+    (written_run / "fedcba9876543210.partial").mkdir()
     with lock_run_dir(written_run):
-        assert {path.name for path in written_run.iterdir()} == {"config.json", BEST, "lock"}
+        names = {path.name for path in written_run.iterdir()}
+    assert names == {"config.json", BEST, "lock", "movie.mp4.partial", "fedcba9876543210.partial"}
 
 
 def test_non_finite_parameters_are_refused_on_sampling_and_resume(written_run, tmp_path):

@@ -208,7 +208,7 @@ def start(folder, task, *names):
 STARTED = [
     [],
     ["lock"],
-    ["lock", "config.json.partial"],
+    ["lock", "0123456789abcdef.partial"],
     ["lock", "checkpoints"],
     ["lock", "config.json", "metrics.jsonl", "checkpoints", "best.msgpack"],
 ]
@@ -224,7 +224,16 @@ def test_started_run_without_a_checkpoint_goes_on(tmp_path, task, names):
     assert create_run_dir(Options(task="adding", batch=2, window=4, hidden=2, run_dir=folder), task) == folder
 
 
-@pytest.mark.parametrize("names", [["notes.txt"], ["config.json", "checkpoints", "summary.json"], ["best.msgpack"]])
+@pytest.mark.parametrize(
+    "names",
+    [
+        ["notes.txt"],
+        ["movie.mp4.partial"],
+        ["0123456789abcdef.partial.txt"],
+        ["config.json", "checkpoints", "summary.json"],
+        ["best.msgpack"],
+    ],
+)
 def test_folder_with_anything_else_is_not_a_started_run(tmp_path, task, names):
     folder = start(tmp_path / "run", task, *names)
     with pytest.raises(ValueError, match="is not an empty folder; a run never overwrites another"):
