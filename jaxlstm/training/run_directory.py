@@ -19,7 +19,7 @@ import jax
 from jax.experimental import multihost_utils
 
 import jaxlstm
-from jaxlstm.atomic_write import is_partial
+from jaxlstm.atomic_write import is_partial, sync_path, write_error
 from jaxlstm.json_types import check_entries, from_json
 from jaxlstm.training import config
 from jaxlstm.training.checkpointing import CheckpointError, Checkpoints, checkpoint_steps, make_folder
@@ -56,9 +56,11 @@ def create_run_dir(options: Options, task: Task) -> Path:
     Raises:
       ValueError: if the directory has other files, or several processes have no common one.
     """
-    run_dir = options.run_dir or Path("runs") / time.strftime("%Y-%m-%d-%H%M%S")
-    if jax.process_count() > 1 and options.run_dir is None:
-        raise ValueError("several processes need --run-dir or --resume: one run directory for all of them")
+    run_dir = options.run_dir
+    if run_dir is None:
+        if jax.process_count() > 1:
+            raise ValueError("several processes need --run-dir or --resume: one run directory for all of them")
+        return _create_dated_dir(Path("runs"))
     if jax.process_index() == 0:
         if run_dir.exists() and not (lacks_config(run_dir) or _is_same_start(run_dir, options, task)):
             raise ValueError(f"--run-dir {run_dir} is not an empty folder; a run never overwrites another")
@@ -66,6 +68,23 @@ def create_run_dir(options: Options, task: Task) -> Path:
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices("run directory created")
     return run_dir
+
+
+def _create_dated_dir(parent: Path) -> Path:
+    """Creates a folder named by the current time, with a number if another run began in the same second."""
+    make_folder(parent)
+    start = time.strftime("%Y-%m-%d-%H%M%S")
+    name, number = start, 1
+    while True:
+        try:
+            (parent / name).mkdir()
+            sync_path(parent)
+            return parent / name
+        except FileExistsError:
+            number += 1
+            name = f"{start}-{number}"
+        except OSError as error:
+            raise write_error(parent / name, error) from None
 
 
 def lacks_config(run_dir: Path) -> bool:

@@ -242,6 +242,14 @@ def test_folder_with_anything_else_is_not_a_started_run(tmp_path, task, names):
         check_start(folder, ADDING, task)
 
 
+def test_runs_of_the_same_second_get_different_folders(tmp_path, task, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(run_directory.time, "strftime", lambda _: "2026-01-01-000000")
+    folders = [create_run_dir(ADDING, task) for _ in range(3)]
+    assert [str(folder) for folder in folders] == [f"runs/2026-01-01-000000{end}" for end in ("", "-2", "-3")]
+    assert all(folder.is_dir() for folder in folders)
+
+
 def test_started_run_of_other_options_is_kept(tmp_path, task):
     folder = start(tmp_path / "run", task, "config.json")
     other = Options(task="adding", batch=2, window=4, hidden=3, run_dir=folder)
