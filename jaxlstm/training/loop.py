@@ -174,6 +174,7 @@ class Trainer:
         is_writer = jax.process_index() == 0
         if is_writer:
             exit_stack.enter_context(run_directory.lock_run_dir(run_dir))
+            run_directory.check_paths(run_dir, options)
         self.checkpoints = Checkpoints(run_dir / "checkpoints")
         if not is_writer:
             run_dir, self.console = run_directory.temporary_copy(run_dir), Console(quiet=True)

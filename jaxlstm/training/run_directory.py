@@ -7,6 +7,7 @@ Each run writes ``config.json``, ``metrics.jsonl``, ``best.safetensors``, ``chec
 import contextlib
 import functools
 import hashlib
+import os
 import shutil
 import tempfile
 import time
@@ -22,11 +23,11 @@ import jaxlstm
 from jaxlstm.atomic_write import is_partial, sync_path, write_error
 from jaxlstm.json_types import check_entries, from_json
 from jaxlstm.training import config
-from jaxlstm.training.checkpointing import CheckpointError, Checkpoints, checkpoint_steps, make_folder
+from jaxlstm.training.checkpointing import UNFINISHED, CheckpointError, Checkpoints, checkpoint_steps, make_folder
 from jaxlstm.training.config import Options
 from jaxlstm.training.data.text import DOWNLOADS, EMBEDDED
 from jaxlstm.training.file_lock import file_lock
-from jaxlstm.training.params_file import check_finite
+from jaxlstm.training.params_file import BEST, check_finite
 from jaxlstm.training.tasks.task import Task
 from jaxlstm.training.train_step import TrainState
 
@@ -124,6 +125,23 @@ def lock_run_dir(run_dir: Path) -> Iterator[None]:
         for unfinished in filter(is_partial, list(run_dir.iterdir())):
             unfinished.unlink()
         yield
+
+
+def check_paths(run_dir: Path, options: Options) -> None:
+    """Checks that nothing else has the name of a file or a folder that the run writes.
+
+    Raises:
+      ValueError: names the first path that is of another kind.
+    """
+    files = [run_dir / name for name in (config.CONFIG, "metrics.jsonl", BEST, "summary.json", "curves.png")]
+    folders = [run_dir / "checkpoints", *(run_dir / "checkpoints").glob(UNFINISHED)]
+    folders += [run_dir / "checkpoints" / str(step) for step in checkpoint_steps(run_dir / "checkpoints")]
+    folders += [run_dir / "tensorboard"] if options.tensorboard else []
+    folders += [run_dir / "profile"] if options.profile else []
+    for paths, is_expected, kind in ((files, Path.is_file, "regular file"), (folders, Path.is_dir, "folder")):
+        for path in paths:
+            if os.path.lexists(path) and not is_expected(path):
+                raise ValueError(f"{path} is not a {kind}; remove or rename it")
 
 
 def temporary_copy(run_dir: Path) -> Path:

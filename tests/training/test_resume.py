@@ -1,6 +1,7 @@
 """Resuming a run: accepted and refused options, and messages."""
 
 import json
+import os
 import shutil
 import sys
 
@@ -13,7 +14,7 @@ from jaxlstm.checksum import read_checked_json, write_checked_json
 from jaxlstm.training import cli, params_file, run_directory
 from jaxlstm.training.config import Options, load_config
 from jaxlstm.training.loop import make_limits
-from jaxlstm.training.run_directory import check_start, create_run_dir, saved_config
+from jaxlstm.training.run_directory import check_paths, check_start, create_run_dir, saved_config
 from jaxlstm.training.tasks import TASKS
 
 TINY = [*SMALL, "--log-every", "1", "--valid-every", "3", "--save-every", "2", "--diagnose", "0"]
@@ -66,6 +67,42 @@ def test_refused_resume_leaves_the_folder_unchanged(run_dir, monkeypatch, argume
     assert message in printed
     assert printed.count("\n") == 1
     assert contents(run_dir) == before
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "checkpoints/6.orbax-checkpoint-tmp", "profile"])
+def test_resume_refused_for_a_path_of_another_kind_leaves_the_folder_unchanged(run_dir, name):
+    path, kind = run_dir / name, "folder"
+    if name == "metrics.jsonl":
+        path.unlink()
+        path.mkdir()
+        kind = "regular file"
+    else:
+        path.write_text("x")
+    before = contents(run_dir)
+    printed = run_command("--resume", "run", "--max-steps", 9, "--profile", 1, cwd=run_dir.parent, fails=True)
+    assert printed == f"train.py: run/{name} is not a {kind}; remove or rename it\n"
+    assert contents(run_dir) == before
+
+
+def test_check_paths_names_the_first_path_of_another_kind(tmp_path):
+    both = Options(tensorboard=True, profile=1)
+    (tmp_path / "tensorboard").write_text("x")
+    (tmp_path / "profile").write_text("x")
+    check_paths(tmp_path, Options())  # does not write them
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints" / "4").write_text("x")
+    for name in ("checkpoints/4", "tensorboard", "profile"):
+        with pytest.raises(ValueError, match=f"{name} is not a folder; remove or rename it"):
+            check_paths(tmp_path, both)
+        (tmp_path / name).unlink()
+    for name in ("config.json", "metrics.jsonl", "best.safetensors", "summary.json", "curves.png"):
+        os.mkfifo(tmp_path / name)
+        with pytest.raises(ValueError, match=f"{name} is not a regular file; remove or rename it"):
+            check_paths(tmp_path, both)
+        (tmp_path / name).unlink()
+    (tmp_path / "curves.png").symlink_to("nothing")
+    with pytest.raises(ValueError, match=r"curves\.png is not a regular file"):
+        check_paths(tmp_path, both)
 
 
 def test_missing_extra_is_reported_before_the_data_are_read(tmp_path, monkeypatch):
