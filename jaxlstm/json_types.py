@@ -1,6 +1,7 @@
 """Checks the types of values read from JSON files, before anything uses them."""
 
 import reprlib
+import sys
 from collections.abc import Mapping
 from types import UnionType
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
@@ -26,7 +27,7 @@ def from_json(cls: type[T], values: Any, label: str) -> T:
 def check_entries(values: Any, hints: Mapping[str, Any], label: str) -> None:
     """Checks that a JSON object has exactly the expected keys, with values of the expected types.
 
-    An int passes as a float; a bool does not pass as a number.
+    An int passes as a float unless it is too large for one; a bool does not pass as a number.
 
     Raises:
       ValueError: names the first key that is missing, unknown or of another type.
@@ -39,24 +40,27 @@ def check_entries(values: Any, hints: Mapping[str, Any], label: str) -> None:
     for name, value in values.items():
         if name not in hints:
             raise ValueError(f"{label} has an unknown key {reprlib.repr(name)}")
-        if not _matches(value, hints[name]):
+        if not matches(value, hints[name]):
             raise ValueError(f"{label}: {name} must be {_type_name(hints[name])}, got {reprlib.repr(value)}")
 
 
-def _matches(value: Any, hint: Any) -> bool:
+def matches(value: Any, hint: Any) -> bool:
+    """Returns whether a value parsed from JSON has a type; see `check_entries` for numbers."""
     origin, arguments = get_origin(hint), get_args(hint)
     if hint is Any:
         return True
     if origin is Literal:
         return value in arguments
     if origin in (Union, UnionType):
-        return any(_matches(value, argument) for argument in arguments)
+        return any(matches(value, argument) for argument in arguments)
     if origin is list:
-        return isinstance(value, list) and all(_matches(item, arguments[0]) for item in value)
+        return isinstance(value, list) and all(matches(item, arguments[0]) for item in value)
     if origin is dict:
-        return isinstance(value, dict) and all(_matches(item, arguments[1]) for item in value.values())
-    if hint in (int, float):
-        return isinstance(value, (int, hint)) and not isinstance(value, bool)
+        return isinstance(value, dict) and all(matches(item, arguments[1]) for item in value.values())
+    if isinstance(value, bool):
+        return hint is bool
+    if hint is float and isinstance(value, int):
+        return abs(value) <= sys.float_info.max
     return isinstance(value, hint)
 
 

@@ -205,6 +205,8 @@ class Checkpoints:
             raise CheckpointError(f"{path} is not a checkpoint of a run: {MANIFEST}: {error.strerror}") from None
         except ValueError as error:
             raise CheckpointError(f"{error}; {remedy}") from None
+        if not manifest.files:
+            raise CheckpointError(f"{path / MANIFEST} lists no files; {remedy}")
         for name, fingerprint in manifest.files.items():
             try:
                 same = _fingerprint(path / name) == fingerprint

@@ -17,6 +17,7 @@ from rich.text import Text
 from jaxlstm.atomic_write import atomic_write, write_error
 from jaxlstm.diagnostics.plots import literal
 from jaxlstm.errors import optional_package
+from jaxlstm.json_types import matches
 from jaxlstm.training.output import printable
 
 SPLITS = ("train", "valid", "diagnosis")  # kinds of rows
@@ -54,10 +55,10 @@ def parse_row(line: bytes) -> dict[str, Any] | None:
         row = json.loads(line)
     except (ValueError, RecursionError):
         return None
-    if not isinstance(row, dict) or type(row.get("step")) is not int or row.get("split") not in SPLITS:
+    if not isinstance(row, dict) or not matches(row.get("step"), int) or row.get("split") not in SPLITS:
         return None
     figures = [value for name, value in row.items() if name not in ("step", "split")]
-    is_whole = all(value is None or type(value) in (int, float) for value in figures)
+    is_whole = row["step"] >= 0 and all(v is None or (matches(v, float) and math.isfinite(v)) for v in figures)
     return row if is_whole and ("loss" in row or row["split"] == "diagnosis") else None
 
 

@@ -7,7 +7,9 @@ Each run writes ``config.json``, ``metrics.jsonl``, ``best.safetensors``, ``chec
 import contextlib
 import functools
 import hashlib
+import math
 import os
+import reprlib
 import shutil
 import tempfile
 import time
@@ -36,7 +38,11 @@ KNOWN_DATA = (EMBEDDED, *DOWNLOADS, "co2")  # names that --data takes for no fil
 
 @dataclass
 class RunRecord:
-    """Progress of a run besides its `TrainState`; part of every checkpoint."""
+    """Progress of a run besides its `TrainState`; part of every checkpoint.
+
+    Raises:
+      ValueError: if a value is outside its range.
+    """
 
     step: int = 0
     seconds: float = 0.0  # wall-clock time
@@ -46,7 +52,20 @@ class RunRecord:
     best_digest: str = ""  # SHA-256 in best.safetensors, which may be replaced after the checkpoint was written
     valid_losses: list[float] = field(default_factory=list)
     valid_seconds: float = 0.0  # duration of the last validation
-    losses: list[float] = field(default_factory=list)  # of the steps since the last row of metrics.jsonl
+    losses: list[float] = field(default_factory=list)  # of the steps since the last row; not finite if skipped
+
+    def __post_init__(self) -> None:
+        for name in ("step", "seconds", "rows", "best_step", "valid_seconds"):
+            config.check_limit(name, getattr(self, name), "non-negative")
+        if self.best_step > self.step:
+            raise ValueError(f"best_step must be at most step {self.step}, got {self.best_step}")
+        if not all(map(math.isfinite, self.valid_losses)):
+            raise ValueError(f"valid_losses must be finite, got {reprlib.repr(self.valid_losses)}")
+        if not (self.best_loss in self.valid_losses if self.best_step else self.best_loss is None):
+            raise ValueError(
+                f"best_loss must be one of valid_losses, or None if best_step is 0, got {self.best_loss} "
+                f"and best_step {self.best_step}"
+            )
 
 
 def create_run_dir(options: Options, task: Task) -> Path:

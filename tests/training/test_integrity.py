@@ -208,6 +208,10 @@ def nested(depth):
         ({"dropout": "0.5"}, "dropout must be float, got '0.5'"),
         ({"dropout": float("nan")}, r"--dropout must lie in \[0, 1\), got nan"),
         ({"clip": 1e999}, "--clip must be greater than 0, got inf"),
+        *(
+            ({name: 10**400}, rf"options: {name} must be float( \| None)?, got 1000\d+\.\.\.\d+$")
+            for name in ("learning_rate", "clip", "weight_decay", "activation", "max_seconds")
+        ),
         ({"tied": 1}, "tied must be bool, got 1"),
         ({"projection": 2.0}, r"projection must be int \| None, got 2.0"),
         ({"seed": 2**63}, "--seed must be less than"),
@@ -282,6 +286,19 @@ def test_word_vocabulary_refuses_repeated_words_or_another_beginning(words):
         ({"valid_losses": [1, "2"]}, r"loop: valid_losses must be list\[float\], got \[1, '2'\]"),
         ({"losses": {}}, r"loop: losses must be list\[float\], got {}"),
         ({"more": 1}, "loop has an unknown key 'more'"),
+        ({"seconds": 10**400}, r"loop: seconds must be float, got 1000"),
+        ({"losses": [10**400]}, r"loop: losses must be list\[float\], got \[1000"),
+        *(
+            ({name: value}, f"{name} must be finite and not negative, got {value}")
+            for name in ("seconds", "valid_seconds")
+            for value in (float("nan"), float("inf"), -5.0)
+        ),
+        *(({name: -1}, f"{name} must be finite and not negative, got -1") for name in ("step", "rows", "best_step")),
+        ({"best_step": 10**30}, "best_step must be at most step 3, got 1000"),
+        ({"valid_losses": [float("nan")]}, r"valid_losses must be finite, got \[nan\]"),
+        ({"best_step": 3}, "best_loss must be one of valid_losses, .*, got None and best_step 3"),
+        ({"best_step": 3, "best_loss": 1.0, "valid_losses": []}, "best_loss must be one of valid_losses, .*, got 1.0"),
+        ({"best_loss": 1.0}, "best_loss must be .* None if best_step is 0, got 1.0 and best_step 0"),
         (None, "loop must be an object, got None"),
     ],
 )
@@ -336,6 +353,7 @@ def test_flipped_bits_in_every_file_of_a_checkpoint_are_detected(copied_checkpoi
 @pytest.mark.parametrize(
     ("change", "message"),
     [
+        ({"files": {}}, "manifest.json lists no files; remove"),
         ({"files": []}, r"files must be dict\[str, str\], got \[\]"),
         ({"files": {"_METADATA": 3}}, r"files must be dict\[str, str\]"),
         ({"files": {"../../../../../../dev/zero": "0 0"}}, "damaged: .*dev/zero: not a regular file"),

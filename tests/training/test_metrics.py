@@ -80,6 +80,10 @@ def test_truncate_rows_removes_rows_after_the_checkpoint(tmp_path):
         (b"\n".join([b'{"step": "1", "split": "train", "loss": 1}', *LINES[1:]]), ROWS[1:]),
         (b"\n".join([b'{"step": 1, "split": "train"}', *LINES[1:]]), ROWS[1:]),
         (b"\n".join([b'{"step": 1, "split": "train", "loss": "a"}', *LINES[1:]]), ROWS[1:]),
+        *(
+            (b"\n".join([json.dumps(ROWS[0] | damage).encode(), *LINES[1:]]), ROWS[1:])
+            for damage in ({"loss": 10**400}, {"loss": float("nan")}, {"step": 10**400}, {"step": -(10**400)})
+        ),
         (b"\n".join([LINES[0] + LINES[1], LINES[2], b'{"step": 3, "split": "valid", "loss": 2}']), ROWS[2:]),
     ],
 )
