@@ -11,6 +11,7 @@ from rich.text import Text
 from training_runs import SMALL, TEXT, read_metrics, train
 
 from jaxlstm.training.metrics import Report, print_line, truncate_rows
+from jaxlstm.training.profiling import StepProfiler
 
 ROWS = [
     {"step": 1, "split": "train", "loss": 2.5},
@@ -36,6 +37,15 @@ def test_tensorboard_shows_the_metrics_of_a_resumed_run(tmp_path):
         expected = [(row["step"], row["loss"]) for row in read_metrics(run_dir) if row["split"] == split]
         shown = [(event.step, event.value) for event in board.Scalars(f"{split}/loss")]
         assert shown == [(step, pytest.approx(loss, rel=1e-6)) for step, loss in expected]
+
+
+def test_profiler_that_cannot_write_names_its_folder(tmp_path):
+    (tmp_path / "plugins").write_text("x")
+    profiler = StepProfiler(tmp_path, 1)
+    profiler.before_step(3)
+    with pytest.raises(OSError, match=rf"^--profile cannot write to {tmp_path}: .*plugins"):
+        profiler.before_step(4)
+    profiler.stop()
 
 
 @pytest.mark.parametrize("width", [50, 80, 120])
