@@ -27,7 +27,7 @@ from jaxlstm.training.malloc import keep_freed_memory
 from jaxlstm.training.memory import check_memory
 from jaxlstm.training.output import check_written, make_output_lenient, printable
 from jaxlstm.training.processes import end_process
-from jaxlstm.training.run_directory import lacks_config
+from jaxlstm.training.run_directory import KNOWN_DATA, lacks_config
 from jaxlstm.training.stop_signals import Interrupted, raise_on_stop_signals, repeat_ignored_signal
 from jaxlstm.training.tasks import TASKS
 from jaxlstm.training.tasks.task import LanguageTaskModule
@@ -125,7 +125,27 @@ def parse(arguments: Sequence[str], prog: str = "train.py") -> Options:
     for name in TASKS[options.task].UNUSED:
         if (value := getattr(options, name)) != getattr(defaults, name):
             raise ValueError(f"--task {options.task} does not use {config.flag(name)}, got {value}")
+    _check_encoding(options)
     return options
+
+
+def _check_encoding(options: Options) -> None:
+    """Checks that texts and paths of a run are valid UTF-8, as config.json and Orbax need it.
+
+    Raises:
+      ValueError: names the first option that is not.
+    """
+    texts = {name: value for name, value in vars(options).items() if isinstance(value, str)}
+    if options.sample is None:
+        run_dir = options.resume or options.run_dir or Path("runs")
+        texts["resume" if options.resume else "run_dir"] = str(run_dir.absolute())
+        if options.data not in KNOWN_DATA:
+            texts["data"] = str(Path(options.data).absolute())
+    for name, text in texts.items():
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            raise ValueError(f"{config.flag(name)} must be valid UTF-8, got {text!r}; choose another name") from None
 
 
 def _parse_early(arguments: Sequence[str]) -> argparse.Namespace:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import sys
 
@@ -103,6 +104,33 @@ def test_check_paths_names_the_first_path_of_another_kind(tmp_path):
     (tmp_path / "curves.png").symlink_to("nothing")
     with pytest.raises(ValueError, match=r"curves\.png is not a regular file"):
         check_paths(tmp_path, both)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (["--data", "d\udcff.txt"], r"--data must be valid UTF-8, got '/.*/d\\udcff.txt'"),
+        (["--data", "text.txt", "--run-dir", "r\udcff"], r"--run-dir must be valid UTF-8, got '/.*/r\\udcff'"),
+        (["--resume", "r\udcff"], r"--resume must be valid UTF-8, got '/.*/r\\udcff'"),
+        (
+            ["--task", "forecast", "--data", "co2", "--target", "a\udcff"],
+            r"--target must be valid UTF-8, got 'a\\udcff'",
+        ),
+    ],
+)
+def test_parse_refuses_names_that_are_not_utf8(tmp_path, arguments, named):
+    (tmp_path / "r\udcff").mkdir()
+    printed = run_command(*arguments, cwd=tmp_path, fails=True)
+    assert re.fullmatch(rf"train\.py: {named}; choose another name\n", printed)
+    assert [path.name for path in tmp_path.iterdir()] == ["r\udcff"]
+
+
+def test_parse_refuses_a_current_folder_that_is_not_utf8(tmp_path):
+    folder = tmp_path / "w\udcff"
+    folder.mkdir()
+    printed = run_command("--max-steps", 1, cwd=folder, fails=True)
+    assert re.fullmatch(r"train\.py: --run-dir must be valid UTF-8, got '/.*/w\\udcff/runs'; choose.*\n", printed)
+    assert list(folder.iterdir()) == []
 
 
 def test_missing_extra_is_reported_before_the_data_are_read(tmp_path, monkeypatch):
