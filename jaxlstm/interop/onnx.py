@@ -17,18 +17,16 @@ import numpy as np
 from jax import Array
 
 from jaxlstm import validation
-from jaxlstm.errors import first_line, optional_package
+from jaxlstm.errors import optional_package
 from jaxlstm.interop import conversion
 from jaxlstm.interop.conversion import GATES, OptionValues, WeightFormat, add_biases, position_name, reorder_gates
+from jaxlstm.interop.onnx_graph import ONNX_DOMAINS, check_sequence_inputs, check_stack, read_graph
 from jaxlstm.lstm import LSTM
 from jaxlstm.params import Params, Weights
 
 OPSET, IR_VERSION = 17, 8  # of 2022: supported by every runtime in use, and with today's versions of the operators
 OPERATOR_INPUTS = ("X", "W", "R", "B", "sequence_lens", "initial_h", "initial_c", "P")  # by position; RNN has six
 WEIGHT_INPUTS = ("W", "R", "B", "P")
-ONNX_DOMAINS = ("", "ai.onnx")  # of the operators that the specification defines
-# Operators that exporters write between two layers; they change the shape of their first input only.
-SHAPE_OPERATORS = ("Transpose", "Reshape", "Squeeze", "Unsqueeze", "Identity", "Dropout")
 
 OperatorArrays = dict[str, np.ndarray]  # weights of one operator by input name, each (D, ...)
 
@@ -113,12 +111,14 @@ def from_onnx(lstm: LSTM, model: Any) -> Params:
     """Returns the parameters of the LSTM or RNN operators in an ONNX model.
 
     Operators before the first layer and after the last one are ignored; between two layers only the shape may change.
+    Lengths and an initial state that come from inputs of the model are ignored too: they are arguments of a call.
     No file is read: external data must be loaded already, as ``onnx.load`` does.
 
     Args:
       lstm: the configuration of the model.
       model: an ``onnx.ModelProto`` from `to_onnx`, ``onnx.load`` or the exporter of another framework. Its operators
-        are the layers, in the order of the graph; their weights must be constants of the graph.
+        are the layers, in the order of the graph; their weights must be constants of the graph. Constant lengths and
+        a constant initial state other than zeros are refused.
 
     Returns:
       Parameters in ``param_dtype``. The two biases of the operators are added.
@@ -140,56 +140,25 @@ def from_onnx(lstm: LSTM, model: Any) -> Params:
             raise ValueError(f"{op_type} operator {n} is of the domain {node.domain!r}, expected the operator of ONNX")
     if len(nodes) != lstm.num_layers:
         raise ValueError(f"num_layers={lstm.num_layers}, but the model has {len(nodes)} {op_type} operators")
-    _check_stack(model.graph, nodes)
-    constants = {tensor.name: tensor for tensor in model.graph.initializer}
-    for node in model.graph.node:
-        for attribute in node.attribute:
-            if node.op_type == "Constant" and attribute.name == "value":
-                constants[node.output[0]] = attribute.t
+    graph = read_graph(onnx, model)
     operators = []
     for n, node in enumerate(nodes):
         label = f"{op_type} operator {n}"
-        _check_attributes(lstm, label, {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute})
+        _check_attributes(lstm, label, graph.attributes(node))
+        check_sequence_inputs(graph, label, node)
         arrays = {}
         for name, source in zip(OPERATOR_INPUTS, node.input):
             if name in WEIGHT_INPUTS and source:
-                if source not in constants:
+                if source not in graph.constants:
                     raise ValueError(f"{label}: {name} is {source!r}, which is not a constant of the model")
-                arrays[name] = _tensor_to_array(onnx, f"{label}: {name}", constants[source])
+                if source in graph.overridable:
+                    raise ValueError(
+                        f"{label}: {name} is {source!r}, which is also an input of the model; expected a constant"
+                    )
+                arrays[name] = graph.array(f"{label}: {name}", source)
         operators.append(arrays)
+    check_stack(graph, nodes, lstm.num_directions, lstm.hidden_size)
     return params_from_operators(lstm, operators)
-
-
-def _check_stack(graph: Any, nodes: Sequence[Any]) -> None:
-    """Checks that each operator after the first one reads the outputs of the operator before it."""
-    producers = {output: node for node in graph.node for output in node.output}
-    for n in range(1, len(nodes)):
-        source, remaining = next(iter(nodes[n].input), ""), len(graph.node)  # a damaged graph may have a cycle
-        while source in producers and producers[source].op_type in SHAPE_OPERATORS and remaining:
-            source, remaining = next(iter(producers[source].input), ""), remaining - 1
-        if source not in nodes[n - 1].output[:1]:
-            op_type = nodes[n].op_type
-            received = f"from {producers[source].op_type}" if source in producers else "not from an operator"
-            raise ValueError(
-                f"{op_type} operator {n}: X must be Y of {op_type} operator {n - 1}, the layer before it; "
-                f"got {source!r}, {received}"
-            )
-
-
-def _tensor_to_array(onnx: Any, label: str, tensor: Any) -> np.ndarray:
-    """Returns the array in a tensor; never reads a file."""
-    if tensor.data_location == onnx.TensorProto.EXTERNAL:
-        files = [entry.value for entry in tensor.external_data if entry.key == "location"]
-        raise ValueError(
-            f"{label} is in the external file {', '.join(files)!r}, which is not loaded; onnx.load(path) loads it"
-        )
-    try:
-        array = onnx.numpy_helper.to_array(tensor)
-    except Exception as error:  # of many types, for tensors that are damaged in different ways
-        raise ValueError(f"{label} is not a valid tensor: {type(error).__name__}: {first_line(error)}") from None
-    if array.shape != tuple(tensor.dims):
-        raise ValueError(f"{label} is not a valid tensor: its shape is {list(tensor.dims)}")
-    return array
 
 
 def operators_from_params(lstm: LSTM, params: Params) -> list[OperatorArrays]:

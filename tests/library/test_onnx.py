@@ -318,6 +318,200 @@ def test_from_onnx_accepts_other_shape_operators_between_layers():
     assert_params_equal(from_onnx(lstm, model), params)
 
 
+def set_input(node, position, name):
+    node.input.extend([""] * (position + 1 - len(node.input)))
+    node.input[position] = name
+
+
+def add_constant(model, name, values):
+    import onnx
+
+    model.graph.initializer.append(onnx.numpy_helper.from_array(np.asarray(values), name))
+
+
+def add_state(model, operator, **attributes):
+    """Makes an operator's output the initial h of the first layer."""
+    import onnx
+
+    inputs = attributes.pop("inputs")
+    model.graph.node.insert(0, onnx.helper.make_node(operator, inputs, ["start"], **attributes))
+    set_input(operators(model)[0], 5, "start")
+
+
+def set_constant_state(model, name="initial_h", value=0.5):
+    add_constant(model, "start", np.full((1, 2, 4), value, np.float32))
+    set_input(operators(model)[0], 5 if name == "initial_h" else 6, "start")
+
+
+def set_constant_lengths(model):
+    add_constant(model, "two", np.array([2, 3], np.int32))
+    set_input(operators(model)[1], 4, "two")
+
+
+def set_expanded_state(model, value=0.5):
+    add_constant(model, "size", [1, 2, 4])
+    add_constant(model, "number", np.float32(value))
+    add_state(model, "Expand", inputs=["number", "size"])
+
+
+def set_state_of_shape(model, value=0.5):
+    import onnx
+
+    add_constant(model, "size", [1, 2, 4])
+    tensor = onnx.numpy_helper.from_array(np.array([value], np.float32))
+    add_state(model, "ConstantOfShape", inputs=["size"], value=tensor)
+
+
+def set_state_of_floats(model):
+    add_state(model, "Constant", inputs=[], value_floats=[0.5, 0.0])
+
+
+@needs("onnx")
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (set_constant_state, "0: initial_h must be absent, zeros or from an input of the model, .* 'start'"),
+        (lambda model: set_constant_state(model, "initial_c"), "0: initial_c must be absent, zeros or .* 'start'"),
+        (set_expanded_state, "0: initial_h must be .* 'number'"),
+        (set_state_of_shape, "0: initial_h must be .* 'start'"),
+        (set_state_of_floats, "0: initial_h must be .* 'start'"),
+        (set_constant_lengths, "1: sequence_lens must be absent or from an input of the model, .* 'two'"),
+    ],
+)
+def test_from_onnx_rejects_constant_lengths_and_states(change, message):
+    lstm, _, model = stack()
+    change(model)
+    with pytest.raises(ValueError, match=f"^LSTM operator {message}$") as error:
+        from_onnx(lstm, model)
+    assert "\n" not in str(error.value)
+
+
+@needs("onnx")
+@pytest.mark.parametrize("set_state", [set_constant_state, set_expanded_state, set_state_of_shape])
+def test_from_onnx_accepts_state_of_zeros(set_state):
+    lstm, params, model = stack()
+    set_state(model, value=0.0)
+    assert_params_equal(from_onnx(lstm, model), params)
+
+
+@needs("onnx")
+def test_from_onnx_rejects_names_defined_twice():
+    lstm, params, model = stack()
+    add_constant(model, "W.0", np.zeros((1, 16, 4), np.float32))
+    with pytest.raises(ValueError, match=r"^the model defines 'W\.0' more than once, expected one initializer or"):
+        from_onnx(lstm, model)
+    del model.graph.initializer[-1]
+    assert_params_equal(from_onnx(lstm, model), params)
+
+
+@needs("onnx")
+def test_from_onnx_rejects_weights_that_an_input_replaces():
+    import onnx
+
+    lstm, params, model = stack()
+    model.graph.input.append(onnx.helper.make_tensor_value_info("R.1", onnx.TensorProto.FLOAT, [1, 16, 4]))
+    message = "^LSTM operator 1: R is 'R.1', which is also an input of the model; expected a constant$"
+    with pytest.raises(ValueError, match=message):
+        from_onnx(lstm, model)
+    model.ir_version = 3  # in which all initializers are inputs
+    assert_params_equal(from_onnx(lstm, model), params)
+
+
+def insert_before_second_operator(model, op_type, inputs=(), **attributes):
+    import onnx
+
+    second = operators(model)[1]
+    output = f"{op_type}.{len(model.graph.node)}"
+    position = list(model.graph.node).index(second)
+    node = onnx.helper.make_node(op_type, [second.input[0], *inputs], [output], **attributes)
+    second.input[0] = output
+    model.graph.node.insert(position, node)
+
+
+def set_shape(model, shape):
+    constant = next(tensor for tensor in model.graph.initializer if tensor.name == "output_shape")
+    model.graph.initializer.remove(constant)
+    add_constant(model, "output_shape", shape)
+
+
+def fix_sizes(model, *sizes):
+    for dim, size in zip(model.graph.input[0].type.tensor_type.shape.dim, sizes):
+        dim.dim_value = size
+
+
+def swap_axes(model):
+    insert_before_second_operator(model, "Transpose", perm=[1, 0, 2])
+
+
+def swap_fixed_sizes(model):
+    fix_sizes(model, 2, 6)
+    set_shape(model, [6, 2, 4])
+
+
+def replace_transpose(model, perm):
+    import onnx
+
+    node = next(node for node in model.graph.node if node.op_type == "Transpose")
+    del node.attribute[:]
+    node.attribute.append(onnx.helper.make_attribute("perm", perm))
+
+
+@needs("onnx")
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (swap_axes, r"with axes \[T, B, H\], got \[B, T, H\] after Transpose, Reshape, Transpose"),
+        (lambda model: set_shape(model, [0, 0, 1, 4]), r"Reshape with shape \[0, 0, 1, 4\] is not supported for axes"),
+        (lambda model: set_shape(model, [0, -1, 2]), r"Reshape with shape \[0, -1, 2\] is not supported for axes"),
+        (lambda model: set_shape(model, [0, -1, -1]), r"Reshape with shape \[0, -1, -1\] is not supported for axes"),
+        (swap_fixed_sizes, r"Reshape with shape \[6, 2, 4\] is not supported for axes \[T, B, 1, H\]"),
+        (lambda model: replace_transpose(model, [2, 1, 0, 3]), r"not supported for axes \[B, 1, T, H\]"),
+        (lambda model: replace_transpose(model, [0, 3, 1, 2]), r"not supported for axes \[T, H, 1, B\]"),
+        (lambda model: replace_transpose(model, [0, 1]), r"Transpose with perm \[0, 1\] is not supported"),
+    ],
+)
+def test_from_onnx_rejects_other_axes_between_layers(change, message):
+    lstm, _, model = stack()
+    change(model)
+    with pytest.raises(ValueError, match=f"^LSTM operator 1: X must be Y of .*{message}") as error:
+        from_onnx(lstm, model)
+    assert "\n" not in str(error.value)
+
+
+@needs("onnx")
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda model: set_shape(model, [-1, 0, 4]),
+        lambda model: set_shape(model, [6, 2, -1]),
+        lambda model: insert_before_second_operator(model, "Squeeze"),
+    ],
+)
+def test_from_onnx_accepts_other_ways_to_the_same_axes(change):
+    lstm, params, model = stack()
+    change(model)
+    assert_params_equal(from_onnx(lstm, model), params)
+
+
+@needs("onnx")
+def test_from_onnx_accepts_batch_major_layers():
+    import onnx
+
+    lstm, params, model = stack(bidirectional=True, hidden_size=2)
+    swap_axes(model)
+    operators(model)[1].attribute.append(onnx.helper.make_attribute("layout", 1))
+    assert_params_equal(from_onnx(lstm, model), params)
+    add_constant(model, "axes", [1])
+    insert_before_second_operator(model, "Unsqueeze", ["axes"])
+    with pytest.raises(ValueError, match=r"with axes \[B, T, DH\], got \[B, 1, T, DH\] after .*, Unsqueeze$"):
+        from_onnx(lstm, model)
+    insert_before_second_operator(model, "Squeeze", ["axes"])
+    assert_params_equal(from_onnx(lstm, model), params)
+    insert_before_second_operator(model, "Squeeze", ["axes"])
+    with pytest.raises(ValueError, match=r"Squeeze with axes \[1\] is not supported for axes \[B, T, DH\]$"):
+        from_onnx(lstm, model)
+
+
 @needs("onnx")
 def test_from_onnx_rejects_operators_of_another_domain():
     lstm, params, model = stack()
