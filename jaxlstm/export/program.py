@@ -52,6 +52,7 @@ def sequence(
         raise ValueError(
             f"implementation={lstm.implementation!r} needs a fixed number of steps; export with implementation='fused'"
         )
+    with_state, with_lengths = validation.flag("with_state", with_state), validation.flag("with_lengths", with_lengths)
     lstm = _without_step_counts(lstm)
     num_steps, batch_size = symbolic_shape("T, B")
 
@@ -108,9 +109,10 @@ def save(program: Exported, path: str | Path, *, overwrite: bool = False) -> Non
     Raises:
       FileExistsError: if the file exists and ``overwrite`` is False.
       ImportError: if flatbuffers, which JAX needs to serialize, is missing: ``pip install 'jaxlstm[export]'``.
-      TypeError: if ``program`` is not an exported program.
+      TypeError: if ``program`` is not an exported program, or ``overwrite`` not a bool.
     """
     validation.instance("program", program, Exported, "an exported program, such as jaxlstm.export.sequence returns")
+    overwrite = validation.flag("overwrite", overwrite)
     with optional_package("flatbuffers", extra="export", purpose="saving a program"):
         import flatbuffers  # noqa: F401  (imported by `serialize`)
     with atomic_write(Path(path), overwrite=overwrite) as file:

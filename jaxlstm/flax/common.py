@@ -72,9 +72,9 @@ def _flip_valid_steps(outputs: Array, lengths: Array | None) -> Array:
     return jnp.take_along_axis(outputs, source_steps[..., None], 0)
 
 
-def override(default: bool, value: bool | None) -> bool:
+def override(name: str, default: bool, value: bool | None) -> bool:
     """Returns the argument of a call, or the default set on the module if the argument is None."""
-    return default if value is None else value
+    return validation.flag(name, default if value is None else value)
 
 
 def is_stochastic(lstm: LSTM) -> bool:

@@ -7,6 +7,7 @@ from jax import Array
 from jaxtyping import Bool, Float, Int
 
 import jaxlstm.lstm
+from jaxlstm import validation
 from jaxlstm.flax import common
 from jaxlstm.flax.common import MeshAxes, Sharding, override
 from jaxlstm.params import Params, State
@@ -81,6 +82,9 @@ class LSTM(nn.Module):
         """
         del init_key
         key = None
+        for value in (self.deterministic, deterministic):
+            if value is not None:
+                validation.flag("deterministic", value)
         if common.is_stochastic(self.lstm) and not nn.merge_param("deterministic", self.deterministic, deterministic):
             key = self.make_rng("dropout")
         return common.apply_to_sequence(
@@ -92,10 +96,10 @@ class LSTM(nn.Module):
             mask=mask,
             resets=resets,
             key=key,
-            time_major=override(self.time_major, time_major),
-            return_carry=override(self.return_carry, return_carry),
-            reverse=override(self.reverse, reverse),
-            keep_order=override(self.keep_order, keep_order),
+            time_major=override("time_major", self.time_major, time_major),
+            return_carry=override("return_carry", self.return_carry, return_carry),
+            reverse=override("reverse", self.reverse, reverse),
+            keep_order=override("keep_order", self.keep_order, keep_order),
         )
 
     def step(self, state: State, x: Float[Array, "*batch I"]) -> tuple[State, Float[Array, "*batch P"]]:

@@ -10,6 +10,7 @@ from jax import Array
 from jaxtyping import Bool, Float, Int
 
 import jaxlstm.lstm
+from jaxlstm import validation
 from jaxlstm.flax import common
 from jaxlstm.flax.common import MeshAxes, Sharding, override
 from jaxlstm.params import Params, State
@@ -34,8 +35,8 @@ class LSTM(nnx.Module):
         and direction; sets ``out_sharding`` of the `nnx.Param`.
 
     Raises:
-      ValueError, TypeError: for a name in ``sharding`` that no parameter has, or if both ``params`` and ``rngs`` are
-        missing.
+      ValueError, TypeError: for a name in ``sharding`` that no parameter has, a flag that is not a bool, or if both
+        ``params`` and ``rngs`` are missing.
     """
 
     def __init__(
@@ -54,11 +55,11 @@ class LSTM(nnx.Module):
         self.lstm = lstm
         self.params = _create_params(lstm, params, rngs, sharding)
         self.rngs = nnx.data(rngs.dropout.fork() if rngs is not None and common.is_stochastic(lstm) else None)
-        self.time_major = time_major
-        self.return_carry = return_carry
-        self.reverse = reverse
-        self.keep_order = keep_order
-        self.deterministic = deterministic
+        self.time_major = validation.flag("time_major", time_major)
+        self.return_carry = validation.flag("return_carry", return_carry)
+        self.reverse = validation.flag("reverse", reverse)
+        self.keep_order = validation.flag("keep_order", keep_order)
+        self.deterministic = validation.flag("deterministic", deterministic)
 
     def __call__(
         self,
@@ -98,7 +99,7 @@ class LSTM(nnx.Module):
         Raises:
           ValueError, TypeError: for a wrong shape, size, dtype or type, or a regularizer without random streams.
         """
-        deterministic = override(self.deterministic, deterministic)
+        deterministic = override("deterministic", self.deterministic, deterministic)
         return common.apply_to_sequence(
             self.lstm,
             _param_arrays(self.params),
@@ -108,10 +109,10 @@ class LSTM(nnx.Module):
             mask=mask,
             resets=resets,
             key=None if deterministic else self._regularizer_key(rngs),
-            time_major=override(self.time_major, time_major),
-            return_carry=override(self.return_carry, return_carry),
-            reverse=override(self.reverse, reverse),
-            keep_order=override(self.keep_order, keep_order),
+            time_major=override("time_major", self.time_major, time_major),
+            return_carry=override("return_carry", self.return_carry, return_carry),
+            reverse=override("reverse", self.reverse, reverse),
+            keep_order=override("keep_order", self.keep_order, keep_order),
         )
 
     def step(self, state: State, x: Float[Array, "*batch I"]) -> tuple[State, Float[Array, "*batch P"]]:
@@ -125,7 +126,7 @@ class LSTM(nnx.Module):
           deterministic: whether regularizers are off; None leaves the attribute unchanged.
         """
         if deterministic is not None:
-            self.deterministic = deterministic
+            self.deterministic = validation.flag("deterministic", deterministic)
 
     def _regularizer_key(self, rngs: nnx.Rngs | nnx.RngStream | Array | None) -> Array | None:
         """Returns a key for the regularizers, or None for a network without regularizers."""

@@ -3,6 +3,7 @@
 import os
 from pathlib import Path
 
+from jaxlstm import validation
 from jaxlstm.atomic_write import atomic_write
 from jaxlstm.errors import optional_package
 from jaxlstm.interop.torch import from_torch, lstm_array_names, to_torch
@@ -48,6 +49,7 @@ def save_safetensors(lstm: LSTM, params: Params, path: str | os.PathLike[str], *
       ImportError: if safetensors is not installed: ``pip install 'jaxlstm[interop]'``.
       ValueError, TypeError: as `to_torch`.
     """
+    overwrite = validation.flag("overwrite", overwrite)
     with optional_package("safetensors", extra="interop", purpose="save_safetensors"):
         from safetensors.numpy import save
     data = save(to_torch(lstm, params), {"format": "pt"})  # marks the file as PyTorch's for other readers

@@ -156,6 +156,19 @@ def test_save_is_atomic_and_needs_overwrite(tmp_path, monkeypatch):
     assert path.read_bytes() == content
 
 
+def test_save_rejects_overwrite_that_is_not_a_bool(tmp_path):
+    (tmp_path / "step").write_text("something else")
+    with pytest.raises(TypeError, match=r"^overwrite must be True or False, got 'no'$"):
+        export.save(export.step(*network(), platforms=("cpu",)), tmp_path / "step", overwrite="no")
+    assert (tmp_path / "step").read_text() == "something else"
+
+
+@pytest.mark.parametrize("name", ["with_state", "with_lengths"])
+def test_sequence_rejects_options_that_are_not_bools(name):
+    with pytest.raises(TypeError, match=f"^{name} must be True or False, got 'no'$"):
+        export.sequence(*network(), **{name: "no"})
+
+
 def test_save_without_flatbuffers_names_the_extra(tmp_path, monkeypatch):
     program = export.step(*network(), platforms=("cpu",))
     monkeypatch.setitem(sys.modules, "flatbuffers", None)

@@ -205,6 +205,13 @@ def test_network_options_are_defaults_of_the_call(api):
 
 
 @both_apis
+@pytest.mark.parametrize("name", ["time_major", "return_carry", "reverse", "keep_order", "deterministic"])
+def test_network_rejects_options_that_are_not_bools(api, name):
+    with pytest.raises(TypeError, match=f"^{name} must be True or False, got 'no'"):
+        api.apply(api.network(SINGLE, random_params(SINGLE), **{name: "no"}), INPUTS)
+
+
+@both_apis
 @pytest.mark.parametrize(
     "options",
     [pytest.param({}, marks=pytest.mark.slow), {"seq_lengths": LENGTHS, "reverse": True, "keep_order": True}],
@@ -481,6 +488,11 @@ STATE = np.zeros((BATCH, HIDDEN))
         ({"mask": np.ones((STEPS, BATCH), bool)}, ValueError, "mask must have shape [3, 6], got [6, 3]"),
         ({"resets": np.ones((BATCH, STEPS))}, TypeError, "resets must be boolean, got float64[3, 6]"),
         ({"seq_lengths": np.ones(4, int)}, ValueError, "seq_lengths must have shape [3], got [4]"),
+        ({"time_major": "no"}, TypeError, "time_major must be True or False, got 'no'"),
+        ({"return_carry": "no"}, TypeError, "return_carry must be True or False, got 'no'"),
+        ({"reverse": 1}, TypeError, "reverse must be True or False, got 1"),
+        ({"keep_order": "no"}, TypeError, "keep_order must be True or False, got 'no'"),
+        ({"deterministic": "no"}, TypeError, "deterministic must be True or False, got 'no'"),
         ({"initial_carry": (STATE, STATE)}, TypeError, "initial_carry must be a jaxlstm.State(h, c), got tuple"),
         (
             {"initial_carry": jaxlstm.State(STATE, STATE)},

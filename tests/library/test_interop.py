@@ -778,6 +778,15 @@ def test_safetensors_file_round_trips(tmp_path, dtype):
 
 
 @needs("safetensors")
+def test_save_safetensors_rejects_overwrite_that_is_not_a_bool(tmp_path):
+    path = tmp_path / "weights.safetensors"
+    path.write_text("something else")
+    with pytest.raises(TypeError, match=r"^overwrite must be True or False, got 'no'$"):
+        interop.save_safetensors(SINGLE, PARAMS, path, overwrite="no")
+    assert path.read_text() == "something else"
+
+
+@needs("safetensors")
 @pytest.mark.skipif(os.name == "nt", reason="no named pipes on Windows")
 def test_load_safetensors_refuses_a_named_pipe_without_waiting(tmp_path):
     os.mkfifo(tmp_path / "pipe")
