@@ -21,6 +21,10 @@ def last_outputs(
     and the backward half of the first step, so that both have read the whole sequence. After a call with
     ``reverse=True`` the final output is ``ys[0]``.
 
+    It takes lengths only, and knows nothing of steps that ``mask`` skipped: the output of a skipped last step is zero.
+    The last valid output is then in the final state: ``state.h[-1]``, or for a bidirectional network ``state.h[-2]``
+    and ``state.h[-1]``; for a sequence whose steps are all skipped, these are the initial state.
+
     Args:
       ys: outputs of a call of an LSTM or a ConvLSTM: ``(T, *batch, *features)``.
       lengths: lengths of the sequences ``(*batch,)``, as in the call; None if all have T steps. Lengths above T count

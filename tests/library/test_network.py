@@ -95,6 +95,19 @@ def test_last_outputs_equals_each_sequence_alone(bidirectional):
     assert_equal(jaxlstm.last_outputs(ys[:0], bidirectional=bidirectional), np.zeros_like(last))
 
 
+@pytest.mark.parametrize("bidirectional", [False, True])
+def test_final_state_has_the_last_outputs_of_masked_sequences(bidirectional):
+    """The docstring of `last_outputs` says so."""
+    lstm = jaxlstm.LSTM(3, 4, num_layers=2, bidirectional=bidirectional)
+    xs = jax.random.normal(jax.random.key(1), (5, 2, 3))
+    mask = np.array([[True, False, True, False, False], [False, True, True, True, True]]).T
+    ys, state = lstm(lstm.init(jax.random.key(0)), xs, mask=mask)
+    assert_equal(state.h[-1 - bidirectional], jnp.stack([ys[2, 0, :4], ys[4, 1, :4]]))
+    if bidirectional:
+        assert_equal(state.h[-1], jnp.stack([ys[0, 0, 4:], ys[1, 1, 4:]]))
+    assert_equal(jaxlstm.last_outputs(ys)[0], np.zeros(ys.shape[-1]))
+
+
 def test_last_outputs_of_a_conv_lstm_takes_its_lengths():
     conv = jaxlstm.ConvLSTM(1, 2, (3, 4))
     xs = np.random.default_rng(0).standard_normal((5, 2, 3, 4, 1)).astype(np.float32)
