@@ -63,7 +63,7 @@ def _check_activations(module: Any) -> None:
             continue
         for name, expected in (("gate_fn", jax.nn.sigmoid), ("activation_fn", jnp.tanh)):
             received = getattr(node, name)
-            if not _same_function(received, expected):
+            if not callable(received) or not _same_function(received, expected):
                 cell = "/".join(map(str, path)) or type(node).__name__
                 raise ValueError(
                     f"flax nnx cell {cell!r} has {name}={getattr(received, '__name__', received)}, "

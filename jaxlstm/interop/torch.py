@@ -41,7 +41,8 @@ def from_torch(lstm: LSTM, state_dict: Mapping[str, Any], prefix: str | None = N
       ValueError: naming the cause, if the LSTM has an option that `nn.LSTM` does not have (peepholes, coupled gates,
         layer normalization, a learned state), if there is no LSTM or more than one, or if an array is missing,
         unexpected, of the wrong shape, without values (on the meta device), or computed from others (weight norm).
-      TypeError: naming the array, if ``param_dtype`` cannot represent its dtype exactly.
+      TypeError: naming the array, if ``param_dtype`` cannot represent its dtype exactly; or if ``prefix`` is not a
+        str.
     """
     if not isinstance(state_dict, Mapping):
         raise TypeError(f"state_dict must be a mapping of names to arrays, got {validation.describe(state_dict)}")
@@ -120,6 +121,7 @@ def _parametrized_weight(name: str) -> tuple[str, str] | None:
 def _resolve_prefix(names: Collection[str], prefix: str | None) -> str:
     """Returns the prefix with its dot; for None, the prefix of the only LSTM among the names."""
     if prefix is not None:
+        validation.instance("prefix", prefix, str, "a str or None")
         return prefix if prefix == "" or prefix.endswith(".") else f"{prefix}."
     prefixes = [match["prefix"] for name in names if (match := FIRST_NAME.fullmatch(name))]
     prefixes += [parametrized[0] for name in names if (parametrized := _parametrized_weight(name))]

@@ -312,6 +312,12 @@ def test_torch_tensors_round_trip(dtype):
 # Names
 
 
+@pytest.mark.parametrize("prefix", [5, b"lstm"])
+def test_from_torch_rejects_prefix_that_is_not_a_string(prefix):
+    with pytest.raises(TypeError, match=r"^prefix must be a str or None, got "):
+        interop.from_torch(SINGLE, interop.to_torch(SINGLE, PARAMS), prefix=prefix)
+
+
 def test_from_torch_finds_lstm_by_prefix():
     lstm = jaxlstm.LSTM(3, 4, num_layers=2, bidirectional=True)
     params = float32_params(lstm)
@@ -429,6 +435,7 @@ def test_from_flax_nnx_refuses_other_activations():
         hard, relu = create(cell_class, gate_fn=nnx.hard_sigmoid), create(cell_class, activation_fn=nnx.relu)
         for module, message in (
             (hard, f"flax nnx cell '{cell_class.__name__}' has gate_fn=hard_sigmoid, expected sigmoid"),
+            (create(cell_class, gate_fn=1), f"flax nnx cell '{cell_class.__name__}' has gate_fn=1, expected sigmoid"),
             (nnx.RNN(relu), "flax nnx cell 'cell' has activation_fn=relu, expected tanh"),
             ([relu], "flax nnx cell '0' has activation_fn=relu, expected tanh"),
         ):
