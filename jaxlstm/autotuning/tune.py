@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jax.core import Tracer
 
 from jaxlstm import validation
 from jaxlstm.autotuning.agreement import relative_error, tolerance
@@ -47,7 +48,7 @@ def autotune(lstm: LSTM, xs_shape: tuple[int, ...], *, training: bool = True, se
     Raises:
       TypeError: if ``lstm`` is not a `jaxlstm.LSTM`, or for an argument of the wrong type.
       ValueError: for a wrong shape, or ``seconds`` that are not positive and finite.
-      RuntimeError: if no candidate gives correct results.
+      RuntimeError: if no candidate gives correct results, or inside of `jax.jit`.
     """
     return tune(lstm, xs_shape, training=training, seconds=seconds, experimental=True)
 
@@ -55,6 +56,8 @@ def autotune(lstm: LSTM, xs_shape: tuple[int, ...], *, training: bool = True, se
 def tune(lstm: LSTM, xs_shape: tuple[int, ...], *, training: bool, seconds: float, experimental: bool) -> Tuning:
     """Does the work of `autotune`; with ``experimental=False`` the experimental backends are no candidates."""
     start = time.perf_counter()
+    if isinstance(jnp.zeros(()), Tracer):  # constants are traced inside of jax.jit
+        raise RuntimeError("jaxlstm.autotune runs programs to time them: call it outside of jax.jit")
     xs_shape = _check_arguments(lstm, xs_shape, seconds)
     training = validation.flag("training", training)
     args = _draw_args(lstm, xs_shape, training=training)

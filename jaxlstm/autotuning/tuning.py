@@ -90,7 +90,9 @@ class Tuning:
 def load_tuning(path: str | Path) -> Tuning:
     """Reads a `Tuning` that `Tuning.save` wrote.
 
-    The module of a custom cell is imported, under the name that the file has for it.
+    The module of a custom cell is imported, under the name that the file has for it. The device and the version of JAX
+    must be those of the search. Compare ``lstm`` with its dtypes, ``xs_shape`` and ``training`` with your own network,
+    shapes and use: nothing here knows them, and the choice may not be the fastest for others.
 
     Args:
       path: path of the file.

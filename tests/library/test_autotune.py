@@ -399,6 +399,18 @@ def test_autotune_refuses_wrong_arguments(lstm, shape, seconds, error, message):
         jaxlstm.autotune(lstm, shape, seconds=seconds)
 
 
+def test_autotune_inside_of_jit_says_so():
+    message = r"^jaxlstm\.autotune runs programs to time them: call it outside of jax\.jit"
+
+    def double(x):
+        jaxlstm.autotune(jaxlstm.LSTM(3, 5), SHAPE, seconds=0.1)
+        return 2 * x
+
+    for transformed in (jax.jit(double), jax.grad(jax.jit(double))):
+        with pytest.raises(RuntimeError, match=message):
+            transformed(1.0)
+
+
 def test_autotune_in_float64_compares_in_float64():
     result = jaxlstm.autotune(jaxlstm.LSTM(3, 5, param_dtype=jnp.float64), (6, 3), training=False, seconds=0.01)
     assert result.table[0].error < 1e-14
