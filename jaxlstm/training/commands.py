@@ -71,6 +71,7 @@ def one_line_imports(prog: str) -> Iterator[None]:
     try:
         yield
     except ModuleNotFoundError as error:
-        if error.name is None or error.name.split(".")[0] == "jaxlstm":
+        package = (error.name or "").partition(".")[0]
+        if package in ("", "jaxlstm"):
             raise
-        raise SystemExit(f"{prog}: {error.name} is not installed: pip install 'jaxlstm[train]'") from None
+        raise SystemExit(f"{prog}: {package} is not installed: pip install 'jaxlstm[train]'") from None

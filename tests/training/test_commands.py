@@ -69,6 +69,12 @@ error_of(lambda: runpy.run_path("train.py", run_name="__main__"))
     assert run.stdout.splitlines() == [f"{n}: tyro is not installed: pip install 'jaxlstm[train]'" for n in names]
 
 
+def test_one_line_imports_names_the_top_package(monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(SystemExit, match=r"^tool: matplotlib is not installed"), commands.one_line_imports("tool"):
+        importlib.import_module("matplotlib.figure")
+
+
 def test_diagnostics_module_runs_the_same_commands(monkeypatch, capsys):
     monkeypatch.setattr(importlib.import_module("jaxlstm.training.cli"), "set_up_process", lambda: None)
     monkeypatch.setattr(sys, "argv", ["jaxlstm.diagnostics", "vanishing", "--steps", "1"])
