@@ -347,6 +347,11 @@ class RecurrentNetwork(ABC):
             )
         self._check_dtypes()
         self.check_params(params)
+        if isinstance(x, tuple) and not isinstance(state, tuple):
+            raise TypeError(
+                "step takes params, state and x in this order, "
+                f"got state={validation.describe(state)} and x={validation.describe(x)}"
+            )
         x = validation.inputs("x", x, self.feature_shape(self.input_size), "*batch")
         batch = x.shape[: x.ndim - self._num_feature_axes]
         why = f" (x, of shape {list(x.shape)}, is one step; calling the network takes a sequence)"

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jax.core import Tracer
 from jax.export import is_symbolic_dim
 from jax.extend.core import ClosedJaxpr, Jaxpr
 
@@ -105,7 +106,11 @@ def number(name: str, value: Any) -> float:
 
 
 def _float(name: str, value: Any, expected: str) -> float:
-    if isinstance(value, bool | np.bool_) or not isinstance(value, int | float | np.integer | np.floating):
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if isinstance(value, np.generic | np.ndarray | Array) and not isinstance(value, Tracer):
+        kinds = jnp.integer, jnp.floating
+        is_number = value.shape == () and any(jnp.issubdtype(value.dtype, kind) for kind in kinds)
+    if not is_number:
         raise TypeError(f"{name} must be {expected}, got {value!r}")
     return float(value)
 
@@ -287,7 +292,8 @@ def array(name: str, value: Any, kind: Any, shape: tuple[int, ...] | None = None
     if isinstance(value, Array) and jnp.issubdtype(value.dtype, kind) and shape in (None, value.shape):
         return value
     if not (hasattr(value, "shape") and hasattr(value, "dtype")):
-        if not isinstance(value, int | float | list):
+        is_named_tuple = hasattr(value, "_fields")  # a `State`, not a list of numbers
+        if not isinstance(value, int | float | list | tuple) or is_named_tuple:
             raise TypeError(f"{name} must be an array, got {describe(value)}")
         try:
             value = jnp.asarray(value)
@@ -380,7 +386,8 @@ def state(value: Any, expected: State, why: str = "", name: str = "state") -> St
     ``why`` ends the message about a wrong shape.
     """
     if not isinstance(value, tuple) or len(value) != 2:
-        raise TypeError(f"{name} must be a jaxlstm.State(h, c) or a tuple (h, c), got {describe(value)}")
+        parts, reason = ("(h, c)", "") if expected.c is not None else ("(h, None)", ": this cell has no cell state")
+        raise TypeError(f"{name} must be a jaxlstm.State{parts} or a tuple {parts}, got {describe(value)}{reason}")
     h, c = value
     if (c is None) != (expected.c is None):
         wanted = "None: this cell has no cell state" if expected.c is None else f"an array {list(expected.c.shape)}"

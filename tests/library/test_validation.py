@@ -151,6 +151,8 @@ def call(**changes):
         ),
         (call(xs=[[1.0], [2.0, 3.0]]), TypeError, "xs must be an array, got list: "),
         (call(lengths=2**70), TypeError, f"lengths must be an array, got int {2**70}: "),
+        (call(lengths=(5, None)), TypeError, "lengths must be an array, got tuple: "),
+        (call(xs=state), TypeError, "xs must be an array, got State"),
         (call(lengths=[5, None]), TypeError, "lengths must be an array, got list: "),
         (call(state=state.h), TypeError, "state must be a jaxlstm.State(h, c) or a tuple (h, c), got float32[2, 2, 4]"),
         (call(state=(*state, state.c)), TypeError, "state must be a jaxlstm.State(h, c) or a tuple (h, c), got tuple"),
@@ -209,6 +211,11 @@ def call(**changes):
             ValueError,
             "got [2, 2, 4] (x, of shape [5, 2, 3], is one step; calling",
         ),
+        (
+            lambda: lstm.step(params, xs[0], state),
+            TypeError,
+            "step takes params, state and x in this order, got state=float32[2, 3] and x=State",
+        ),
         (lambda: lstm.step(params, state, xs[0, :, :1]), ValueError, "x must have shape (*batch, 3), got [2, 1]"),
         (
             lambda: jaxlstm.LSTM(3, 4, bidirectional=True).step(params, state, xs[0]),
@@ -249,6 +256,11 @@ def test_cell_without_cell_state_rejects_one():
     rnn = jaxlstm.LSTM(3, 4, cell="rnn")
     with pytest.raises(ValueError, match=re.escape("state.c must be None: this cell has no cell state; got float32")):
         rnn(zero_params(3, 4, cell="rnn"), xs, (jnp.zeros((1, 2, 4)), jnp.zeros((1, 2, 4), jnp.float32)))
+    message = "state must be a jaxlstm.State(h, None) or a tuple (h, None), got {}: this cell has no cell state"
+    h = jnp.zeros((1, 2, 4), jnp.float32)
+    for wrong_state, received in ((h, "float32[1, 2, 4]"), ((h,), "tuple")):
+        with pytest.raises(TypeError, match=f"^{re.escape(message.format(received))}$"):
+            rnn(zero_params(3, 4, cell="rnn"), xs, wrong_state)
 
 
 def test_float64_raises_without_x64():
@@ -287,6 +299,24 @@ def test_lstm_accepts_numpy_scalars():
     assert isinstance(b.dropout, float)
 
 
+@pytest.mark.parametrize("create", [np.array, jnp.array, jnp.bfloat16])
+def test_lstm_accepts_numbers_as_arrays_without_axes(create):
+    network = jaxlstm.LSTM(3, 4, num_layers=2, dropout=create(0.5), forget_bias=create(2.0))
+    assert network == jaxlstm.LSTM(3, 4, num_layers=2, dropout=0.5, forget_bias=2.0)
+    assert isinstance(network.dropout, float)
+
+
+@pytest.mark.parametrize("value", [jnp.array([0.5]), np.array(True), jnp.array(0.5j), np.array("0.5")])
+def test_lstm_rejects_arrays_that_are_not_one_number(value):
+    with pytest.raises(TypeError, match=r"^dropout must be a number in \[0, 1\), got "):
+        jaxlstm.LSTM(3, 4, num_layers=2, dropout=value)
+
+
+def test_lstm_rejects_a_traced_number():
+    with pytest.raises(TypeError, match=r"^dropout must be a number in \[0, 1\), got "):
+        jax.jit(lambda rate: jaxlstm.LSTM(3, 4, num_layers=2, dropout=rate).init(jax.random.key(0)))(0.5)
+
+
 def test_configurations_with_equal_dtypes_are_equal():
     a, b = jaxlstm.LSTM(3, 4, dtype="bfloat16"), jaxlstm.LSTM(3, 4, dtype=jnp.bfloat16)
     assert a == b
@@ -294,9 +324,10 @@ def test_configurations_with_equal_dtypes_are_equal():
 
 
 def test_call_accepts_lists_tuples_and_other_float_dtypes():
-    """Lengths as a list, a plain tuple as the state, wider inputs, and a narrower state and parameters."""
+    """Lengths as a list or a tuple, a plain tuple as the state, wider inputs, and a narrower state and parameters."""
     wanted = lstm(params, xs, state, lengths=np.array([5, 0]))
     jax.tree.map(np.testing.assert_array_equal, lstm(params, xs, (state.h, state.c), lengths=[5, 0]), wanted)
+    jax.tree.map(np.testing.assert_array_equal, lstm(params, xs, state, lengths=(5, 0)), wanted)
     narrow_params, narrow_state = jax.tree.map(lambda a: a.astype(jnp.bfloat16), (params, tuple(state)))
     last = lstm(narrow_params, np.zeros((5, 2, 3)), narrow_state, lengths=[5, 0], reverse=np.False_)[1]
     assert isinstance(last, jaxlstm.State)
