@@ -199,6 +199,7 @@ def test_bfloat16_outputs_are_cast_after_loop():
     assert not re.search(r"bf16\[4,3,3,2\] = scan", jaxpr)
 
 
+@pytest.mark.slow
 def test_kernel_1_at_one_position_equals_lstm():
     options = {"num_layers": 2, "bidirectional": True, "param_dtype": jnp.float64}
     conv = jaxlstm.ConvLSTM(I, H, 1, kernel_size=1, **options)

@@ -88,7 +88,7 @@ def test_fused_options_give_the_layout(order):
 
 BFLOAT16_LAYOUTS = [
     (FeatureMajor, {"hoist_inputs": False}),
-    (BatchMajor, {"hoist_inputs": False}),
+    pytest.param(BatchMajor, {"hoist_inputs": False}, marks=pytest.mark.slow),
     (BatchMajor, {"hoist_inputs": True}),
 ]
 

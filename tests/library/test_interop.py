@@ -34,7 +34,6 @@ LIVE_CASES = [name for name in interop_cases.CASES if name not in RECORDED_CASES
 # One case of each library and cell in the default tier; the others are slow.
 DEFAULT_CASES = (
     "haiku both deep", "equinox both deep", "keras both deep", "keras rnn", "linen both deep", "nnx both",
-    "cudnn both deep",
 )  # fmt: skip
 
 

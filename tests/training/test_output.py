@@ -128,6 +128,7 @@ def test_sample_needs_no_prompt_where_the_text_has_no_newline(tmp_path):
 STRANGE = ("$x^{", "a$b$c", r"$\frac{$", r"\$x$y$", "\udcff", "^_{")
 
 
+@pytest.mark.slow
 def test_figures_draw_strange_names(tmp_path):
     rows = [{"step": step, "split": split, "loss": 1.0} for step, split in enumerate(("train", "valid"))]
     lines = {"truth": np.ones((3, 2, len(STRANGE)))}
