@@ -4,13 +4,16 @@ The options are declared in ``jaxlstm/training/config.py``, the loop is ``jaxlst
 their defaults are in ``jaxlstm/training/tasks``. ``jaxlstm train`` is the same command.
 """
 
+import signal
 import sys
-
-from jaxlstm.training.commands import one_line_imports
 
 PROG = "train.py"
 
 if __name__ == "__main__":
+    if signal.getsignal(signal.SIGINT) == signal.default_int_handler:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the imports ends without a traceback
+    from jaxlstm.training.commands import one_line_imports
+
     with one_line_imports(PROG):
         from rich.console import Console
 

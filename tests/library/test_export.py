@@ -67,7 +67,8 @@ def test_exported_files_run_without_this_package(tmp_path):
     process = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False)
     assert process.returncode == 0, process.stderr
     assert process.stdout.strip() == "(9, 20, 4)"
-    results = np.load(tmp_path / "results.npz")
+    with np.load(tmp_path / "results.npz") as file:
+        results = dict(file)
     assert set(results.files) == set(expected)
     for name, value in expected.items():
         np.testing.assert_allclose(results[name], value, **tolerance(np.float32, 100), err_msg=name)

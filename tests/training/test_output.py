@@ -289,7 +289,7 @@ def test_program_jaxlstm_ends_cleanly_during_the_imports(tmp_path):
 @pytest.mark.usefixtures("default_sigint")
 @pytest.mark.parametrize("kind", [signal.SIGINT, signal.SIGTERM])
 def test_signals_at_any_time_end_cleanly(tmp_path, kind):
-    """From the first instruction to the training loop; a run that has begun ends with 128 plus the signal."""
+    """From the imports to the training loop; a run that has begun ends with 128 plus the signal."""
     for n in range(16):
         process = start(*RUN, "--max-steps", "1000000", cwd=tmp_path, stdout=subprocess.PIPE)
         time.sleep(0.1 + 0.5 * n)
