@@ -1,6 +1,7 @@
 """The commands ``train`` and ``sample``: process set-up, command line, errors in one line."""
 
 import argparse
+import atexit
 import contextlib
 import dataclasses
 import logging
@@ -28,7 +29,12 @@ from jaxlstm.training.memory import check_memory
 from jaxlstm.training.output import check_written, make_output_lenient, printable
 from jaxlstm.training.processes import end_process
 from jaxlstm.training.run_directory import KNOWN_DATA, lacks_config
-from jaxlstm.training.stop_signals import Interrupted, raise_on_stop_signals, repeat_ignored_signal
+from jaxlstm.training.stop_signals import (
+    Interrupted,
+    raise_on_stop_signals,
+    repeat_ignored_signal,
+    skip_teardown_if_interrupted,
+)
 from jaxlstm.training.tasks import TASKS
 from jaxlstm.training.tasks.task import LanguageTaskModule
 
@@ -67,6 +73,7 @@ def run_cli(arguments: Sequence[str], console: Console, prog: str = "train.py") 
 def set_up_process() -> None:
     """Configures output, signals, memory, logging and the compilation cache; for programs, not for libraries."""
     raise_on_stop_signals()
+    atexit.register(skip_teardown_if_interrupted)
     make_output_lenient()
     keep_freed_memory()
     for name in ("absl", "asyncio"):  # Orbax logs, in each of its threads, errors that it also raises

@@ -1,5 +1,6 @@
 """Ctrl-C, SIGTERM and a closed terminal end the start-up at once, and a run after its current step."""
 
+import contextlib
 import os
 import signal
 import sys
@@ -7,6 +8,9 @@ import threading
 from types import FrameType
 
 STOP_SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
+
+
+_interruptions: list[int] = []  # the signals that raised `Interrupted`
 
 
 class Interrupted(KeyboardInterrupt):
@@ -39,6 +43,18 @@ def repeat_ignored_signal(unraisable: "sys.UnraisableHookArgs") -> bool:
     return True
 
 
+def skip_teardown_if_interrupted() -> None:
+    """Ends an interrupted process before Python takes its objects down; for `atexit`.
+
+    JAX may crash there if the signal interrupted its start or a compilation.
+    """
+    if _interruptions:
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(OSError, ValueError, AttributeError):  # closed, or None
+                stream.flush()
+        os._exit(128 + _interruptions[-1])
+
+
 def catch_stop_signals() -> list[signal.Signals]:
     """Installs handlers of the stop signals.
 
@@ -62,4 +78,5 @@ def _ignores_hangup(kind: int) -> bool:
 
 
 def _interrupt(number: int, _: FrameType | None) -> None:
+    _interruptions.append(number)
     raise Interrupted(number)

@@ -287,6 +287,24 @@ def test_program_jaxlstm_ends_cleanly_during_the_imports(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("default_sigint")
+def test_interrupted_process_skips_the_teardown(tmp_path):
+    code = """
+import atexit, os, signal
+atexit.register(os.abort)  # runs after the functions registered later
+from jaxlstm.training import cli
+cli.set_up_process()
+with cli.one_line_errors("train.py"):
+    print("started")
+    signal.raise_signal(signal.SIGINT)
+"""
+    command = [sys.executable, "-c", code]
+    result = subprocess.run(command, cwd=tmp_path, env=ENVIRONMENT, capture_output=True, timeout=120)
+    assert result.stdout == b"started\n"
+    assert (result.returncode, result.stderr) == (128 + signal.SIGINT, b"train.py: interrupted\n")
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("default_sigint")
 @pytest.mark.parametrize("kind", [signal.SIGINT, signal.SIGTERM])
 def test_signals_at_any_time_end_cleanly(tmp_path, kind):
     """From the imports to the training loop; a run that has begun ends with 128 plus the signal."""
