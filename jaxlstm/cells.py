@@ -77,7 +77,7 @@ class Cell:
         return None if gate is None else list(self.activations).index(gate)
 
 
-def argument_names(function: Callable[..., Array]) -> tuple[str, ...]:
+def argument_names(function: Callable[..., object]) -> tuple[str, ...]:
     """Returns the names of the gates and states that ``update`` or ``output`` takes."""
     return tuple(inspect.signature(function).parameters)
 

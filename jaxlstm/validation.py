@@ -20,8 +20,8 @@ from jaxlstm.cells import Cell, argument_names
 from jaxlstm.errors import first_line
 from jaxlstm.params import Params, Size, State
 
-# Operations that mix numbers of different places although their results have the shape of their operands.
-SHAPE_PRESERVING = ("cumlogsumexp", "cummax", "cummin", "cumprod", "cumsum", "rev", "sort")
+# Beginnings of names of operations whose results depend on other places although shapes do not show it.
+SHAPE_PRESERVING = ("cum", "fft", "iota", "reduce_window", "rev", "sort")
 Network = TypeVar("Network", bound=Any)  # a dataclass: `jaxlstm.LSTM` or `jaxlstm.ConvLSTM`
 
 
@@ -134,7 +134,7 @@ def cell(value: Cell) -> None:
             continue
         if not callable(function):
             raise TypeError(f"{label} of the cell must be a function, got {describe(function)}")
-        arguments = argument_names(getattr(value, label))
+        arguments = argument_names(function)
         unknown = [name for name in arguments if name not in states | set(names)]
         if unknown:
             known = [*names, *states]
@@ -191,7 +191,7 @@ def _mixing_operation(jaxpr: Jaxpr, shape: tuple[int, ...]) -> str | None:
     for equation in jaxpr.eqns:
         arrays = [cast(Any, atom).aval for atom in (*equation.invars, *equation.outvars)]
         name = equation.primitive.name
-        if name in SHAPE_PRESERVING or any(a.shape != shape for a in arrays if a.size != 1):
+        if name.startswith(SHAPE_PRESERVING) or any(a.shape != shape for a in arrays if a.size != 1):
             return name
         parameters = jax.tree.leaves(list(equation.params.values()), is_leaf=_is_jaxpr)
         for inner in filter(_is_jaxpr, parameters):

@@ -21,7 +21,13 @@ from jaxtyping import Float
 
 from jaxlstm.cells import Cell, argument_names
 from jaxlstm.recurrence import cpu_activations
-from jaxlstm.recurrence.gates import activation_kinds, activation_scales, activation_slope, sigmoid_or_tanh
+from jaxlstm.recurrence.gates import (
+    activation_kinds,
+    activation_scales,
+    activation_slope,
+    scale_candidate,
+    sigmoid_or_tanh,
+)
 from jaxlstm.recurrence.step import split_gates
 
 
@@ -61,16 +67,15 @@ def gate_jacobian(
     assert cell.update is not None
     slabs = split_gates(z, cell.num_gates, axis + 1)
     scale, activated = activation_scales(slabs, kinds), sigmoid_or_tanh(slabs, kinds)
-    gates = dict(zip(cell.activations, jnp.unstack(activated)))
-    if cell.candidate is not None and candidate_scale is not None:
-        gates[cell.candidate] = gates[cell.candidate] * candidate_scale
+    values = zip(cell.activations, jnp.unstack(activated))
+    gates = {name: scale_candidate(cell, name, gate, candidate_scale) for name, gate in values}
     c, to_c = _differentiate(cell.update, gates | {"c": c})
     _, to_h = _differentiate(cell.output, gates | {"c": c})
-    if cell.candidate is not None and candidate_scale is not None:
-        to_c[cell.candidate] = to_c[cell.candidate] * candidate_scale
     dc_dc, dh_dc = to_c.pop("c"), to_h.pop("c")
-    factors = jnp.stack([(to_c | to_h)[name] for name in cell.activations], axis + 1)
-    dz = jnp.moveaxis(activation_slope(activated, scale), 0, axis + 1) * factors
+    by_gate = to_c | to_h
+    factors = [scale_candidate(cell, name, by_gate[name], candidate_scale) for name in cell.activations]
+    stacked = jnp.stack(factors, axis + 1)
+    dz = jnp.moveaxis(activation_slope(activated, scale), 0, axis + 1) * stacked
     return GateJacobian(dz.reshape(z.shape), dc_dc, dh_dc)
 
 

@@ -50,6 +50,11 @@ def activate(z: Float[Array, "G *units"], kinds: str) -> list[Float[Array, "*uni
     return list(jnp.unstack(sigmoid_or_tanh(z, kinds)))
 
 
+def scale_candidate(cell: Cell, name: str, gate: Array, candidate_scale: Array | None) -> Array:
+    """Returns a gate, scaled if it is the candidate and recurrent dropout has a scale."""
+    return gate if candidate_scale is None or name != cell.candidate else gate * candidate_scale
+
+
 def evaluate_cell(
     cell: Cell,
     z: Float[Array, "G *units"],
@@ -81,7 +86,7 @@ def evaluate_cell(
             slab = slabs[name] if name not in weights or c is None else slabs[name] + weights[name] * c
             activation = cell.activations[name] if kinds is None else None
             slab = slab if activation is None else activation(slab)
-            gates[name] = slab if candidate_scale is None or name != cell.candidate else slab * candidate_scale
+            gates[name] = scale_candidate(cell, name, slab, candidate_scale)
         return gates[name]
 
     if cell.update is not None:

@@ -69,7 +69,7 @@ def test_exported_files_run_without_this_package(tmp_path):
     assert process.stdout.strip() == "(9, 20, 4)"
     with np.load(tmp_path / "results.npz") as file:
         results = dict(file)
-    assert set(results.files) == set(expected)
+    assert set(results) == set(expected)
     for name, value in expected.items():
         np.testing.assert_allclose(results[name], value, **tolerance(np.float32, 100), err_msg=name)
 

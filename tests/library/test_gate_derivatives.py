@@ -1,5 +1,6 @@
 """The Jacobian of a cell for many steps, against `jax.jvp` and `jax.vjp` of the gates."""
 
+from dataclasses import replace
 from itertools import product
 
 import jax
@@ -23,8 +24,14 @@ SHUFFLED = Cell(
     output=lambda e, c, a: jnp.sin(c) * a + e,
     candidate="d",
 )
-NETWORKS = {"lstm": CELLS["lstm"], "cifg": CELLS["cifg"], "shuffled": SHUFFLED}
-DEFAULT = [("lstm", True, 1), ("cifg", False, 0), ("shuffled", True, 0)]  # the others are slow tests
+CANDIDATE_IN_OUTPUT = replace(SHUFFLED, candidate="e")
+NETWORKS = {"lstm": CELLS["lstm"], "cifg": CELLS["cifg"], "shuffled": SHUFFLED, "in output": CANDIDATE_IN_OUTPUT}
+DEFAULT = [
+    ("lstm", True, 1),
+    ("cifg", False, 0),
+    ("shuffled", True, 0),
+    ("in output", True, 1),
+]  # the others are slow tests
 CASES = [
     pytest.param(*case, marks=() if case in DEFAULT else pytest.mark.slow)
     for case in product(NETWORKS, (False, True), (0, 1))

@@ -245,6 +245,7 @@ def cell(**fields):
         (cell(gates={"a": jax.nn.softmax}), ValueError, "the activation of gate 'a' .* got the operation 'reduce_max'"),
         (cell(output=lambda c: jnp.cumsum(c, 0)), ValueError, "output of the cell .* got the operation 'cumsum'"),
         (cell(output=lambda c: c[::-1]), ValueError, "output of the cell .* got the operation 'rev'"),
+        (cell(output=lambda c: c * jax.lax.broadcasted_iota(c.dtype, c.shape, 1)), ValueError, "operation 'iota'"),
         (cell(update=lambda a, c: (a, c)), ValueError, "update of the cell must be elementwise .* returned tuple"),
         (cell(update=lambda a, other: a), ValueError, "update of the cell takes 'other', which is not one of a, c"),
         (cell(update=None), ValueError, "output of the cell takes 'c', which is not one of a$"),
