@@ -111,7 +111,7 @@ def backward_pieces(dtype: str, shape: Shape) -> dict[str, Piece]:
     d_ys = normal(shape.hidden_size, chunk_size)
 
     def chunk_derivatives(z: jax.Array, c: jax.Array) -> gate_derivatives.GateJacobian:
-        return gate_derivatives.gate_jacobian(jaxlstm.cells.LSTM, z, c, None, layout.units_axis)
+        return gate_derivatives.gate_jacobian(jaxlstm.cells.LSTM, z, c, None, None, layout.units_axis)
 
     def all_derivatives(z: jax.Array, c: jax.Array) -> gate_derivatives.GateJacobian:
         """Computes the derivatives chunk by chunk; only the last result is returned, so they are not stored."""
@@ -126,7 +126,7 @@ def backward_pieces(dtype: str, shape: Shape) -> dict[str, Piece]:
             dc, dh = tangents
             derivatives_t, dz = inputs_t
             dz = dz + layout.dot_for_vjp(recurrent, dh)
-            dc, dh = gate_derivatives.apply_jacobian(jaxlstm.cells.LSTM, derivatives_t, dz, dc, layout.units_axis)
+            dc, dh = gate_derivatives.apply_jacobian(jaxlstm.cells.LSTM, derivatives_t, dz, dc, None, layout.units_axis)
             return (dc, dh), dh
 
         def tangent_scan(dz: jax.Array) -> jax.Array:

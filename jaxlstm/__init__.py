@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from jaxlstm.autotuning import load_tuning as load_tuning
     from jaxlstm.cells import Cell as Cell
     from jaxlstm.conv_lstm import ConvLSTM as ConvLSTM
+    from jaxlstm.lstm import GRU as GRU
     from jaxlstm.lstm import LSTM as LSTM
     from jaxlstm.outputs import last_outputs as last_outputs
     from jaxlstm.params import Layer as Layer
@@ -32,11 +33,14 @@ if TYPE_CHECKING:
     from jaxlstm.params import Params as Params
     from jaxlstm.params import State as State
     from jaxlstm.params import Weights as Weights
+    from jaxlstm.rnn import RNN as RNN
 
 __version__ = "0.1.0"
 
 _MODULES = {  # by name: the module that defines it
+    "GRU": "lstm",
     "LSTM": "lstm",
+    "RNN": "rnn",
     "Cell": "cells",
     "ConvLSTM": "conv_lstm",
     "Layer": "params",
@@ -63,7 +67,9 @@ _SUBMODULES = (
     *("interop", "packing", "recurrence", "training"),
 )
 __all__ = [
+    "GRU",
     "LSTM",
+    "RNN",
     "Cell",
     "ConvLSTM",
     "Layer",

@@ -13,7 +13,7 @@ import math
 from collections.abc import Callable
 from dataclasses import KW_ONLY, dataclass
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -30,7 +30,7 @@ from jaxlstm.primitives.mixed_precision_dot import matvec
 from jaxlstm.recurrence.chunked_scan import ScanFns, emit_hidden, scan_directions
 from jaxlstm.recurrence.context import Direction, Results
 from jaxlstm.recurrence.gates import evaluate_cell
-from jaxlstm.recurrence.step import split_gates
+from jaxlstm.recurrence.step import require_form, split_gates
 
 ConvCellName = Literal["lstm", "peephole", "cifg"]
 Convolve = Callable[[Array, Array, DTypeLike, DTypeLike], Array]  # (w, x, dtype, accum_dtype) -> z
@@ -168,6 +168,12 @@ class ConvLSTM(RecurrentNetwork):
         self._set("spatial_shape", validation.spatial_shape("spatial_shape", self.spatial_shape))
         self._set("kernel_size", validation.kernel_shape("kernel_size", self.kernel_size, self.spatial_axes))
         super().__post_init__()
+        require_form("ConvLSTM", self.resolved_cell, several_states=False)
+
+    @property
+    def cell_names(self) -> tuple[str, ...]:
+        """The names that ``cell`` may have."""
+        return get_args(ConvCellName)
 
     def _normalized_default(self, name: str, default: Any) -> Any:
         return validation.kernel_shape(name, default, self.spatial_axes) if name == "kernel_size" else default
@@ -221,7 +227,8 @@ class ConvLSTM(RecurrentNetwork):
 
         return ScanFns(project, emit_hidden(step))
 
-    def layer_step(self, weights: Weights, x: Array, state: State) -> State:
+    def layer_step(self, weights: Weights, x: Array, state: State, z_static: Array | None = None) -> State:
         """Takes one step of one layer without regularizers: from its input and the state to the new state."""
+        del z_static
         z_x = project_inputs(weights, x, self.output_dtype, self.state_dtype)
         return recurrent_step(self.resolved_cell, weights, z_x, state, self.output_dtype)

@@ -64,7 +64,7 @@ def draw_masks(
 def apply_zoneout(rates: RegularizerRates, masks: RegularizerMasks, new: State, old: State) -> State:
     """Returns the state after a step with zoneout: by the masks, or without masks the expectation over them."""
     h = _mix(rates.zoneout_h, masks.zoneout_mask_h, new.h, old.h)
-    if new.c is None or old.c is None:
+    if rates.zoneout_c == 0.0:
         return State(h, new.c)
     return State(h, _mix(rates.zoneout_c, masks.zoneout_mask_c, new.c, old.c))
 

@@ -87,3 +87,27 @@ def chrono(num_gates: int, forget_gate: int, input_gate: int | None, longest: in
         return bias.reshape(rows)
 
     return init
+
+
+def power_law_forget_bias(num_gates: int, forget_gate: int, heads: int = 1, depth: float = 0.0) -> Initializer:
+    """Initializes a bias ``(num_gates*H,)``: from 5 to -7 over the units of a head by a power law, zero elsewhere.
+
+    Unit k of K in a head gets ``5 - 12 (k / (K - 1))^p`` with p from 0.3 in the first layer to 1.6 in the last, so the
+    units forget at different rates (Beck et al. 2024). The key is not used.
+
+    Args:
+      num_gates: G.
+      forget_gate: the index of its slab.
+      heads: number of heads.
+      depth: 0 for the first layer to 1 for the last.
+    """
+
+    def init(key: Array, shape: tuple[int, ...], dtype: DTypeLike = jnp.float32) -> Array:
+        del key
+        (rows,) = shape
+        units = rows // (num_gates * heads)
+        position = jnp.arange(units, dtype=accumulation_dtype(dtype)) / max(units - 1, 1)
+        values = jnp.tile(5 - 12 * position ** (0.3 + 1.3 * depth), heads).astype(dtype)
+        return jnp.zeros((num_gates, rows // num_gates), dtype).at[forget_gate].set(values).reshape(rows)
+
+    return init

@@ -1,6 +1,6 @@
 """The base class of recurrent networks: options, initialization, the call, the step and the loop over layers.
 
-`jaxlstm.LSTM` and `jaxlstm.ConvLSTM` add the shapes of their parameters, the dense part of a step and their options.
+`jaxlstm.RNN` and `jaxlstm.ConvLSTM` add the shapes of their parameters, the dense part of a step and their options.
 """
 
 from abc import ABC, abstractmethod
@@ -37,6 +37,7 @@ class CallArgs(NamedTuple):
     mask: Array | None  # (T, *batch) bool
     resets: Array | None  # (T, *batch) bool
     key: Array | None
+    static: Array | None = None  # (*batch, S), static features
 
 
 # (layer, xs, state, inputs, reverse) -> (ys, new state): one layer over time
@@ -215,40 +216,52 @@ class RecurrentNetwork(ABC):
         validation.key(key)
         self._check_dtypes()
         shapes = self.param_shapes()
-        initialize = {**self.weight_initializers(), "b": self._bias_initializer()}
+        initialize = {**self.weight_initializers(), "b": None}
         names = [name for name in Weights._fields if name in initialize]
         weights = [w for layer in shapes.layers for w in layer.directions]
         keys = iter(jax.random.split(key, sum(getattr(w, name) is not None for w in weights for name in names)))
 
-        def init_weights(shapes: Weights) -> Weights:
+        def init_weights(shapes: Weights, n: int) -> Weights:
             arrays = {name: getattr(shapes, name) for name in names}
             drawn = {
-                name: initialize[name](next(keys), a.shape, a.dtype) for name, a in arrays.items() if a is not None
+                name: (initialize[name] or self._bias_initializer(n))(next(keys), a.shape, a.dtype)
+                for name, a in arrays.items()
+                if a is not None
             }
             return shapes._replace(**{"w_c": _zeros(shapes.w_c), "norm": _init_norm(shapes.norm)} | drawn)
 
-        layers = tuple(Layer(*(init_weights(w) for w in layer.directions)) for layer in shapes.layers)
-        return Params(layers, _zeros(shapes.state))
+        layers = tuple(Layer(*(init_weights(w, n) for w in layer.directions)) for n, layer in enumerate(shapes.layers))
+        return Params(layers, None if shapes.state is None else self._fill_state(shapes.state))
 
-    def _bias_initializer(self) -> initializers.Initializer:
+    def _bias_initializer(self, n: int) -> initializers.Initializer:
+        """Returns the initializer of the bias of layer ``n``."""
         cell = self.resolved_cell
         forget_gate = cell.slab(cell.forget_gate)
         if self.chrono is not None and forget_gate is not None:
             return initializers.chrono(cell.num_gates, forget_gate, cell.slab(cell.input_gate), self.chrono)
-        return initializers.forget_bias(
-            cell.num_gates, forget_gate, 1.0 if self.forget_bias is None else self.forget_bias
-        )
+        value = cell.forget_bias if self.forget_bias is None else self.forget_bias
+        if isinstance(value, str) and forget_gate is not None:
+            depth = n / max(self.num_layers - 1, 1)
+            return initializers.power_law_forget_bias(cell.num_gates, forget_gate, self.num_heads, depth)
+        return initializers.forget_bias(cell.num_gates, forget_gate, float(value))
+
+    def _fill_state(self, shapes: State) -> State:
+        """Returns the state at its initial values: zeros, but for a cell that declares others."""
+        cell, h = self.resolved_cell, _zeros(shapes.h)
+        states, values = cell.states_by_name(shapes.c), cell.initial_values
+        filled = {name: jnp.full(a.shape, values[name], a.dtype) for name, a in states.items()}
+        return State(h, cell.pack_states(filled))
 
     def initial_state(self, batch_shape: int | tuple[int, ...] = (), params: Params | None = None) -> State:
-        """Returns the state before the first step: zeros, or the learned state.
+        """Returns the state before the first step: the initial values of the cell (zeros), or the learned state.
 
         Args:
           batch_shape: the batch axes; an int for one axis.
           params: from `init`; needed if the initial state is learned, ignored otherwise.
 
         Returns:
-          h ``(L*D, *batch, P)`` and c ``(L*D, *batch, H)`` (None for a cell without it), float32 or wider; for a
-          convolutional network with the spatial axes before the channels.
+          h ``(L*D, *batch, P)`` and c ``(L*D, *batch, H)`` (None for a cell without it, a dict for a cell with several
+          states), float32 or wider; for a convolutional network with the spatial axes before the channels.
 
         Raises:
           ValueError, TypeError: if the state is learned and ``params`` is missing or not of this configuration.
@@ -264,7 +277,7 @@ class RecurrentNetwork(ABC):
     def _initial_state(self, batch: tuple[int, ...], params: Params | None) -> State:
         shapes = self.state_shapes(batch)
         if params is None or params.state is None:
-            return _zeros(shapes)
+            return self._fill_state(shapes)
 
         def over_batch(a: Array, like: Any) -> Array:
             a = a.reshape(a.shape[0], *[1] * len(batch), *a.shape[1:])
@@ -285,6 +298,7 @@ class RecurrentNetwork(ABC):
         resets: Bool[ArrayLike, "T *batch"] | None = None,
         reverse: bool = False,
         key: Array | None = None,
+        static: Float[ArrayLike, "*batch S"] | None = None,
     ) -> tuple[Float[Array, "T *batch_and_outputs"], State]:
         """Runs all layers over a sequence.
 
@@ -304,6 +318,7 @@ class RecurrentNetwork(ABC):
           reverse: time runs backward from each sequence's own last step; outputs stay aligned with inputs.
           key: PRNG key that turns the random regularizers on; without it the call is deterministic, and zoneout takes
             its expectation.
+          static: features of each sequence that do not change over time, for a cell that reads them.
 
         Returns:
           ``(ys, state)``: outputs of the last layer ``(T, *batch, D*P)`` in ``dtype``, and the state after the last
@@ -312,7 +327,7 @@ class RecurrentNetwork(ABC):
         Raises:
           ValueError, TypeError: while tracing, for a wrong shape, size, dtype or type.
         """
-        args = self.check_call(params, xs, state, lengths=lengths, mask=mask, resets=resets, key=key)
+        args = self.check_call(params, xs, state, lengths=lengths, mask=mask, resets=resets, key=key, static=static)
         return self._apply(args, validation.flag("reverse", reverse))
 
     def step(
@@ -322,6 +337,7 @@ class RecurrentNetwork(ABC):
         x: Float[ArrayLike, "*batch_and_features"],
         *,
         reset: Bool[ArrayLike, "*batch"] | None = None,
+        static: Float[ArrayLike, "*batch S"] | None = None,
     ) -> tuple[State, Float[Array, "*batch_and_outputs"]]:
         """Takes one step of all layers, without regularizers, for streaming and reinforcement learning.
 
@@ -334,6 +350,7 @@ class RecurrentNetwork(ABC):
             needs one to start from.
           x: input of this step.
           reset: the state is zero, or the learned one, before this step where it is True.
+          static: as in the call.
 
         Returns:
           ``(state, y)``.
@@ -357,7 +374,7 @@ class RecurrentNetwork(ABC):
         why = f" (x, of shape {list(x.shape)}, is one step; calling the network takes a sequence)"
         state = validation.state(state, self.state_shapes(batch), why)
         reset = None if reset is None else validation.array("reset", reset, jnp.bool_, batch)
-        return self._step(params, state, x, reset)
+        return self._step(params, state, x, reset, self._check_static(static, batch))
 
     def check_params(self, params: Any) -> None:
         """Raises a ValueError or TypeError if ``params`` are not parameters of this configuration."""
@@ -373,6 +390,7 @@ class RecurrentNetwork(ABC):
         mask: Any = None,
         resets: Any = None,
         key: Array | None = None,
+        static: Any = None,
     ) -> CallArgs:
         """Validates the arguments of a call.
 
@@ -389,7 +407,19 @@ class RecurrentNetwork(ABC):
         masks = validation.step_masks(lengths, mask, resets, num_steps, batch)
         if key is not None:
             validation.key(key)
-        return CallArgs(params, xs, state, *masks, key)
+        return CallArgs(params, xs, state, *masks, key, self._check_static(static, batch))
+
+    def _check_static(self, static: Any, batch: tuple[Any, ...]) -> Array | None:
+        """Returns the static features ``(*batch, S)``; None for a network without them."""
+        if (static is None) != (self.num_static is None):
+            expected = "no static features" if self.num_static is None else f"shape {[*batch, self.num_static]}"
+            raise ValueError(
+                f"static must have {expected} with cell={self.cell!r}, got "
+                f"{'none' if static is None else validation.describe(static)}"
+            )
+        if static is None or self.num_static is None:
+            return None
+        return validation.array("static", static, jnp.floating, (*batch, self.num_static))
 
     @partial(jax.jit, static_argnums=(0, 2))
     def _apply(self, args: CallArgs, reverse: bool) -> tuple[Array, State]:
@@ -418,6 +448,7 @@ class RecurrentNetwork(ABC):
             rows = slice(n * self.num_directions, (n + 1) * self.num_directions)
             layer_inputs = inputs._replace(restart_state=tree_index(inputs.restart_state, rows))
             layer, layer_inputs = self.regularize_layer(n, layer, layer_inputs, ys, key)
+            layer_inputs = layer_inputs._replace(z_static=self.project_static(layer, args.static))
             ys, new_state = run_layer(layer, ys, tree_index(state, rows), layer_inputs, reverse)
             last.append(new_state)
         return self.drop_outputs(key, ys), tree_concatenate(last)
@@ -432,14 +463,35 @@ class RecurrentNetwork(ABC):
 
     def prepare_layers(self, args: CallArgs) -> tuple[State, LayerInputs]:
         """Returns the initial state and the masks of all layers."""
-        params, xs, state, lengths, mask, resets, _ = args
+        params, xs, state, lengths, mask, resets, *_ = args
         num_steps, *axes = xs.shape[: xs.ndim - self._num_feature_axes]
         if state is None:
             state = masking.match_sharding(xs, self._initial_state(tuple(axes), params))
         state = masking.match_vma(args._replace(state=None), state)
-        restart_state = None if resets is None else jax.tree.map(lambda a: a.astype(self.state_dtype), params.state)
+        restart_state = None if resets is None else self._restart_state(params)
         step_mask = masking.step_mask(num_steps, lengths, mask)
         return state, LayerInputs(step_mask, resets, lengths if mask is None else None, restart_state)
+
+    def _restart_state(self, params: Params) -> State | None:
+        """Returns the state after a reset, of all layers, ``(L*D, *units)``; None for zeros."""
+        if params.state is not None:
+            return jax.tree.map(lambda a: a.astype(self.state_dtype), params.state)
+        return self._fill_state(self.state_shapes()) if any(self.resolved_cell.initial_values.values()) else None
+
+    @property
+    def num_static(self) -> int | None:
+        """S, the number of static features; None if the cell does not read them."""
+        return None
+
+    @property
+    def num_heads(self) -> int:
+        """Number of blocks of a block-diagonal ``W_h``."""
+        return 1
+
+    def project_static(self, layer: Layer, static: Array | None) -> Array | None:
+        """Returns ``W_s s`` for each direction of a layer, ``(D, *batch, G*H)``; None without static features."""
+        del layer, static
+        return None
 
     def regularize_layer(
         self, n: int, layer: Layer, inputs: LayerInputs, xs: Array, key: Array | None
@@ -481,19 +533,21 @@ class RecurrentNetwork(ABC):
         """Runs the directions of a layer forward in time; see `jaxlstm.recurrence.context`."""
 
     @abstractmethod
-    def layer_step(self, weights: Weights, x: Array, state: State) -> State:
+    def layer_step(self, weights: Weights, x: Array, state: State, z_static: Array | None = None) -> State:
         """Takes one step of one layer without regularizers: from its input and the state to the new state."""
 
     @partial(jax.jit, static_argnums=0)
-    def _step(self, params: Params, state: State, x: Array, reset: Array | None) -> tuple[State, Array]:
+    def _step(
+        self, params: Params, state: State, x: Array, reset: Array | None, static: Array | None
+    ) -> tuple[State, Array]:
         y = x.astype(self.output_dtype)
         new_states = []
         for n, layer in enumerate(params.layers):
-            layer_state, restart_state = tree_index((state, params.state), n)
+            layer_state = tree_index(state, n)
             if reset is not None:
-                restart_state = jax.tree.map(lambda a: a.astype(self.state_dtype), restart_state)
-                layer_state = masking.restart(reset, restart_state, layer_state)
-            new_states.append(self.layer_step(layer.forward, y, layer_state))
+                layer_state = masking.restart(reset, tree_index(self._restart_state(params), n), layer_state)
+            z_static = tree_index(self.project_static(layer, static), 0)
+            new_states.append(self.layer_step(layer.forward, y, layer_state, z_static))
             y = new_states[-1].h.astype(self.output_dtype)
         return tree_stack(new_states), y
 
@@ -525,8 +579,9 @@ def _state_shapes(network: RecurrentNetwork, batch_shape: tuple[int, ...]) -> St
         leading = (network.num_layers * network.num_directions, *batch_shape)
         return jax.ShapeDtypeStruct((*leading, *network.feature_shape(size)), network.state_dtype)
 
-    has_cell_state = network.resolved_cell.has_cell_state
-    return State(array(network.output_size), array(network.hidden_size) if has_cell_state else None)
+    cell = network.resolved_cell
+    states = {name: array(network.hidden_size) for name in cell.initial_values}
+    return State(array(network.output_size), cell.pack_states(states))
 
 
 def _zeros(shapes: Any) -> Any:

@@ -9,6 +9,7 @@
 | P      | output size of a step: the projection size if there is one, else H |
 | G      | gates of a cell: 4 for the LSTM, in the order i, f, g, o           |
 | L, D   | layers, directions (1 or 2)                                        |
+| S      | size of the static features                                        |
 """
 
 from typing import Any, NamedTuple
@@ -28,27 +29,31 @@ class State(NamedTuple):
     """
 
     h: Array  # (L*D, *batch, P), hidden state: the output of the last step
-    c: Array | None  # (L*D, *batch, H), cell state; None for a cell without one
+    c: Any  # (L*D, *batch, H), cell state; None for a cell without one, a dict by name for a cell with several states
 
 
 class Norm(NamedTuple):
     """Layer-normalization parameters of one layer in one direction. The shift of z is the bias of `Weights`."""
 
     x: Array  # (G*H,), gain of W_x x
-    h: Array  # (G*H,), gain of W_h h
-    c: Array | None = None  # (H,), gain of the cell state; None for a cell without one
+    h: Array | None  # (G*H,), gain of W_h h; None without W_h
+    c: Array | None = None  # (H,), gain of the cell state; None for a cell without one or with several states
     b_c: Array | None = None  # (H,), shift of the cell state; None without bias
 
 
 class Weights(NamedTuple):
-    """Parameters of one layer in one direction; gates are stacked in the order i, f, g, o."""
+    """Parameters of one layer in one direction; gates are stacked in the order i, f, g, o.
+
+    A matrix has rows for the gates that read its source: for most cells w_x and w_h have rows for all G gates.
+    """
 
     w_x: Array  # (G*H, I), input weights
-    w_h: Array  # (G*H, P), recurrent weights
+    w_h: Any  # (G*H, P), recurrent weights, (G*H, P/k) with k heads and (G*H, 1) if diagonal; None if no gate reads h
     b: Array | None = None  # (G*H,), bias; None without one
     w_p: Array | None = None  # (P, H), projection; None without one
     w_c: Array | None = None  # (K, H), peepholes, one row per gate that reads the cell state; None without them
     norm: Norm | None = None  # None without layer normalization
+    w_s: Array | None = None  # (G*H, S), weights of the static features; None if no gate reads them
 
 
 class Layer(NamedTuple):

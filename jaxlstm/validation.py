@@ -16,7 +16,7 @@ from jax.core import Tracer
 from jax.export import is_symbolic_dim
 from jax.extend.core import ClosedJaxpr, Jaxpr
 
-from jaxlstm.cells import Cell, argument_names
+from jaxlstm.cells import SOURCES, Cell, argument_names
 from jaxlstm.errors import first_line
 from jaxlstm.params import Params, Size, State
 
@@ -122,11 +122,16 @@ def cell(value: Cell) -> None:
         name = getattr(value, label)
         if name is not None and name not in names:
             raise ValueError(f"{label} of the cell must be one of its gates {', '.join(names)}, got {name!r}")
+    states = _state_names(value, names)
+    _check_sources(value, names)
+    choice("recurrent of the cell", value.recurrent, ("dense", "diagonal"))
+    flag("affine of the cell", value.affine)
+    if value.forget_bias != "power_law":
+        number("forget_bias of the cell", value.forget_bias)
     if not isinstance(value.peepholes, tuple) or not set(value.peepholes) <= set(names):
         raise ValueError(f"peepholes of the cell must be some of its gates {', '.join(names)}, got {value.peepholes!r}")
-    if value.peepholes and value.update is None:
-        raise ValueError("peepholes of the cell need a cell state, but update is None")
-    states = set() if value.update is None else {"c"}
+    if value.peepholes and len(states) != 1:
+        raise ValueError(f"peepholes of the cell need one cell state, got {', '.join(states) or 'none'}")
     read: set[str] = set()
     for label in ("update", "output"):
         function: Any = getattr(value, label)
@@ -135,15 +140,52 @@ def cell(value: Cell) -> None:
         if not callable(function):
             raise TypeError(f"{label} of the cell must be a function, got {describe(function)}")
         arguments = argument_names(function)
-        unknown = [name for name in arguments if name not in states | set(names)]
+        known = [*names, *states, "h"]
+        unknown = [name for name in arguments if name not in known]
         if unknown:
-            known = [*names, *states]
             raise ValueError(f"{label} of the cell takes {unknown[0]!r}, which is not one of {', '.join(known)}")
         read |= set(arguments)
-        _check_elementwise(f"{label} of the cell", function, arguments)
+        num_results = len(states) if label == "update" else 1
+        _check_elementwise(f"{label} of the cell", function, arguments, num_results)
     unread = [name for name in names if name not in read]
     if unread:
         raise ValueError(f"gate {unread[0]!r} of the cell is read neither by update nor by output")
+
+
+def _state_names(cell: Cell, gates: list[str]) -> list[str]:
+    """Returns the names of a cell's states after checking their declaration."""
+    pairs = cell.state
+    if not isinstance(pairs, tuple) or not all(isinstance(a, tuple) and len(a) == 2 for a in pairs):
+        raise TypeError(
+            f'state of the cell must be a dict of initial values such as {{"c": 0.0}}, got {describe(pairs)}'
+        )
+    names = [name for name, _ in pairs]
+    for name, initial in pairs:
+        if not (isinstance(name, str) and name.isidentifier()) or name in (*gates, "h") or names.count(name) > 1:
+            raise ValueError(f"names of states must be identifiers other than h and the gates, got {name!r}")
+        if math.isnan(_float(f"the initial value of state {name!r}", initial, "a number")):
+            raise ValueError(f"the initial value of state {name!r} must be a number, got nan")
+    if bool(names) != (cell.update is not None):
+        raise ValueError(
+            f"a cell has states if it has an update: got state={', '.join(names) or 'none'} and "
+            f"{'no update' if cell.update is None else 'an update'}"
+        )
+    return names
+
+
+def _check_sources(cell: Cell, gates: list[str]) -> None:
+    """Checks which sources the gates read."""
+    pairs = cell.reads
+    if not isinstance(pairs, tuple) or not all(isinstance(a, tuple) and len(a) == 2 for a in pairs):
+        raise TypeError(f'reads of the cell must be a dict such as {{"i": ("x",)}}, got {describe(pairs)}')
+    for name, sources in pairs:
+        if name not in gates:
+            raise ValueError(f"reads of the cell must name its gates {', '.join(gates)}, got {name!r}")
+        is_valid = isinstance(sources, tuple) and sources and len(set(sources)) == len(sources)
+        if not is_valid or not set(sources) <= set(SOURCES):
+            raise ValueError(f"gate {name!r} must read some of {', '.join(SOURCES)}, as a tuple, got {sources!r}")
+    if not cell.slabs_reading("x"):
+        raise ValueError("at least one gate of the cell must read x, got none")
 
 
 def _gate_names(cell: Cell) -> list[str]:
@@ -156,8 +198,9 @@ def _gate_names(cell: Cell) -> list[str]:
         )
     names = [name for name, _ in pairs]
     for name, activation in pairs:
-        if not (isinstance(name, str) and name.isidentifier()) or name in ("c", "h") or names.count(name) > 1:
-            raise ValueError(f"names of gates must be different identifiers other than c and h, got {name!r}")
+        is_state = name in ("h", *(state for state, *_ in cell.state or ()))
+        if not (isinstance(name, str) and name.isidentifier()) or is_state or names.count(name) > 1:
+            raise ValueError(f"names of gates must be different identifiers other than h and the states, got {name!r}")
         if activation is None:
             continue
         if not callable(activation):
@@ -166,8 +209,10 @@ def _gate_names(cell: Cell) -> list[str]:
     return names
 
 
-def _check_elementwise(label: str, function: Callable[..., Any], arguments: tuple[str, ...]) -> None:
-    """Checks by tracing that a function of arrays by name is elementwise."""
+def _check_elementwise(
+    label: str, function: Callable[..., Any], arguments: tuple[str, ...], num_results: int = 1
+) -> None:
+    """Checks by tracing that a function of arrays by name is elementwise; several results are a tuple."""
     array = jax.ShapeDtypeStruct((2, 3), jnp.float32)
     try:
         closed, result = jax.make_jaxpr(lambda values: function(**values), return_shape=True)(
@@ -175,8 +220,12 @@ def _check_elementwise(label: str, function: Callable[..., Any], arguments: tupl
         )
     except Exception as error:  # of the user's function
         raise ValueError(f"{label} failed on arrays [2, 3]: {first_line(error)}") from error
-    if not isinstance(result, jax.ShapeDtypeStruct) or result.shape != array.shape:
-        received = list(result.shape) if isinstance(result, jax.ShapeDtypeStruct) else describe(result)
+    if num_results > 1 and not (isinstance(result, tuple) and len(result) == num_results):
+        raise ValueError(f"{label} must return a tuple of {num_results} states, got {describe(result)}")
+    for each in result if num_results > 1 else (result,):
+        if isinstance(each, jax.ShapeDtypeStruct) and each.shape == array.shape:
+            continue
+        received = list(each.shape) if isinstance(each, jax.ShapeDtypeStruct) else describe(each)
         raise ValueError(f"{label} must be elementwise over units; for arrays [2, 3] it returned {received}")
     mixing = _mixing_operation(closed.jaxpr, array.shape)
     if mixing is not None:
@@ -389,6 +438,13 @@ def state(value: Any, expected: State, why: str = "", name: str = "state") -> St
         parts, reason = ("(h, c)", "") if expected.c is not None else ("(h, None)", ": this cell has no cell state")
         raise TypeError(f"{name} must be a jaxlstm.State{parts} or a tuple {parts}, got {describe(value)}{reason}")
     h, c = value
+    if isinstance(expected.c, dict):
+        names = ", ".join(expected.c)
+        if not isinstance(c, dict) or set(c) != set(expected.c):
+            received = f"a dict of {', '.join(map(repr, c))}" if isinstance(c, dict) else describe(c)
+            raise ValueError(f"{name}.c must be a dict of the states {names}; got {received}")
+        h = _state_array(f"{name}.h", h, expected.h, why)
+        return State(h, {k: _state_array(f"{name}.c[{k!r}]", c[k], a, why) for k, a in expected.c.items()})
     if (c is None) != (expected.c is None):
         wanted = "None: this cell has no cell state" if expected.c is None else f"an array {list(expected.c.shape)}"
         raise ValueError(f"{name}.c must be {wanted}; got {describe(c)}")

@@ -45,12 +45,32 @@ CONFIGURATIONS: dict[str, dict[str, Any]] = {
         "dropout": 0.4, "input_dropout": 0.3, "output_dropout": 0.2, "variational": True, "num_layers": 2,
         "cell": "rnn", "weight_drop": 0.4, "zoneout_h": 0.3,
     },
+    "gru": {"cell": "gru"},
+    "gru two layers bidirectional": {"cell": "gru", "num_layers": 2, "bidirectional": True, "remat": 3},
+    "gru layer norm zoneout": {"cell": "gru", "layer_norm": True, "zoneout_h": 0.3, "learned_state": True},
+    "gru heads": {"cell": "gru", "heads": 2, "hidden_size": 4, "use_bias": False},
+    "slstm": {"cell": "slstm"},
+    "slstm heads": {"cell": "slstm", "heads": 2, "hidden_size": 4, "recurrent_dropout": 0.4},
+    "minlstm": {"cell": "minlstm", "recurrent_dropout": 0.4, "bidirectional": True},
+    "mingru layer norm": {"cell": "mingru", "layer_norm": True},
+    "indrnn": {"cell": "indrnn"},
+    "paralstm": {"cell": "paralstm", "learned_state": True, "zoneout_c": 0.2},
+    "ea": {"cell": "ea", "static_size": 2, "num_layers": 2, "bidirectional": True, "proj_size": 3},
     "all options of a layer": {
         "cell": "peephole", "layer_norm": True, "learned_state": True, "proj_size": 2, "remat": 3, "input_dropout": 0.2,
         "output_dropout": 0.2, "weight_drop": 0.3, "recurrent_dropout": 0.4, "zoneout_h": 0.3, "zoneout_c": 0.2,
     },
 }  # fmt: skip
-WITH_KEY = ("zoneout rnn", "recurrent dropout", "weight drop", "dropout", "variational", "all options of a layer")
+WITH_KEY = (
+    "zoneout rnn",
+    "recurrent dropout",
+    "weight drop",
+    "dropout",
+    "variational",
+    "all options of a layer",
+    "slstm heads",
+    "minlstm",
+)
 INPUTS: dict[str, tuple[str, ...]] = {
     "plain": (),
     "lengths": ("lengths",),
@@ -79,7 +99,7 @@ TABLE = [
 class Case:
     """A network with random weights, a nonzero initial state, inputs, and weights of a loss over all its results."""
 
-    lstm: jaxlstm.LSTM
+    lstm: jaxlstm.RNN
     params: jaxlstm.Params
     xs: np.ndarray  # (T, B, I)
     state: jaxlstm.State
@@ -95,7 +115,7 @@ class Case:
 def network(configuration: str, implementation: Any = None, **options: Any) -> jaxlstm.LSTM:
     """Makes the network of a configuration; in float64 unless ``param_dtype`` is given."""
     options = {"param_dtype": jnp.float64} | CONFIGURATIONS[configuration] | options
-    return jaxlstm.LSTM(INPUT_SIZE, HIDDEN_SIZE, implementation=implementation, **options)
+    return jaxlstm.LSTM(INPUT_SIZE, options.pop("hidden_size", HIDDEN_SIZE), implementation=implementation, **options)
 
 
 def random_params(lstm: Any, rng: np.random.Generator, dtype: Any = np.float64) -> jaxlstm.Params:
@@ -111,7 +131,11 @@ def make(configuration: str, inputs: str, num_steps: int = NUM_STEPS, batch_size
     params = random_params(lstm, rng)
     xs = rng.standard_normal((num_steps, batch_size, INPUT_SIZE))
     state = jax.tree.map(lambda a: rng.standard_normal(a.shape), lstm.state_shapes((batch_size,)))
+    if isinstance(state.c, dict):
+        state.c["n"] = 0.5 + abs(state.c["n"])  # the normalizer of sLSTM is a sum of exponentials
     options: dict[str, Any] = {}
+    if lstm.static_size is not None:
+        options["static"] = rng.standard_normal((batch_size, lstm.static_size))
     if "lengths" in INPUTS[inputs]:
         options["lengths"] = np.array([num_steps, 0, num_steps - 2, 1])
     if "mask" in INPUTS[inputs]:
@@ -153,8 +177,7 @@ def random_masks(case: Case) -> tuple[list, list, list]:
     step_masks, weight_masks = [], []
     for n in range(lstm.num_layers):
         leading = (lstm.num_directions, num_steps, batch_size)
-        c_size = None if lstm.cell == "rnn" else HIDDEN_SIZE
-        drawn = draw_masks(regularizer_key(key, n, 1), rates, leading, lstm.output_size, c_size)
+        drawn = draw_masks(regularizer_key(key, n, 1), rates, leading, lstm.output_size, lstm.hidden_size)
         candidate, zoneout_h, zoneout_c = (None if a is None else np.asarray(a, float) for a in drawn)
         scale = 1.0 if candidate is None else candidate / (1 - rates.recurrent_dropout)
         step_masks.append((scale, 0.0 if zoneout_h is None else zoneout_h, 0.0 if zoneout_c is None else zoneout_c))

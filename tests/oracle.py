@@ -37,7 +37,67 @@ def cifg_gates(z, c, peepholes, candidate_scale, normalize):
     return c, sigmoid(z_o) * np.tanh(normalize(c))
 
 
+def log_sigmoid(x):
+    return -np.log1p(np.exp(-x))
+
+
+def gru_gates(z, h):
+    z_r, z_u, n_x, n_h = np.split(z, 4, axis=-1)
+    u = sigmoid(z_u)
+    return (1 - u) * np.tanh(n_x + sigmoid(z_r) * n_h) + u * h
+
+
+def minlstm_gates(z, h, candidate_scale):
+    z_i, z_f, g = np.split(z, 3, axis=-1)
+    i, f = sigmoid(z_i), sigmoid(z_f)
+    return (f * h + i * g * candidate_scale) / (f + i)
+
+
+def mingru_gates(z, h, candidate_scale):
+    z_u, g = np.split(z, 2, axis=-1)
+    u = sigmoid(z_u)
+    return (1 - u) * h + u * g * candidate_scale
+
+
+def slstm_gates(z, c, peepholes, candidate_scale, normalize):
+    """The equations of the paper without the stabilizer, by sums of exponentials scaled by exp(m)."""
+    z_i, z_f, z_g, z_o = np.split(z, 4, axis=-1)
+    c, n, m = c["c"], c["n"], c["m"]
+    scaled = log_sigmoid(z_f) + m
+    new_m = np.where(scaled.real > z_i.real, scaled, z_i)
+    keep, add = np.exp(scaled - new_m), np.exp(z_i - new_m)
+    new_c, new_n = keep * c + add * np.tanh(z_g) * candidate_scale, keep * n + add
+    return {"c": new_c, "n": new_n, "m": new_m}, sigmoid(z_o) * new_c / new_n
+
+
+# By cell: the gates that read h and those that read x, if not all; functions of (z, h, candidate_scale).
+READS = {
+    "gru": ([0, 1, 2], [0, 1, 3], []),
+    "minlstm": ([0, 1, 2], [], []),
+    "mingru": ([0, 1], [], []),
+    "ea": ([1, 2, 3], [1, 2, 3], [0]),
+}
+NUM_GATES = {"gru": 4, "minlstm": 3, "mingru": 2, "ea": 4}
+FROM_H = {
+    "gru": lambda z, h, scale: gru_gates(z, h),
+    "minlstm": minlstm_gates,
+    "mingru": mingru_gates,
+}
+
+
+def paralstm_gates(z, c, peepholes, candidate_scale, normalize):
+    z_f, z_g, z_o = np.split(z, 3, axis=-1)
+    w_f, w_o = (peepholes[..., k, :] for k in range(2))
+    f = sigmoid(z_f + w_f * c)
+    new_c = f * c + (1 - f) * np.tanh(z_g) * candidate_scale
+    return new_c, sigmoid(z_o + w_o * new_c) * np.tanh(normalize(new_c))
+
+
 GATES = {
+    "slstm": slstm_gates,
+    "paralstm": paralstm_gates,
+    "ea": lstm_gates,
+    "indrnn": lambda z, c, *_: (c, np.where(z.real > 0, z, 0)),
     "lstm": lstm_gates,
     "peephole": peephole_gates,
     "cifg": cifg_gates,
@@ -52,31 +112,59 @@ def layer_norm(x, gain):
     return gain * x / np.sqrt((x * x).mean(-1, keepdims=True) + 1e-5)
 
 
-def one_step(cell, weights, x, h, c, candidate_scale, zoneout_h, zoneout_c):
+def block_diagonal(w, size):
+    """Returns the dense matrix of recurrent weights ``(G*size, block)``."""
+    block = w.shape[-1]
+    if block == size:
+        return w
+    dense = np.zeros((*w.shape[:-1], size), w.dtype)
+    for row in range(w.shape[-2]):
+        start = row % size // block * block
+        dense[..., row, start : start + block] = w[..., row, :]
+    return dense
+
+
+def one_step(cell, weights, x, h, c, candidate_scale, zoneout_h, zoneout_c, static=None):
     """Computes the new ``h`` and ``c``.
 
     ``candidate_scale`` multiplies the candidate. ``zoneout_h`` and ``zoneout_c`` are the share of the old value in the
     new one: 0, 1 or a rate.
     """
-    z_x, z_h = matvec(weights.w_x, x), matvec(weights.w_h, h)
+    z_x = matvec(weights.w_x, x)
+    z_h = None if weights.w_h is None else matvec(block_diagonal(weights.w_h, h.shape[-1]), h)
     norm = weights.norm
-    z = z_x + z_h if norm is None else layer_norm(z_x, norm.x) + layer_norm(z_h, norm.h)
+    if norm is not None:
+        z_x = layer_norm(z_x, norm.x)
+        z_h = None if z_h is None else layer_norm(z_h, norm.h)
+    if cell in READS:
+        size = z_x.shape[-1] // len(READS[cell][0])
+        slabs = [0] * NUM_GATES[cell]
+        for rows, part in zip(READS[cell], (z_x, z_h, None if static is None else matvec(weights.w_s, static))):
+            for k, gate in enumerate(rows):
+                slabs[gate] = slabs[gate] + part[..., k * size : (k + 1) * size]
+        z = np.concatenate(np.broadcast_arrays(*slabs), axis=-1)
+    else:
+        z = z_x + z_h
     if weights.b is not None:
         z = z + weights.b
 
     def normalize(c):
-        if norm is None:
+        if norm is None or norm.c is None:
             return c
         return layer_norm(c, norm.c) + (0 if norm.b_c is None else norm.b_c)
 
-    new_c, new_h = GATES[cell](z, c, weights.w_c, candidate_scale, normalize)
+    if cell in FROM_H:
+        new_c, new_h = None, FROM_H[cell](z, h, candidate_scale)
+    else:
+        new_c, new_h = GATES[cell](z, c, weights.w_c, candidate_scale, normalize)
     if weights.w_p is not None:
         new_h = matvec(weights.w_p, new_h)
-    new_c = None if c is None else zoneout_c * c + (1 - zoneout_c) * new_c
+    if c is not None and not isinstance(c, dict):
+        new_c = zoneout_c * c + (1 - zoneout_c) * new_c
     return zoneout_h * h + (1 - zoneout_h) * new_h, new_c
 
 
-def one_sequence(cell, weights, xs, h, c, step_mask, resets, backward, restart_state, regularizers):
+def one_sequence(cell, weights, xs, h, c, step_mask, resets, backward, restart_state, regularizers, static=None):
     """Runs one direction of one layer over one sequence: ``ys, h, c``.
 
     ``xs (..., T, I)``, ``h (..., P)``, ``c (..., H)`` or None; ``step_mask`` and ``resets`` are ``(T,)`` bool.
@@ -91,14 +179,14 @@ def one_sequence(cell, weights, xs, h, c, step_mask, resets, backward, restart_s
             continue
         if resets[t] and not backward:
             h, c = restart_state
-        h, c = one_step(cell, weights, xs[..., t, :], h, c, *(values[t] for values in regularizers))
+        h, c = one_step(cell, weights, xs[..., t, :], h, c, *(values[t] for values in regularizers), static)
         ys[t] = h
         if resets[t] and backward:
             h, c = restart_state
     return np.stack(np.broadcast_arrays(*ys), axis=-2), h, c
 
 
-def one_direction(cell, weights, xs, h, c, step_mask, resets, backward, restart_state, regularizers):
+def one_direction(cell, weights, xs, h, c, step_mask, resets, backward, restart_state, regularizers, static=None):
     """Runs `one_sequence` on every row of a batch: ``xs (..., T, B, I)``, ``h (..., B, P)``, ``c (..., B, H)``.
 
     ``regularizers`` has three numbers or arrays ``(T, B, .)``.
@@ -107,14 +195,27 @@ def one_direction(cell, weights, xs, h, c, step_mask, resets, backward, restart_
     rows = []
     for b in range(batch_size):
         row_regularizers = [np.full(num_steps, a) if np.isscalar(a) else a[:, b] for a in regularizers]
-        row_c = None if c is None else c[..., b, :]
+        row_c = each_state(lambda a, b=b: a[..., b, :], c)
         row = one_sequence(
             cell, weights, xs[..., b, :], h[..., b, :], row_c, step_mask[:, b], resets[:, b], backward, restart_state,
-            row_regularizers,
+            row_regularizers, None if static is None else static[..., b, :],
         )  # fmt: skip
         rows.append(row)
     ys, hs, cs = zip(*rows)
-    return stack(ys, -2), stack(hs, -2), None if c is None else stack(cs, -2)
+    return stack(ys, -2), stack(hs, -2), stack_states(cs, -2)
+
+
+def each_state(function, c):
+    """Applies a function to the cell state, to each of several states by name, or to none."""
+    if isinstance(c, dict):
+        return {name: function(a) for name, a in c.items()}
+    return None if c is None else function(c)
+
+
+def stack_states(cs, axis):
+    if isinstance(cs[0], dict):
+        return {name: stack([c[name] for c in cs], axis) for name in cs[0]}
+    return None if cs[0] is None else stack(cs, axis)
 
 
 def stack(arrays, axis):
@@ -134,6 +235,7 @@ def network(
     reverse=False,
     layer_masks=None,
     step_masks=None,
+    static=None,
 ):
     """Runs all layers: ``ys, h, c``.
 
@@ -148,6 +250,7 @@ def network(
       resets: ``(T, B)`` bool.
       reverse: whether time runs backward.
       layer_masks: factors of the inputs of each layer and of the outputs of the last one; None for a factor of 1.
+      static: ``(..., B, S)``, static features.
       step_masks: for each layer, the last three arguments of `one_step`: numbers or arrays ``(D, T, B, .)``.
     """
     num_steps, batch_size = xs.shape[-3:-1]
@@ -165,15 +268,17 @@ def network(
         for direction, weights in enumerate((layer.forward, layer.backward)):
             if weights is None:
                 continue
-            initial = h[..., k, :, :], None if c is None else c[..., k, :, :]
+            initial = h[..., k, :, :], each_state(lambda a, k=k: a[..., k, :, :], c)
             if params.state is None:
-                restart_state = [None if a is None else 0 * a[..., 0, :] for a in initial]
+                restart_state = [0 * initial[0][..., 0, :], each_state(lambda a: 0 * a[..., 0, :], initial[1])]
+                if cell == "slstm":
+                    restart_state[1]["m"] = np.full_like(restart_state[1]["n"], -np.inf)
             else:
                 restart_state = [None if a is None else a[..., k, :] for a in params.state]
             regularizers = [a if np.isscalar(a) else a[direction] for a in step_masks[n]]
             backward = bool(direction) != reverse
             ys, new_h, new_c = one_direction(
-                cell, weights, xs, *initial, step_mask, resets, backward, restart_state, regularizers
+                cell, weights, xs, *initial, step_mask, resets, backward, restart_state, regularizers, static
             )
             outputs.append(ys)
             last_h.append(new_h)
@@ -182,7 +287,7 @@ def network(
         xs = np.concatenate(np.broadcast_arrays(*outputs), axis=-1) if len(outputs) > 1 else outputs[0]
     if layer_masks[-1] is not None:
         xs = xs * layer_masks[-1]
-    return xs, stack(last_h, -3), None if c is None else stack(last_c, -3)
+    return xs, stack(last_h, -3), stack_states(last_c, -3)
 
 
 def gradient(function, arrays):

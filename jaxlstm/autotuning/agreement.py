@@ -7,12 +7,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxlstm.lstm import LSTM
+from jaxlstm.rnn import RNN
 
 WIDE_PRECISIONS = ("highest", "float32")  # values of jax.default_matmul_precision with products in float32
 
 
-def tolerance(lstm: LSTM, xs_shape: tuple[int, ...]) -> float:
+def tolerance(lstm: RNN, xs_shape: tuple[int, ...]) -> float:
     """Returns the largest `relative_error` of correct results.
 
     The rounding errors of n operations, of either sign, add up to about sqrt(n) units in the last place. Where the

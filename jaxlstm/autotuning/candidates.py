@@ -8,12 +8,12 @@ from typing import NamedTuple
 
 import jax
 
-from jaxlstm.lstm import LSTM
 from jaxlstm.recurrence.backends import EXPERIMENTAL, OPTION_CLASSES, Implementation, load
 from jaxlstm.recurrence.fused import Fused
 from jaxlstm.recurrence.layout import ORDERS, LayerSizes, choose_layout
 from jaxlstm.recurrence.scan import Scan
 from jaxlstm.recurrence.selection import TENSOR_PARALLEL, default_backend
+from jaxlstm.rnn import RNN
 
 CHUNK_SIZES = (8, 16, 32, 64)  # the range of the measured rules in `jaxlstm.recurrence.layout`
 UNROLLS = (1, 2, 4)  # steps per iteration; more multiply the time of compilation
@@ -58,7 +58,7 @@ class Candidates(NamedTuple):
     excluded: dict[str, str]  # by name of the backend: why it is no candidate
 
 
-def list_candidates(lstm: LSTM, xs_shape: tuple[int, ...], *, training: bool, experimental: bool) -> Candidates:
+def list_candidates(lstm: RNN, xs_shape: tuple[int, ...], *, training: bool, experimental: bool) -> Candidates:
     """Returns the candidates of a network, each with a program of its own.
 
     Args:
@@ -102,7 +102,7 @@ def list_candidates(lstm: LSTM, xs_shape: tuple[int, ...], *, training: bool, ex
     return Candidates(always, seeds, others, excluded)
 
 
-def _fused_options(lstm: LSTM, xs_shape: tuple[int, ...], *, training: bool) -> tuple[list[Fused], list[Fused]]:
+def _fused_options(lstm: RNN, xs_shape: tuple[int, ...], *, training: bool) -> tuple[list[Fused], list[Fused]]:
     """Returns the fused backend in each layout, first the default one, and with all options."""
     sizes = LayerSizes(math.prod(xs_shape[1:-1]), lstm.input_size, lstm.hidden_size)
     layout = choose_layout(sizes, lstm.output_dtype, lstm.state_dtype)
@@ -115,7 +115,7 @@ def _fused_options(lstm: LSTM, xs_shape: tuple[int, ...], *, training: bool) -> 
     return layouts, [Fused(*each) for each in itertools.product(orders, hoisting, chunk_sizes)]
 
 
-def _chunk_steps(lstm: LSTM, xs_shape: tuple[int, ...]) -> int:
+def _chunk_steps(lstm: RNN, xs_shape: tuple[int, ...]) -> int:
     """Returns the number of steps of a loop."""
     return xs_shape[0] if lstm.remat is None else min(xs_shape[0], lstm.remat)
 

@@ -1,4 +1,4 @@
-"""The configuration of an LSTM as JSON values, and back."""
+"""The configuration of a recurrent network as JSON values, and back."""
 
 from dataclasses import fields
 from typing import Any, Literal, get_type_hints
@@ -9,19 +9,24 @@ from jaxlstm import validation
 from jaxlstm.cells import Cell
 from jaxlstm.errors import first_line
 from jaxlstm.json_types import check_entries
-from jaxlstm.lstm import LSTM
+from jaxlstm.lstm import GRU, LSTM
 from jaxlstm.recurrence.backends import OPTION_CLASSES, Implementation, load
+from jaxlstm.rnn import RNN
 
 DTYPES = ("dtype", "param_dtype")
 CELL_TYPES: dict[str, Any] = get_type_hints(Cell) | {
     "gates": dict[str, str | None],
     "output": str,
     "update": str | None,
+    "reads": dict[str, list[str]],
+    "state": dict[str, str],  # numbers as strings: JSON has no infinity
     "peepholes": list[str],
 }
 BACKEND_TYPES = {"class": Literal[tuple(OPTION_CLASSES)], "options": dict[str, Any]}
 # Types of the options as JSON values; `jaxlstm.LSTM` checks the values.
-LSTM_TYPES: dict[str, Any] = {f.name: get_type_hints(LSTM)[f.name] for f in fields(LSTM)} | {
+CLASSES = {"RNN": RNN, "LSTM": LSTM, "GRU": GRU}  # they have the same options
+LSTM_TYPES: dict[str, Any] = {f.name: get_type_hints(RNN)[f.name] for f in fields(RNN)} | {
+    "class": Literal[tuple(CLASSES)],
     "cell": str | dict[str, Any],
     "dtype": str | None,
     "param_dtype": str,
@@ -29,7 +34,7 @@ LSTM_TYPES: dict[str, Any] = {f.name: get_type_hints(LSTM)[f.name] for f in fiel
 }
 
 
-def lstm_to_json(lstm: LSTM) -> dict[str, Any]:
+def lstm_to_json(lstm: RNN) -> dict[str, Any]:
     """Returns all options of a network as JSON values.
 
     Raises:
@@ -40,10 +45,13 @@ def lstm_to_json(lstm: LSTM) -> dict[str, Any]:
         values[name] = None if values[name] is None else jnp.dtype(values[name]).name
     if isinstance(lstm.cell, Cell):
         values["cell"] = _cell_to_json(lstm.cell)
-    return values | {"implementation": implementation_to_json(lstm.implementation)}
+    return values | {
+        "class": type(lstm).__name__,
+        "implementation": implementation_to_json(lstm.implementation),
+    }
 
 
-def lstm_from_json(values: Any, label: str) -> LSTM:
+def lstm_from_json(values: Any, label: str) -> RNN:
     """Returns the network with the options that `lstm_to_json` gave; imports the module of a custom cell.
 
     Args:
@@ -55,12 +63,13 @@ def lstm_from_json(values: Any, label: str) -> LSTM:
     """
     check_entries(values, LSTM_TYPES, label)
     options = values | {"implementation": implementation_from_json(values["implementation"], label)}
+    network = CLASSES[options.pop("class")]
     try:
         if isinstance(values["cell"], dict):
             check_entries(values["cell"], CELL_TYPES, f"{label}: cell")
             options["cell"] = _cell_from_json(values["cell"])
         with validation.without_warnings():
-            return LSTM(**options)
+            return network(**options)
     except (ImportError, AttributeError, TypeError) as error:
         raise ValueError(f"{label}: {first_line(error)}") from None
     except ValueError as error:
@@ -73,6 +82,8 @@ def _cell_to_json(cell: Cell) -> dict[str, Any]:
         "gates": {name: None if f is None else _import_name(f) for name, f in cell.activations.items()},
         "output": _import_name(cell.output),
         "update": None if cell.update is None else _import_name(cell.update),
+        "reads": {name: list(sources) for name, sources in dict(cell.reads).items()},
+        "state": {name: str(value) for name, value in cell.initial_values.items()},
         "peepholes": list(cell.peepholes),
     }
 
@@ -83,6 +94,8 @@ def _cell_from_json(values: dict[str, Any]) -> Cell:
         "gates": {name: None if path is None else load(path) for name, path in values["gates"].items()},
         "output": load(values["output"]),
         "update": None if values["update"] is None else load(values["update"]),
+        "reads": {name: tuple(sources) for name, sources in values["reads"].items()},
+        "state": {name: float(value) for name, value in values["state"].items()},
         "peepholes": tuple(values["peepholes"]),
     }
     return Cell(**values | functions)

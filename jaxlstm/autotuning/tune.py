@@ -15,13 +15,13 @@ from jaxlstm.autotuning.agreement import relative_error, tolerance
 from jaxlstm.autotuning.candidates import Candidate, list_candidates
 from jaxlstm.autotuning.search import search
 from jaxlstm.autotuning.tuning import Tuning, device_name
-from jaxlstm.lstm import LSTM, RATES
 from jaxlstm.params import Params
+from jaxlstm.rnn import RATES, RNN
 
 MATRICES = ("w_x", "w_h", "w_p")  # of `jaxlstm.params.Weights`
 
 
-def autotune(lstm: LSTM, xs_shape: tuple[int, ...], *, training: bool = True, seconds: float = 20.0) -> Tuning:
+def autotune(lstm: RNN, xs_shape: tuple[int, ...], *, training: bool = True, seconds: float = 20.0) -> Tuning:
     """Finds the fastest backend, layout and number of steps per iteration of a network, by measurement on this device.
 
         tuning = jaxlstm.autotune(lstm, xs.shape)
@@ -53,7 +53,7 @@ def autotune(lstm: LSTM, xs_shape: tuple[int, ...], *, training: bool = True, se
     return tune(lstm, xs_shape, training=training, seconds=seconds, experimental=True)
 
 
-def tune(lstm: LSTM, xs_shape: tuple[int, ...], *, training: bool, seconds: float, experimental: bool) -> Tuning:
+def tune(lstm: RNN, xs_shape: tuple[int, ...], *, training: bool, seconds: float, experimental: bool) -> Tuning:
     """Does the work of `autotune`; with ``experimental=False`` the experimental backends are no candidates."""
     start = time.perf_counter()
     if isinstance(jnp.zeros(()), Tracer):  # constants are traced inside of jax.jit
@@ -61,9 +61,9 @@ def tune(lstm: LSTM, xs_shape: tuple[int, ...], *, training: bool, seconds: floa
     xs_shape = _check_arguments(lstm, xs_shape, seconds)
     training = validation.flag("training", training)
     args = _draw_args(lstm, xs_shape, training=training)
-    compiled: dict[LSTM, Callable[[], Any]] = {}
+    compiled: dict[RNN, Callable[[], Any]] = {}
 
-    def compile_network(network: LSTM, args: ProgramArgs) -> Callable[[], Any]:
+    def compile_network(network: RNN, args: ProgramArgs) -> Callable[[], Any]:
         if network not in compiled:
             program = _training_program(network) if training else _inference_program(network)
             executable = program.lower(*args).compile()
@@ -94,7 +94,7 @@ def tune(lstm: LSTM, xs_shape: tuple[int, ...], *, training: bool, seconds: floa
 
 def _check_arguments(lstm: Any, xs_shape: Any, seconds: Any) -> tuple[int, ...]:
     """Returns ``xs_shape`` as a tuple of ints."""
-    if not isinstance(lstm, LSTM):
+    if not isinstance(lstm, RNN):
         raise TypeError(f"lstm must be a jaxlstm.LSTM, got {type(lstm).__name__}")
     if validation.number("seconds", seconds) <= 0:
         raise ValueError(f"seconds must be above 0, got {seconds}")
@@ -108,7 +108,7 @@ def _check_arguments(lstm: Any, xs_shape: Any, seconds: Any) -> tuple[int, ...]:
     return sizes
 
 
-def with_candidate(lstm: LSTM, candidate: Candidate) -> LSTM:
+def with_candidate(lstm: RNN, candidate: Candidate) -> RNN:
     """Returns the network with the backend and the steps per iteration of a candidate."""
     return validation.replace_quietly(lstm, implementation=candidate.implementation, unroll=candidate.unroll)
 
@@ -130,7 +130,7 @@ class ProgramArgs(NamedTuple):
         return self._replace(params=params, xs=xs)
 
 
-def _draw_args(lstm: LSTM, xs_shape: tuple[int, ...], *, training: bool) -> ProgramArgs:
+def _draw_args(lstm: RNN, xs_shape: tuple[int, ...], *, training: bool) -> ProgramArgs:
     """Draws parameters and normal inputs, by NumPy: to compile `LSTM.init` takes longer than to compile a candidate.
 
     Matrices are uniform within ±1/sqrt(columns). All other arrays are around 0.5, so that each of them matters.
@@ -155,12 +155,12 @@ def _draw_args(lstm: LSTM, xs_shape: tuple[int, ...], *, training: bool) -> Prog
     return ProgramArgs(params, xs, cotangent, key if is_regularized else None)
 
 
-def _inference_program(lstm: LSTM) -> Any:
+def _inference_program(lstm: RNN) -> Any:
     """Returns a compiled call, which computes outputs and final state."""
     return jax.jit(lambda params, xs, cotangent, key: lstm(params, xs, key=key))
 
 
-def _training_program(lstm: LSTM) -> Any:
+def _training_program(lstm: RNN) -> Any:
     """Returns a compiled function of outputs, final state, and the gradients of parameters and inputs."""
 
     def loss(params: Params, xs: Array, cotangent: Array, key: Array | None) -> tuple[Array, Any]:

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jaxlstm.autotuning.configuration import lstm_from_json, lstm_to_json
 from jaxlstm.checksum import read_checked_json, write_checked_json
 from jaxlstm.json_types import check_entries, from_json
-from jaxlstm.lstm import LSTM
+from jaxlstm.rnn import RNN
 
 NOT_TRIED = "not tried"
 TYPES: dict[str, Any] = {  # of the entries of the file
@@ -55,7 +55,7 @@ class Tuning:
       jax_version: the version of JAX.
     """
 
-    lstm: LSTM
+    lstm: RNN
     table: tuple[Trial, ...]
     xs_shape: tuple[int, ...]
     training: bool

@@ -3,15 +3,16 @@
 from collections.abc import Iterator
 from typing import NamedTuple
 
+import jax
 import numpy as np
 from jax.typing import ArrayLike
 from jaxtyping import Shaped
 
 from jaxlstm import validation
+from jaxlstm.cells import Cell, sigmoid
 from jaxlstm.diagnostics.trace import DirectionTrace, PerDirection, Trace
 
 SHUT, OPEN = 0.1, 0.9  # a gate below the first or above the second is saturated (Karpathy, Johnson & Fei-Fei 2015)
-CANDIDATE = "g"  # the named value that is not a gate
 INACTIVE = 0.01  # a unit is dead if |output| never exceeds this, frozen if its cell state has a smaller deviation
 
 
@@ -51,7 +52,7 @@ def gate_statistics(trace: Trace) -> GateStatistics:
         raise ValueError(f"gate statistics need at least one valid step, but all {step_mask.size} are skipped")
     layers, lines = [], []
     for n, layer in enumerate(trace.layers):
-        layers.append(PerDirection(*(_unit_statistics(values, step_mask) for values in layer.directions)))
+        layers.append(PerDirection(*(_unit_statistics(trace.cell, values, step_mask) for values in layer.directions)))
         for direction, units in zip(layer._fields, layers[-1].directions):
             lines.append(f"layer {n}" + (f", {direction}" if len(layer.directions) > 1 else ""))
             lines[-1] += f": {len(units.dead)} units, {int(step_mask.sum()):,} steps"
@@ -86,18 +87,25 @@ def correlated_units(
     return units, correlations[units]
 
 
-def _unit_statistics(values: DirectionTrace, step_mask: np.ndarray) -> UnitStatistics:
-    gates = {name: np.asarray(a, np.float64)[step_mask] for name, a in values.gates.items() if name != CANDIDATE}
+def sigmoid_gates(cell: Cell) -> list[str]:
+    """Returns the names of the gates between 0 and 1: those after a sigmoid, not the candidates."""
+    return [name for name, activation in cell.activations.items() if activation in (sigmoid, jax.nn.sigmoid)]
+
+
+def _unit_statistics(cell: Cell, values: DirectionTrace, step_mask: np.ndarray) -> UnitStatistics:
+    recorded = [name for name in sigmoid_gates(cell) if name in values.gates]
+    gates = {name: np.asarray(values.gates[name], np.float64)[step_mask] for name in recorded}
     time_constant = None
-    if "f" in gates:
+    if cell.forget_gate in gates:
         with np.errstate(divide="ignore"):  # a mean of 0 or 1
-            time_constant = 1 / np.abs(np.log(gates["f"].mean(0)))
+            time_constant = 1 / np.abs(np.log(gates[cell.forget_gate].mean(0)))
+    c = cell.states_by_name(values.c).get("c")
     return UnitStatistics(
         time_constant,
         shut={name: (a < SHUT).mean(0) for name, a in gates.items()},
         open={name: (a > OPEN).mean(0) for name, a in gates.items()},
         dead=np.abs(np.asarray(values.cell_output)[step_mask]).max(0) <= INACTIVE,
-        frozen=None if values.c is None else np.asarray(values.c, np.float64)[step_mask].std(0) < INACTIVE,
+        frozen=None if c is None else np.asarray(c, np.float64)[step_mask].std(0) < INACTIVE,
     )
 
 

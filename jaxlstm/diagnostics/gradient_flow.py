@@ -13,10 +13,10 @@ from jaxtyping import Bool, Float, Int
 
 from jaxlstm import validation
 from jaxlstm.diagnostics.trace import PerDirection, Perturbations, Trace, check_args, record_trace
-from jaxlstm.lstm import LSTM
 from jaxlstm.network import CallArgs
 from jaxlstm.params import Layer, Params, State
 from jaxlstm.primitives.pytrees import tree_index
+from jaxlstm.rnn import RNN
 
 MatrixNorm = Literal["frobenius", "spectral"]
 NORM_ORDERS = {"frobenius": "fro", "spectral": 2}  # the names of `jnp.linalg.norm`
@@ -40,7 +40,7 @@ class GradientFlow(NamedTuple):
 
 
 def gradient_flow(
-    lstm: LSTM,
+    lstm: RNN,
     params: Params,
     xs: Float[ArrayLike, "T *batch I"],
     loss: Callable[[Array], Array],
@@ -101,7 +101,7 @@ def gradient_flow(
     return GradientFlow(value, norms, layer_jacobians, network_jacobian)
 
 
-def _zero_perturbations(lstm: LSTM, xs: Array) -> tuple[PerDirection[Perturbations], ...]:
+def _zero_perturbations(lstm: RNN, xs: Array) -> tuple[PerDirection[Perturbations], ...]:
     """Returns zeros for every layer, direction and step."""
     num_steps, *batch = xs.shape[:-1]
     shapes = lstm.state_shapes(tuple(batch))
@@ -109,17 +109,17 @@ def _zero_perturbations(lstm: LSTM, xs: Array) -> tuple[PerDirection[Perturbatio
     def zeros(shape: Any) -> Array:
         return jnp.zeros((num_steps, *shape.shape[1:]), shape.dtype)
 
-    each = Perturbations(zeros(shapes.h), None if shapes.c is None else zeros(shapes.c))
+    each = Perturbations(zeros(shapes.h), jax.tree.map(zeros, shapes.c))
     return (PerDirection(*[each] * lstm.num_directions),) * lstm.num_layers
 
 
 def _gradient_norms(gradient: Perturbations) -> GradientNorms:
     h, c = gradient
-    return GradientNorms(jnp.linalg.norm(h, axis=-1), None if c is None else jnp.linalg.norm(c, axis=-1))
+    return GradientNorms(jnp.linalg.norm(h, axis=-1), jax.tree.map(lambda a: jnp.linalg.norm(a, axis=-1), c))
 
 
 def _layer_jacobian_norms(
-    lstm: LSTM, args: CallArgs, trace: Trace, reverse: bool, norm: MatrixNorm
+    lstm: RNN, args: CallArgs, trace: Trace, reverse: bool, norm: MatrixNorm
 ) -> tuple[PerDirection[Array], ...]:
     """Returns the norms of the Jacobians of every layer and direction, each run as a network with the traced inputs."""
     layers, xs = [], args.xs
@@ -134,7 +134,7 @@ def _layer_jacobian_norms(
     return tuple(layers)
 
 
-def _single_direction(lstm: LSTM, args: CallArgs, layer: int, direction: int) -> tuple[LSTM, Params, State | None]:
+def _single_direction(lstm: RNN, args: CallArgs, layer: int, direction: int) -> tuple[RNN, Params, State | None]:
     """Returns one direction of a layer as a network, with its parameters and initial state."""
     weights = args.params.layers[layer].directions[direction]
     single = replace(
@@ -151,7 +151,7 @@ def _single_direction(lstm: LSTM, args: CallArgs, layer: int, direction: int) ->
 
 
 @partial(jax.jit, static_argnums=(0, 2, 3))
-def _jacobian_norms(lstm: LSTM, args: CallArgs, reverse: bool, norm: MatrixNorm) -> Float[Array, "T *batch"]:
+def _jacobian_norms(lstm: RNN, args: CallArgs, reverse: bool, norm: MatrixNorm) -> Float[Array, "T *batch"]:
     """Returns the norm of the Jacobian of the final state with respect to the state after each step.
 
     The network has one direction. From the last step back, the Jacobian is multiplied by the Jacobian of one step at a

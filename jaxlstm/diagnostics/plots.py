@@ -9,11 +9,11 @@ from jax.typing import ArrayLike
 from jaxtyping import Float
 
 from jaxlstm.cells import Cell
-from jaxlstm.diagnostics.gate_statistics import CANDIDATE
 from jaxlstm.diagnostics.trace import DirectionTrace, sort_gates
 from jaxlstm.errors import optional_package
-from jaxlstm.lstm import LSTM
 from jaxlstm.params import Params, Weights
+from jaxlstm.recurrence.step import has_dense_recurrence
+from jaxlstm.rnn import RNN
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -46,8 +46,10 @@ def draw_gates(values: DirectionTrace, text: str, *, units: Sequence[int] | None
       ImportError: without matplotlib.
     """
     panels = {name: _check_rows(a, text, name) for name, a in sort_gates(values).gates.items()}
-    if values.c is not None:
-        panels["c"] = np.tanh(_check_rows(values.c, text, "c"))
+    states = values.c if isinstance(values.c, dict) else {} if values.c is None else {"c": values.c}
+    for name, state in states.items():
+        panels[name] = _check_rows(state, text, name)
+        panels[name] = np.tanh(panels[name]) if name == "c" else panels[name]
     panels["h"] = _check_rows(values.cell_output, text, "cell_output")
     ranking = np.argsort(-panels.get("f", panels["h"]).mean(0), kind="stable")
     evenly = np.linspace(0, len(ranking) - 1, min(40, len(ranking))).round().astype(int)
@@ -55,11 +57,12 @@ def draw_gates(values: DirectionTrace, text: str, *, units: Sequence[int] | None
     figure = _new_figure(max(5.0, 0.13 * len(text) + 2), 1.75 * len(panels) + 0.4)
     grid = figure.subplots(len(panels), 1, squeeze=False, sharex=True)[:, 0]
     for axes, (name, a) in zip(grid, panels.items()):
-        low = -1 if name in (CANDIDATE, "c", "h") else 0
-        image = axes.imshow(a[:, chosen].T, aspect="auto", cmap=COLORMAP, vmin=low, vmax=1, interpolation="nearest")
+        high = max(1.0, float(np.abs(a).max()))  # above 1 without an activation
+        low = -high if name in ("c", "h") or a.min() < 0 else 0
+        image = axes.imshow(a[:, chosen].T, aspect="auto", cmap=COLORMAP, vmin=low, vmax=high, interpolation="nearest")
         axes.set_ylabel({"c": "tanh(c)", "h": "output h"}.get(name, literal(GATE_LABELS.get(name, name))))
         axes.set_yticks([])
-        figure.colorbar(image, ax=axes, pad=0.01, ticks=[low, (low + 1) / 2, 1])
+        figure.colorbar(image, ax=axes, pad=0.01, ticks=[low, (low + high) / 2, high])
         axes.tick_params(axis="x", length=0)
     _label_characters(grid[-1], text)
     grid[0].set_title(f"{len(chosen)} of {panels['h'].shape[1]} units, one row each", fontsize=10)
@@ -119,7 +122,7 @@ def draw_norms(axes: "Axes", norms: Mapping[str, Float[ArrayLike, " T"]], *, tit
     axes.set_ylim(bottom=max(axes.get_ylim()[0], 1e-20))
 
 
-def draw_eigenvalues(lstm: LSTM, params: Params, *, layer: int = 0, direction: int = 0) -> "Figure":
+def draw_eigenvalues(lstm: RNN, params: Params, *, layer: int = 0, direction: int = 0) -> "Figure":
     """Draws the eigenvalues of the recurrent matrix of each gate in the complex plane, with the unit circle.
 
     The matrix is ``W_h``, or ``W_h W_p`` for a network with a projection.
@@ -160,11 +163,14 @@ def _new_figure(width: float, height: float) -> "Figure":
 
 def _recurrent_matrices(cell: Cell, weights: Weights) -> dict[str, np.ndarray]:
     """Returns the matrix ``(H, H)`` from the cell outputs of one step to the pre-activations of the next, by gate."""
+    if weights.w_h is None or not has_dense_recurrence(cell, weights):
+        raise ValueError("the eigenvalues need dense recurrent weights; this cell has none")
     w_h = np.asarray(weights.w_h, np.float64)
     if weights.w_p is not None:
         w_h = w_h @ np.asarray(weights.w_p, np.float64)
-    names = cell.activations if cell.num_gates > 1 else ["W_h"]
-    return dict(zip((GATE_LABELS.get(name, name) for name in names), np.split(w_h, cell.num_gates)))
+    rows = cell.slabs_reading("h")
+    names = [name for n, name in enumerate(cell.activations) if n in rows] if cell.num_gates > 1 else ["W_h"]
+    return dict(zip((GATE_LABELS.get(name, name) for name in names), np.split(w_h, len(rows))))
 
 
 def _check_rows(a: ArrayLike, text: str, name: str) -> np.ndarray:

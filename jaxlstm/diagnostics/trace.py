@@ -14,13 +14,13 @@ from jaxtyping import Bool, Float, Int
 from jaxlstm import validation
 from jaxlstm.cells import Cell
 from jaxlstm.dropout import RegularizerMasks
-from jaxlstm.lstm import LSTM
 from jaxlstm.network import CallArgs
-from jaxlstm.params import Layer, Params, State, Weights
+from jaxlstm.params import Layer, Params, State
 from jaxlstm.recurrence import masking
 from jaxlstm.recurrence.chunked_scan import ScanFns, scan_directions
 from jaxlstm.recurrence.context import Direction, LayerInputs, Results, ScanContext
 from jaxlstm.recurrence.step import project_inputs, recurrent_step
+from jaxlstm.rnn import RNN
 
 GATE_ORDER = "ifgo"
 Value = TypeVar("Value")
@@ -42,7 +42,7 @@ class DirectionTrace(NamedTuple):
     """Values of one direction of a layer at every step, in the order of time; zero at skipped steps."""
 
     gates: dict[str, Array]  # (T, *batch, H) by name; for the LSTM i, f, g and o, of which g is the candidate
-    c: Array | None  # (T, *batch, H), the cell state after the step; None for a cell without one
+    c: Any  # (T, *batch, H), the cell state after the step; None for a cell without one, a dict for several states
     cell_output: Array  # (T, *batch, H), the output of the cell: h before the projection and zoneout
     h: Array  # (T, *batch, P), the hidden state after the step
 
@@ -54,17 +54,18 @@ class Trace(NamedTuple):
     step_mask: Array  # (T, *batch) bool: False at the steps that lengths and mask skip
     ys: Array  # (T, *batch, D*P), outputs of the call
     state: State  # final state of the call
+    cell: Cell  # the declaration of the gates
 
 
 class Perturbations(NamedTuple):
     """Arrays added to the states of one direction at every step; zeros, to differentiate with respect to them."""
 
     h: Array  # (T, *batch, P), added to h after the step
-    c: Array | None  # (T, *batch, H), added to c within the step, before h is computed from it; None without c
+    c: Any  # (T, *batch, H), added to c within the step, before h is computed from it; None or a dict as c is
 
 
 def trace(
-    lstm: LSTM,
+    lstm: RNN,
     params: Params,
     xs: Float[ArrayLike, "T *batch I"],
     state: State | None = None,
@@ -73,6 +74,7 @@ def trace(
     mask: Bool[ArrayLike, "T *batch"] | None = None,
     resets: Bool[ArrayLike, "T *batch"] | None = None,
     reverse: bool = False,
+    static: Float[ArrayLike, "*batch S"] | None = None,
 ) -> Trace:
     """Records every gate, candidate, cell state and output of ``lstm(params, xs, ...)`` without a key.
 
@@ -87,11 +89,12 @@ def trace(
       mask: as in the call.
       resets: as in the call.
       reverse: as in the call.
+      static: as in the call.
 
     Raises:
       ValueError, TypeError: as the call does, and for a sequence without steps.
     """
-    args = check_args(lstm, params, xs, state, lengths=lengths, mask=mask, resets=resets)
+    args = check_args(lstm, params, xs, state, lengths=lengths, mask=mask, resets=resets, static=static)
     result = record_trace(lstm, args, validation.flag("reverse", reverse))
     layers = [PerDirection(*(sort_gates(values) for values in layer.directions)) for layer in result.layers]
     return result._replace(layers=tuple(layers))
@@ -106,16 +109,14 @@ def sort_gates(values: DirectionTrace) -> DirectionTrace:
     return values._replace(gates={name: values.gates[name] for name in sorted(values.gates, key=rank)})
 
 
-def check_args(
-    lstm: LSTM, params: Params, xs: Any, state: Any = None, *, lengths: Any = None, mask: Any = None, resets: Any = None
-) -> CallArgs:
+def check_args(lstm: RNN, params: Params, xs: Any, state: Any = None, **options: Any) -> CallArgs:
     """Validates the arguments of a call without a key, of an LSTM over at least one step.
 
     Raises:
       ValueError, TypeError: as the call does, for another network, and for a sequence without steps.
     """
-    validation.instance("lstm", lstm, LSTM, "a jaxlstm.LSTM")
-    args = lstm.check_call(params, xs, state, lengths=lengths, mask=mask, resets=resets)
+    validation.instance("lstm", lstm, RNN, "a jaxlstm.LSTM")
+    args = lstm.check_call(params, xs, state, **options)
     if len(args.xs) == 0:
         raise ValueError("xs must have at least one step, got none")
     return args
@@ -123,7 +124,7 @@ def check_args(
 
 @partial(jax.jit, static_argnames=("lstm", "reverse"))
 def record_trace(
-    lstm: LSTM,
+    lstm: RNN,
     args: CallArgs,
     reverse: bool,
     perturbations: Sequence[PerDirection[Perturbations]] | None = None,
@@ -157,11 +158,11 @@ def record_trace(
     step_mask = masking.step_mask(len(args.xs), args.lengths, args.mask)
     if step_mask is None:
         step_mask = jnp.ones(args.xs.shape[:-1], bool)
-    return Trace(tuple(layers), step_mask, ys, state)
+    return Trace(tuple(layers), step_mask, ys, state, lstm.resolved_cell)
 
 
 def _recording_backend(
-    lstm: LSTM, perturbations: PerDirection[Perturbations] | None, reverse: bool
+    lstm: RNN, perturbations: PerDirection[Perturbations] | None, reverse: bool
 ) -> Callable[[tuple[Direction, ...]], Results]:
     """Returns a backend whose outputs are `DirectionTrace`."""
     # Without rematerialization: the recorded values are kept anyway, and perturbations cover the whole sequence.
@@ -173,14 +174,17 @@ def _recording_backend(
             added = None if perturbations is None else perturbations.directions[d]
             if reverse ^ (d == 1):  # a direction that runs backward in time is flipped, and so are its perturbations
                 added = jax.tree.map(lambda a: jnp.flip(a, 0), added)
-            fns.append(_recording_fns(lstm.resolved_cell, direction.weights, context, added))
+            fns.append(_recording_fns(lstm.resolved_cell, direction, context, added))
         return scan_directions(fns, directions, context)
 
     return run
 
 
-def _recording_fns(cell: Cell, weights: Weights, context: ScanContext, perturbations: Perturbations | None) -> ScanFns:
+def _recording_fns(
+    cell: Cell, direction: Direction, context: ScanContext, perturbations: Perturbations | None
+) -> ScanFns:
     """Returns the recurrence of one direction; its inputs at a step are ``(z_x, perturbations)``."""
+    weights = direction.weights
 
     def project(xs: Array) -> tuple[Array, Perturbations | None]:
         folded = jax.tree.map(lambda a: a.reshape(*xs.shape[:2], a.shape[-1]), perturbations)
@@ -191,7 +195,9 @@ def _recording_fns(cell: Cell, weights: Weights, context: ScanContext, perturbat
     ) -> tuple[State, DirectionTrace]:
         z_x, perturbation = inputs_t
         recording_cell, recorded = _record(cell, None if perturbation is None else perturbation.c)
-        new_state = recurrent_step(recording_cell, weights, z_x, state, context.dtype, context.rates, masks)
+        new_state = recurrent_step(
+            recording_cell, weights, z_x, state, context.dtype, context.rates, masks, z_static=direction.z_static
+        )
         if perturbation is not None:
             new_state = new_state._replace(h=new_state.h + perturbation.h)
         return new_state, DirectionTrace(c=new_state.c, h=new_state.h, **recorded)
@@ -199,22 +205,22 @@ def _recording_fns(cell: Cell, weights: Weights, context: ScanContext, perturbat
     return ScanFns(project, step)
 
 
-def _record(cell: Cell, c_perturbation: Array | None) -> tuple[Cell, dict[str, Any]]:
+def _record(cell: Cell, c_perturbation: Any) -> tuple[Cell, dict[str, Any]]:
     """Returns a cell that records its gates and its output, and the dict that receives them.
 
     Args:
-      cell: the cell; one without a cell state has no gates, its slab is the output.
+      cell: the cell; a vanilla one has no gates, its slab is the output.
       c_perturbation: added to the new cell state before the output reads it; None for none.
     """
     recorded: dict[str, Any] = {"gates": {}}
 
     def record_gates(values: dict[str, Array]) -> None:
-        recorded["gates"] |= {name: a for name, a in values.items() if name != "c"}
+        if cell.has_cell_state or cell.num_gates > 1:
+            recorded["gates"] |= {name: a for name, a in values.items() if name in cell.activations}
 
     @wraps(cell.output)
     def output(**values: Array) -> Array:
-        if cell.has_cell_state:
-            record_gates(values)
+        record_gates(values)
         recorded["cell_output"] = cell.output(**values)
         return recorded["cell_output"]
 
@@ -222,10 +228,13 @@ def _record(cell: Cell, c_perturbation: Array | None) -> tuple[Cell, dict[str, A
         return replace(cell, output=output), recorded
 
     @wraps(cell.update)
-    def update(**values: Array) -> Array:
+    def update(**values: Array) -> Any:
         assert cell.update is not None
         record_gates(values)
-        c = cell.update(**values)
-        return c if c_perturbation is None else c + c_perturbation
+        new = cell.update(**values)
+        if c_perturbation is None:
+            return new
+        added = cell.states_by_name(c_perturbation).values()
+        return tuple(a + b for a, b in zip(new, added)) if len(added) > 1 else new + c_perturbation
 
     return replace(cell, output=output, update=update), recorded

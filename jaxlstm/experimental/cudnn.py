@@ -20,6 +20,7 @@ from jaxtyping import Float, Int
 from jaxlstm.cells import CELLS, Cell
 from jaxlstm.params import Layer, State, Weights
 from jaxlstm.recurrence.context import LayerInputs, ScanContext
+from jaxlstm.recurrence.step import unsupported_form
 
 FLOAT32_PRECISIONS = ("highest", "float32")  # values of jax.default_matmul_precision that exclude TF32
 
@@ -90,6 +91,7 @@ def check_supported(cell: Cell, layer: Layer, dtype: jnp.dtype, inputs: LayerInp
     dtypes = {jnp.dtype(d) for d in (dtype, context.dtype, weights.w_h.dtype)}
     unsupported = {
         "a cell other than 'lstm'": cell != CELLS["lstm"],
+        "heads": unsupported_form(cell, weights) is not None,
         "a projection": weights.w_p is not None,
         "layer normalization": weights.norm is not None,
         "a dtype other than float32": dtypes != {jnp.dtype("float32")},

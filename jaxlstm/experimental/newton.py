@@ -43,7 +43,7 @@ from jaxlstm.primitives.pytrees import tree_flip, tree_index, tree_stack
 from jaxlstm.recurrence.chunked_scan import scan_in_chunks
 from jaxlstm.recurrence.context import Direction, Results, ScanContext
 from jaxlstm.recurrence.masking import shift_state
-from jaxlstm.recurrence.step import project_inputs
+from jaxlstm.recurrence.step import project_inputs, require_form
 
 TOLERANCE_ULPS = 32  # allowed residual in units in the last place: the rounding of a sum over a few hundred units
 NARROW_TOLERANCE_ULPS = 1 / 8  # the same for a dtype narrower than the sums: rounding h to it errs by up to 1/2
@@ -119,6 +119,7 @@ def solve_directions(
     """
     if jax.sharding.get_abstract_mesh().manual_axes:
         raise ValueError("implementation='newton' does not run within jax.shard_map; use 'fused' or 'scan'")
+    require_form("implementation='newton'", cell, directions[0].weights, several_states=False)
     MODES[options.mode].check(directions[0].weights)
     config = NewtonConfig(options, StepConfig(cell, context.rates, context.dtype))
     outputs, states, stats = jax.vmap(partial(_solve_direction, config, context))(tree_stack(directions))

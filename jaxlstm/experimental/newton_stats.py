@@ -10,15 +10,15 @@ from jaxtyping import Bool, Float, Int
 
 from jaxlstm import validation
 from jaxlstm.experimental.newton import Newton, SolverStats, solve_directions
-from jaxlstm.lstm import LSTM
 from jaxlstm.network import CallArgs
 from jaxlstm.params import Layer, Params, State
 from jaxlstm.recurrence.context import Direction, LayerInputs, Results
 from jaxlstm.recurrence.masking import concat_directions, scan_masked
+from jaxlstm.rnn import RNN
 
 
 def newton_stats(
-    lstm: LSTM,
+    lstm: RNN,
     params: Params,
     xs: Float[ArrayLike, "T *batch I"],
     state: State | None = None,
@@ -43,7 +43,7 @@ def newton_stats(
     Raises:
       ValueError, TypeError: as the call does, for a sequence without steps, and for another implementation.
     """
-    validation.instance("lstm", lstm, LSTM, "a jaxlstm.LSTM")
+    validation.instance("lstm", lstm, RNN, "a jaxlstm.LSTM")
     if lstm.implementation != "newton" and not isinstance(lstm.implementation, Newton):
         raise ValueError(f"newton_stats needs implementation='newton', got {lstm.implementation!r}")
     args = lstm.check_call(params, xs, state, lengths=lengths, mask=mask, resets=resets)
@@ -53,7 +53,7 @@ def newton_stats(
 
 
 @partial(jax.jit, static_argnums=(0, 2))
-def _layer_stats(lstm: LSTM, args: CallArgs, reverse: bool) -> tuple[SolverStats, ...]:
+def _layer_stats(lstm: RNN, args: CallArgs, reverse: bool) -> tuple[SolverStats, ...]:
     options = lstm.implementation if isinstance(lstm.implementation, Newton) else Newton()
     context = lstm.scan_context(lstm.regularizer_rates)
     layer_stats: list[SolverStats] = []

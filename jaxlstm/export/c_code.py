@@ -13,11 +13,11 @@ from jaxtyping import ArrayLike, Float
 from jaxlstm import validation
 from jaxlstm.cells import Cell
 from jaxlstm.export.c_expressions import Block, literal
-from jaxlstm.lstm import LSTM
 from jaxlstm.params import Params, Weights
 from jaxlstm.recurrence.cpu_activations import DENOMINATOR, LIMIT, NUMERATOR
 from jaxlstm.recurrence.gates import evaluate_cell
 from jaxlstm.recurrence.step import EPSILON
+from jaxlstm.rnn import RNN
 
 Readout = tuple[Float[ArrayLike, "O P"], Float[ArrayLike, "O"] | None]
 
@@ -25,7 +25,7 @@ _LARGEST_INT8 = 127
 
 
 def to_c(
-    lstm: LSTM, params: Params, *, name: str = "lstm", readout: Readout | None = None, quantize: str | None = None
+    lstm: RNN, params: Params, *, name: str = "lstm", readout: Readout | None = None, quantize: str | None = None
 ) -> str:
     """Writes ``lstm.step`` for one sequence as a C99 file, for microcontrollers and other programs without Python.
 
@@ -55,7 +55,7 @@ def to_c(
       ValueError, TypeError: for parameters of another configuration or not finite, a bidirectional network, a name that
         is no C identifier, a readout of another shape, or a cell whose gates are not elementwise arithmetic.
     """
-    validation.instance("lstm", lstm, LSTM, "a jaxlstm.LSTM")
+    validation.instance("lstm", lstm, RNN, "a jaxlstm.LSTM")
     if lstm.bidirectional:
         raise ValueError("to_c writes single steps, and bidirectional=True needs the whole sequence")
     if not isinstance(name, str) or not re.fullmatch("[A-Za-z_][A-Za-z0-9_]*", name):
@@ -80,7 +80,7 @@ def _check_finite(name: str, tree: Any) -> None:
             raise ValueError(f"{name}{jax.tree_util.keystr(path)} must be finite in float32, got NaN or infinity")
 
 
-def _checked_readout(lstm: LSTM, readout: Readout | None) -> tuple[np.ndarray, np.ndarray | None] | None:
+def _checked_readout(lstm: RNN, readout: Readout | None) -> tuple[np.ndarray, np.ndarray | None] | None:
     if readout is None:
         return None
     if not isinstance(readout, tuple | list) or len(readout) != 2:
@@ -104,7 +104,7 @@ def _quantized(w: Any) -> tuple[np.ndarray, np.ndarray]:
     return np.rint(w / rows).astype(np.int8), scale.astype(np.float32)
 
 
-def _rounding_error(lstm: LSTM, params: Params, num_steps: int = 1000) -> float:
+def _rounding_error(lstm: RNN, params: Params, num_steps: int = 1000) -> float:
     """Returns the error of the outputs with rounded matrices: root mean square, relative to the outputs.
 
     The inputs are a sequence of standard normal numbers.
@@ -118,7 +118,7 @@ def _rounding_error(lstm: LSTM, params: Params, num_steps: int = 1000) -> float:
         w_p = None if weights.w_p is None else rounded(weights.w_p)
         return weights._replace(w_x=rounded(weights.w_x), w_h=rounded(weights.w_h), w_p=w_p)
 
-    lstm = LSTM(
+    lstm = RNN(
         lstm.input_size, lstm.hidden_size, num_layers=lstm.num_layers, cell=lstm.cell, use_bias=lstm.use_bias,
         learned_state=lstm.learned_state, proj_size=lstm.proj_size, layer_norm=lstm.layer_norm,
         activation=lstm.activation, zoneout_h=lstm.zoneout_h, zoneout_c=lstm.zoneout_c,
@@ -145,7 +145,7 @@ class _Writer:
         self.num_operations = 0
         self.needs_math_h = False
 
-    def add_layer(self, n: int, lstm: LSTM, weights: Weights, x: str, size: int) -> None:
+    def add_layer(self, n: int, lstm: RNN, weights: Weights, x: str, size: int) -> None:
         """Adds one step of a layer, from the array ``x`` of ``size`` numbers to the new ``s->h`` of the layer."""
         cell, units = lstm.resolved_cell, lstm.hidden_size
         rows = cell.num_gates * units
@@ -168,7 +168,7 @@ class _Writer:
         self.add_gates(n, lstm, cell, weights)
         self.emit(0, "}")
 
-    def add_gates(self, n: int, lstm: LSTM, cell: Cell, weights: Weights) -> None:
+    def add_gates(self, n: int, lstm: RNN, cell: Cell, weights: Weights) -> None:
         """Adds the elementwise part of a layer."""
         units, norm = lstm.hidden_size, weights.norm
         z = [f"z[{gate * units} + j]" if gate else "z[j]" for gate in range(cell.num_gates)]
@@ -277,7 +277,7 @@ class _Writer:
         self.fields.append(f"    float {label}[{size}];")
         self.num_state_floats += size
 
-    def add_reset(self, lstm: LSTM, params: Params) -> None:
+    def add_reset(self, lstm: RNN, params: Params) -> None:
         """Adds the initial state: zeros, or the learned one."""
         for n in range(lstm.num_layers):
             for field in ("h", "c") if lstm.resolved_cell.has_cell_state else ("h",):
@@ -291,7 +291,7 @@ class _Writer:
         """Adds a line to the body of the step."""
         self.step.append("    " * (depth + 1) + line)
 
-    def text(self, lstm: LSTM, output_size: int, error: float | None) -> str:
+    def text(self, lstm: RNN, output_size: int, error: float | None) -> str:
         """Returns the whole file."""
         name, upper, step = self.name, self.name.upper(), "\n".join(self.step)
         declared = [v for v in "jkr" if re.search(rf"\bfor \({v} = ", step)]

@@ -12,8 +12,8 @@ from jax.export import Exported, export, symbolic_shape
 from jaxlstm import validation
 from jaxlstm.atomic_write import atomic_write
 from jaxlstm.errors import optional_package
-from jaxlstm.lstm import LSTM
 from jaxlstm.params import Params, Size, State
+from jaxlstm.rnn import RNN
 
 PLATFORMS = ("cpu", "cuda", "tpu")
 _KNOWN_PLATFORMS = (*PLATFORMS, "rocm")  # JAX accepts any name, and fails only when the program is called
@@ -23,7 +23,7 @@ StateTuple = tuple[Array, Array | None]  # (h, c): programs that load the file d
 
 
 def sequence(
-    lstm: LSTM,
+    lstm: RNN,
     params: Params,
     *,
     with_state: bool = False,
@@ -47,7 +47,7 @@ def sequence(
       ValueError, TypeError: for parameters of another configuration, an unknown platform, or an implementation that
         needs to know the number of steps.
     """
-    validation.instance("lstm", lstm, LSTM, "a jaxlstm.LSTM")
+    validation.instance("lstm", lstm, RNN, "a jaxlstm.LSTM")
     if lstm.implementation not in _SHAPE_POLYMORPHIC:
         raise ValueError(
             f"implementation={lstm.implementation!r} needs a fixed number of steps; export with implementation='fused'"
@@ -71,7 +71,7 @@ def sequence(
     return export_for_platforms(_input_shape(lstm, num_steps, batch_size), **arguments)
 
 
-def step(lstm: LSTM, params: Params, *, platforms: Sequence[str] = PLATFORMS) -> Exported:
+def step(lstm: RNN, params: Params, *, platforms: Sequence[str] = PLATFORMS) -> Exported:
     """Exports ``lstm.step(params, state, x)`` for any batch size B of at least 1, for streaming.
 
     Call the program as ``program.call((h, c), x)``. It returns ``((h, c), y)``. Shapes: x ``(B, I)``, y ``(B, P)``, h
@@ -86,7 +86,7 @@ def step(lstm: LSTM, params: Params, *, platforms: Sequence[str] = PLATFORMS) ->
     Raises:
       ValueError, TypeError: for parameters of another configuration, a bidirectional network or an unknown platform.
     """
-    validation.instance("lstm", lstm, LSTM, "a jaxlstm.LSTM")
+    validation.instance("lstm", lstm, RNN, "a jaxlstm.LSTM")
     lstm = _without_step_counts(lstm)
     (batch_size,) = symbolic_shape("B")
 
@@ -125,14 +125,14 @@ def _check_platforms(platforms: Sequence[str]) -> tuple[str, ...]:
     return tuple(validation.choice("platforms", name, _KNOWN_PLATFORMS) for name in platforms)
 
 
-def _without_step_counts(lstm: LSTM) -> LSTM:
+def _without_step_counts(lstm: RNN) -> RNN:
     """Returns the network without `unroll` and `remat`, which need the number of steps; results are the same."""
     return validation.replace_quietly(lstm, unroll=1, remat=None)
 
 
-def _input_shape(lstm: LSTM, *leading: Size) -> jax.ShapeDtypeStruct:
+def _input_shape(lstm: RNN, *leading: Size) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct((*leading, lstm.input_size), lstm.output_dtype)
 
 
-def _state_shapes(lstm: LSTM, batch_size: Size) -> tuple[Any, ...]:
+def _state_shapes(lstm: RNN, batch_size: Size) -> tuple[Any, ...]:
     return tuple(lstm.state_shapes((batch_size,)))

@@ -9,15 +9,15 @@ import numpy as np
 from jax import Array
 
 from jaxlstm import validation
-from jaxlstm.lstm import LSTM, RATES
 from jaxlstm.params import Params, State
+from jaxlstm.rnn import RATES, RNN
 
 MeshAxes = tuple[str | None, ...]  # the mesh axis of each axis of an array
 Sharding = Mapping[str, MeshAxes]  # mesh axes by name of the array
 
 
 def apply_to_sequence(
-    lstm: LSTM,
+    lstm: RNN,
     params: Params,
     inputs: Array,
     *,
@@ -77,12 +77,12 @@ def override(name: str, default: bool, value: bool | None) -> bool:
     return validation.flag(name, default if value is None else value)
 
 
-def is_stochastic(lstm: LSTM) -> bool:
+def is_stochastic(lstm: RNN) -> bool:
     """Returns whether the network has a regularizer, which draws from a key."""
     return any(getattr(lstm, name) for name in RATES)
 
 
-def check_cell_options(lstm: LSTM) -> None:
+def check_cell_options(lstm: RNN) -> None:
     """Checks that a configuration can run step by step: a single layer and direction, without regularizers.
 
     Raises:
@@ -96,7 +96,7 @@ def check_cell_options(lstm: LSTM) -> None:
             raise ValueError(f"{name}={getattr(lstm, name)} needs the whole sequence; use LSTM in place of LSTMCell")
 
 
-def promote_integers(inputs: Any, lstm: LSTM) -> Any:
+def promote_integers(inputs: Any, lstm: RNN) -> Any:
     """Returns integers and booleans in the dtype of the network's products, as Flax's cells do."""
     if isinstance(inputs, Array | np.ndarray) and (
         jnp.issubdtype(inputs.dtype, jnp.integer) or inputs.dtype == jnp.bool_
@@ -105,7 +105,7 @@ def promote_integers(inputs: Any, lstm: LSTM) -> Any:
     return inputs
 
 
-def apply_step(lstm: LSTM, params: Params, carry: Any, inputs: Array) -> tuple[Any, Array]:
+def apply_step(lstm: RNN, params: Params, carry: Any, inputs: Array) -> tuple[Any, Array]:
     """Runs one step with a carry of Flax: ``(c, h)``, or h alone for a cell without c; or a `State` by name.
 
     The new carry has the type of the old one, as scans require.
@@ -119,7 +119,7 @@ def apply_step(lstm: LSTM, params: Params, carry: Any, inputs: Array) -> tuple[A
     return (list(new_carry) if isinstance(carry, list) else new_carry), y
 
 
-def _state_from_carry(lstm: LSTM, carry: Any, batch: tuple[int, ...]) -> State:
+def _state_from_carry(lstm: RNN, carry: Any, batch: tuple[int, ...]) -> State:
     """Returns the state that a carry of Flax holds, without an axis for layers.
 
     Raises:

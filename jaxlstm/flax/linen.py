@@ -6,7 +6,7 @@ from flax import linen as nn
 from jax import Array
 from jaxtyping import Bool, Float, Int
 
-import jaxlstm.lstm
+import jaxlstm.rnn
 from jaxlstm import validation
 from jaxlstm.flax import common
 from jaxlstm.flax.common import MeshAxes, Sharding, override
@@ -31,7 +31,7 @@ class LSTM(nn.Module):
         and direction; equivalent to `nn.with_partitioning`.
     """
 
-    lstm: jaxlstm.lstm.LSTM
+    lstm: jaxlstm.rnn.RNN
     time_major: bool = False
     return_carry: bool = False
     reverse: bool = False
@@ -117,7 +117,7 @@ class LSTMCell(nn.RNNCellBase):
       sharding: as in `LSTM`.
     """
 
-    lstm: jaxlstm.lstm.LSTM
+    lstm: jaxlstm.rnn.RNN
     sharding: Sharding | None = None
 
     def setup(self) -> None:
@@ -167,7 +167,7 @@ class LSTMCell(nn.RNNCellBase):
         return 1
 
 
-def _init_params(key: Array, lstm: jaxlstm.lstm.LSTM, sharding: Sharding | None) -> Params:
+def _init_params(key: Array, lstm: jaxlstm.rnn.RNN, sharding: Sharding | None) -> Params:
     """Returns initial parameters, with arrays that have a sharding in a box of Flax."""
 
     def annotate(array: Array, mesh_axes: MeshAxes | None) -> Any:

@@ -9,7 +9,7 @@ from flax import nnx
 from jax import Array
 from jaxtyping import Bool, Float, Int
 
-import jaxlstm.lstm
+import jaxlstm.rnn
 from jaxlstm import validation
 from jaxlstm.flax import common
 from jaxlstm.flax.common import MeshAxes, Sharding, override
@@ -41,7 +41,7 @@ class LSTM(nnx.Module):
 
     def __init__(
         self,
-        lstm: jaxlstm.lstm.LSTM,
+        lstm: jaxlstm.rnn.RNN,
         *,
         params: Params | None = None,
         rngs: nnx.Rngs | None = None,
@@ -159,7 +159,7 @@ class LSTMCell(nnx.RNNCellBase):
 
     def __init__(
         self,
-        lstm: jaxlstm.lstm.LSTM,
+        lstm: jaxlstm.rnn.RNN,
         *,
         params: Params | None = None,
         rngs: nnx.Rngs | None = None,
@@ -213,7 +213,7 @@ class LSTMCell(nnx.RNNCellBase):
 
 
 def _create_params(
-    lstm: jaxlstm.lstm.LSTM, params: Params | None, rngs: nnx.Rngs | None, sharding: Sharding | None
+    lstm: jaxlstm.rnn.RNN, params: Params | None, rngs: nnx.Rngs | None, sharding: Sharding | None
 ) -> Any:
     """Returns the parameters with `nnx.Param` leaves, drawn from ``rngs`` if ``params`` is None."""
     if params is None:

@@ -8,8 +8,8 @@ import jax
 
 from jaxlstm.interop import conversion
 from jaxlstm.interop.conversion import NameFn, WeightFormat
-from jaxlstm.lstm import LSTM
 from jaxlstm.params import Params
+from jaxlstm.rnn import RNN
 
 
 def arrays_by_path(tree: Any) -> dict[str, Any]:
@@ -31,14 +31,14 @@ def nest_by_path(arrays: Mapping[str, Any]) -> dict[str, Any]:
     return tree
 
 
-def params_from_cells(lstm: LSTM, weight_format: WeightFormat, arrays: Mapping[str, Any], cell_pattern: str) -> Params:
+def params_from_cells(lstm: RNN, weight_format: WeightFormat, arrays: Mapping[str, Any], cell_pattern: str) -> Params:
     """Returns the parameters of the cells found among arrays by path; see `find_cells` and `params_from_arrays`."""
     cell_arrays, name_fn = find_cells(lstm, weight_format, arrays, cell_pattern)
     return conversion.params_from_arrays(lstm, weight_format, cell_arrays, name_fn)
 
 
 def find_cells(
-    lstm: LSTM, weight_format: WeightFormat, arrays: Mapping[str, Any], cell_pattern: str
+    lstm: RNN, weight_format: WeightFormat, arrays: Mapping[str, Any], cell_pattern: str
 ) -> tuple[dict[str, Any], NameFn]:
     """Returns the arrays of the cells in a tree, and the function that names them by layer and direction.
 

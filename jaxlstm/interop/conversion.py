@@ -13,8 +13,8 @@ import numpy as np
 from jax import Array
 
 from jaxlstm import validation
-from jaxlstm.lstm import LSTM
 from jaxlstm.params import Layer, Params, Weights
+from jaxlstm.rnn import RNN
 
 GATES = "ifgo"  # the order in which `Weights` stacks the gates of an LSTM
 
@@ -44,7 +44,7 @@ class WeightFormat(NamedTuple):
     framework: str
     to_arrays: Callable[[Weights], dict[str, Any]]
     from_arrays: Callable[[Mapping[str, Any]], dict[str, Any]]
-    supported_options: Callable[[LSTM], OptionValues] = lambda lstm: {}
+    supported_options: Callable[[RNN], OptionValues] = lambda lstm: {}
 
 
 class _ArraySpec(NamedTuple):
@@ -57,21 +57,21 @@ class _ArraySpec(NamedTuple):
     shape: tuple[int, ...]
 
 
-def check_supported(lstm: LSTM, weight_format: WeightFormat) -> None:
+def check_supported(lstm: RNN, weight_format: WeightFormat) -> None:
     """Checks that the format can represent the parameters of a configuration.
 
     Raises:
       ValueError: naming the option that the format does not support.
       TypeError: if ``lstm`` is not an `LSTM`.
     """
-    validation.instance("lstm", lstm, LSTM, "a jaxlstm.LSTM")
+    validation.instance("lstm", lstm, RNN, "a jaxlstm.LSTM")
     for option, supported in {**BASE_OPTIONS, **weight_format.supported_options(lstm)}.items():
         value = getattr(lstm, option)
         if value not in supported:
             raise ValueError(f"{weight_format.framework} weights do not support {option}={value!r}")
 
 
-def array_shapes(lstm: LSTM, weight_format: WeightFormat, name_fn: NameFn) -> dict[str, tuple[int, ...]]:
+def array_shapes(lstm: RNN, weight_format: WeightFormat, name_fn: NameFn) -> dict[str, tuple[int, ...]]:
     """Returns the shape of every array of a configuration by name, in the framework's order.
 
     Raises:
@@ -80,7 +80,7 @@ def array_shapes(lstm: LSTM, weight_format: WeightFormat, name_fn: NameFn) -> di
     return {spec.name: spec.shape for spec in _array_specs(lstm, weight_format, name_fn)}
 
 
-def params_from_arrays(lstm: LSTM, weight_format: WeightFormat, arrays: Mapping[str, Any], name_fn: NameFn) -> Params:
+def params_from_arrays(lstm: RNN, weight_format: WeightFormat, arrays: Mapping[str, Any], name_fn: NameFn) -> Params:
     """Returns parameters in ``param_dtype``, converted from the arrays of a framework.
 
     Args:
@@ -117,7 +117,7 @@ def params_from_arrays(lstm: LSTM, weight_format: WeightFormat, arrays: Mapping[
 
 
 def arrays_from_params(
-    lstm: LSTM, weight_format: WeightFormat, params: Params, name_fn: NameFn
+    lstm: RNN, weight_format: WeightFormat, params: Params, name_fn: NameFn
 ) -> dict[str, np.ndarray]:
     """Returns the arrays of a framework by name: copies, contiguous and writable, in the dtypes of the parameters.
 
@@ -160,7 +160,7 @@ def position_name(layer: int, direction: int, name: str) -> str:
     return f"{name} of layer {layer}, {'backward' if direction else 'forward'}"
 
 
-def _array_specs(lstm: LSTM, weight_format: WeightFormat, name_fn: NameFn) -> list[_ArraySpec]:
+def _array_specs(lstm: RNN, weight_format: WeightFormat, name_fn: NameFn) -> list[_ArraySpec]:
     """Returns the expected arrays of a configuration in the framework's order."""
     check_supported(lstm, weight_format)
     # Broadcast a single zero to each shape, so that converting the arrays gives the framework's shapes without memory.

@@ -9,11 +9,11 @@ import numpy as np
 from jaxlstm import validation
 from jaxlstm.interop import conversion
 from jaxlstm.interop.conversion import WeightFormat, add_biases, position_name
-from jaxlstm.lstm import LSTM
 from jaxlstm.params import Params, Weights
+from jaxlstm.rnn import RNN
 
 
-def from_cudnn(lstm: LSTM, weights: Any) -> Params:
+def from_cudnn(lstm: RNN, weights: Any) -> Params:
     """Returns parameters from the weights of `jax.experimental.rnn.lstm`.
 
     The two biases of cuDNN are added.
@@ -41,7 +41,7 @@ def from_cudnn(lstm: LSTM, weights: Any) -> Params:
     return conversion.params_from_arrays(lstm, CUDNN, arrays, position_name)
 
 
-def to_cudnn(lstm: LSTM, params: Params) -> np.ndarray:
+def to_cudnn(lstm: RNN, params: Params) -> np.ndarray:
     """Returns the weight vector for `jax.experimental.rnn.lstm`; the second of its biases is zero.
 
     Raises:

@@ -9,13 +9,13 @@ import jax.numpy as jnp
 from jaxlstm.errors import optional_package
 from jaxlstm.interop import cell_discovery, conversion
 from jaxlstm.interop.conversion import OptionValues, WeightFormat
-from jaxlstm.lstm import LSTM
 from jaxlstm.params import Params, Weights
+from jaxlstm.rnn import RNN
 
 CELL_PATTERN = r"(?P<cell>(.*/)?)weight_ih"
 
 
-def from_equinox(lstm: LSTM, cells: Any) -> Params:
+def from_equinox(lstm: RNN, cells: Any) -> Params:
     """Returns parameters from cells of Equinox.
 
     Args:
@@ -35,7 +35,7 @@ def from_equinox(lstm: LSTM, cells: Any) -> Params:
     return cell_discovery.params_from_cells(lstm, EQUINOX, cell_discovery.arrays_by_path(cells), CELL_PATTERN)
 
 
-def to_equinox(lstm: LSTM, params: Params) -> Any:
+def to_equinox(lstm: RNN, params: Params) -> Any:
     """Returns a cell of Equinox, or a list of one cell per layer; for two directions, pairs in place of cells.
 
     Raises:
@@ -72,7 +72,7 @@ def _from_arrays(arrays: Mapping[str, Any]) -> dict[str, Any]:
     return {"w_x": arrays["weight_ih"], "w_h": arrays["weight_hh"], "b": arrays.get("bias")}
 
 
-def _supported_options(lstm: LSTM) -> OptionValues:
+def _supported_options(lstm: RNN) -> OptionValues:
     return {"use_bias": (True, False)}
 
 

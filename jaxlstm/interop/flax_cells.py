@@ -4,8 +4,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from jaxlstm.interop.conversion import GATES, WeightFormat, split_gates, stack_gates
-from jaxlstm.lstm import LSTM
 from jaxlstm.params import Weights
+from jaxlstm.rnn import RNN
 
 # Matches the path of an array by which a cell is recognized.
 CELL_PATTERN = r"(?P<cell>(.*/)?)(ii|if_?|ig|io|hi|hf|hg|ho|dense_i|dense_h)/(kernel|bias)"
@@ -50,6 +50,6 @@ def stacked_format(framework: str) -> WeightFormat:
     return WeightFormat(framework, to_arrays, from_arrays)
 
 
-def cell_path(lstm: LSTM, direction: int) -> str:
+def cell_path(lstm: RNN, direction: int) -> str:
     """Returns the path of a cell within its `RNN`, or within a `Bidirectional` of two `RNN`."""
     return f"{('forward', 'backward')[direction]}_rnn/cell/" if lstm.bidirectional else "cell/"

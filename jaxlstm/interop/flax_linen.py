@@ -4,13 +4,13 @@ from typing import Any
 
 from jaxlstm.interop import cell_discovery, conversion
 from jaxlstm.interop.flax_cells import CELL_PATTERN, cell_path, per_gate_format
-from jaxlstm.lstm import LSTM
 from jaxlstm.params import Params
+from jaxlstm.rnn import RNN
 
 LINEN = per_gate_format("flax linen", ("ii", "if", "ig", "io"))  # of both cells
 
 
-def from_flax_linen(lstm: LSTM, variables: Any) -> Params:
+def from_flax_linen(lstm: RNN, variables: Any) -> Params:
     """Returns parameters from the variables that ``init`` of a linen module returns.
 
     Cells are found anywhere in the tree. They are ordered by the numbers in their paths and by ``forward_rnn`` and
@@ -34,7 +34,7 @@ def from_flax_linen(lstm: LSTM, variables: Any) -> Params:
     return cell_discovery.params_from_cells(lstm, LINEN, cell_discovery.arrays_by_path(variables), CELL_PATTERN)
 
 
-def to_flax_linen(lstm: LSTM, params: Params) -> dict[str, Any]:
+def to_flax_linen(lstm: RNN, params: Params) -> dict[str, Any]:
     """Returns variables for ``apply`` of an `RNN` of either cell, or of a `Bidirectional` for two directions.
 
     Several layers are named ``layers_0``, ``layers_1`` and so on, as in `nn.Sequential`.

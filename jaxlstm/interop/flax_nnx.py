@@ -10,8 +10,8 @@ import numpy as np
 from jaxlstm import validation
 from jaxlstm.interop import cell_discovery, conversion
 from jaxlstm.interop.flax_cells import CELL_PATTERN, cell_path, per_gate_format, stacked_format
-from jaxlstm.lstm import LSTM
 from jaxlstm.params import Params
+from jaxlstm.rnn import RNN
 
 FORMATS = {
     "LSTMCell": per_gate_format("flax nnx", ("ii", "if_", "ig", "io")),
@@ -19,7 +19,7 @@ FORMATS = {
 }
 
 
-def from_flax_nnx(lstm: LSTM, module: Any) -> Params:
+def from_flax_nnx(lstm: RNN, module: Any) -> Params:
     """Returns parameters from an nnx module or its state.
 
     Cells of either class are found anywhere in the module. They are ordered by the numbers in their paths and by
@@ -77,7 +77,7 @@ def _same_function(received: Any, expected: Any) -> bool:
     return received is expected or np.allclose(received(x), expected(x), atol=1e-5)
 
 
-def to_flax_nnx(lstm: LSTM, params: Params, cell: str = "LSTMCell") -> Any:
+def to_flax_nnx(lstm: RNN, params: Params, cell: str = "LSTMCell") -> Any:
     """Returns the state of an `RNN`, or for two directions of a `Bidirectional`, for `nnx.update`.
 
         nnx.update(rnn, to_flax_nnx(lstm, params, cell="OptimizedLSTMCell"))

@@ -17,14 +17,14 @@ from jaxlstm.interop.conversion import (
     split_gates,
     stack_gates,
 )
-from jaxlstm.lstm import LSTM
 from jaxlstm.params import Params, Weights
+from jaxlstm.rnn import RNN
 
 HAIKU_GATES = "igfo"
 HAIKU_FORGET_BIAS = 1.0  # hk.LSTM adds it to z of the forget gate in each step; here it is part of the bias
 
 
-def from_haiku(lstm: LSTM, params: Mapping[str, Mapping[str, Any]], name: str | None = None) -> Params:
+def from_haiku(lstm: RNN, params: Mapping[str, Mapping[str, Any]], name: str | None = None) -> Params:
     """Returns parameters from the parameters of one or several `hk.LSTM` or `hk.VanillaRNN`.
 
     Haiku numbers the names of several modules in the order of their creation. They must have been created with the
@@ -56,7 +56,7 @@ def from_haiku(lstm: LSTM, params: Mapping[str, Mapping[str, Any]], name: str | 
     return cell_discovery.params_from_cells(lstm, HAIKU, arrays, cell_pattern)
 
 
-def to_haiku(lstm: LSTM, params: Params, name: str | None = None) -> dict[str, dict[str, np.ndarray]]:
+def to_haiku(lstm: RNN, params: Params, name: str | None = None) -> dict[str, dict[str, np.ndarray]]:
     """Returns the parameters of one `hk.LSTM` per layer and direction: ``lstm``, ``lstm_1`` and so on.
 
     For ``cell="rnn"`` they are of `hk.VanillaRNN`: ``vanilla_rnn``, ``vanilla_rnn_1`` and so on, with a second bias of
@@ -140,7 +140,7 @@ def _from_vanilla_arrays(arrays: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _vanilla_options(lstm: LSTM) -> OptionValues:
+def _vanilla_options(lstm: RNN) -> OptionValues:
     return {"cell": ("rnn",), "activation": ("relu",)}
 
 

@@ -8,11 +8,11 @@ import numpy as np
 from jaxlstm import validation
 from jaxlstm.interop import conversion
 from jaxlstm.interop.conversion import OptionValues, WeightFormat, position_name
-from jaxlstm.lstm import LSTM
 from jaxlstm.params import Params, Weights
+from jaxlstm.rnn import RNN
 
 
-def from_keras(lstm: LSTM, weights: Sequence[Any]) -> Params:
+def from_keras(lstm: RNN, weights: Sequence[Any]) -> Params:
     """Returns parameters from the list ``get_weights()`` of a Keras layer.
 
     Args:
@@ -36,7 +36,7 @@ def from_keras(lstm: LSTM, weights: Sequence[Any]) -> Params:
     return conversion.params_from_arrays(lstm, KERAS, dict(zip(names, weights)), position_name)
 
 
-def to_keras(lstm: LSTM, params: Params) -> list[np.ndarray]:
+def to_keras(lstm: RNN, params: Params) -> list[np.ndarray]:
     """Returns the list for ``set_weights`` of one layer, or the concatenated lists of several layers, lowest first.
 
     Raises:
@@ -54,7 +54,7 @@ def _from_arrays(arrays: Mapping[str, Any]) -> dict[str, Any]:
     return {"w_x": arrays["kernel"].T, "w_h": arrays["recurrent_kernel"].T, "b": arrays.get("bias")}
 
 
-def _supported_options(lstm: LSTM) -> OptionValues:
+def _supported_options(lstm: RNN) -> OptionValues:
     return {"cell": ("lstm", "rnn"), "use_bias": (True, False)}
 
 

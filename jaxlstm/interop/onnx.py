@@ -21,8 +21,8 @@ from jaxlstm.errors import optional_package
 from jaxlstm.interop import conversion
 from jaxlstm.interop.conversion import GATES, OptionValues, WeightFormat, add_biases, position_name, reorder_gates
 from jaxlstm.interop.onnx_graph import ONNX_DOMAINS, check_sequence_inputs, check_stack, read_graph
-from jaxlstm.lstm import LSTM
 from jaxlstm.params import Params, Weights
+from jaxlstm.rnn import RNN
 
 OPSET, IR_VERSION = 17, 8  # of 2022: supported by every runtime in use, and with today's versions of the operators
 OPERATOR_INPUTS = ("X", "W", "R", "B", "sequence_lens", "initial_h", "initial_c", "P")  # by position; RNN has six
@@ -53,7 +53,7 @@ WITHOUT_EFFECT = ("activation_alpha", "activation_beta", "layout")
 DEFAULT_ACTIVATIONS = {"LSTM": ["Sigmoid", "Tanh", "Tanh"], "RNN": ["Tanh"]}  # of the operators, for one direction
 
 
-def to_onnx(lstm: LSTM, params: Params, *, with_state: bool = False, with_lengths: bool = False) -> Any:
+def to_onnx(lstm: RNN, params: Params, *, with_state: bool = False, with_lengths: bool = False) -> Any:
     """Returns an ONNX model that computes ``lstm(params, xs)`` without a key.
 
     =========  ==============  ===============  =====================================================
@@ -107,7 +107,7 @@ def to_onnx(lstm: LSTM, params: Params, *, with_state: bool = False, with_length
     return helper.make_model(graph, opset_imports=[opset], ir_version=IR_VERSION, producer_name="jaxlstm")
 
 
-def from_onnx(lstm: LSTM, model: Any) -> Params:
+def from_onnx(lstm: RNN, model: Any) -> Params:
     """Returns the parameters of the LSTM or RNN operators in an ONNX model.
 
     Operators before the first layer and after the last one are ignored; between two layers only the shape may change.
@@ -161,7 +161,7 @@ def from_onnx(lstm: LSTM, model: Any) -> Params:
     return params_from_operators(lstm, operators)
 
 
-def operators_from_params(lstm: LSTM, params: Params) -> list[OperatorArrays]:
+def operators_from_params(lstm: RNN, params: Params) -> list[OperatorArrays]:
     """Returns the weights W, R, B and P of the operator of each layer, in ``param_dtype``.
 
     Raises:
@@ -176,7 +176,7 @@ def operators_from_params(lstm: LSTM, params: Params) -> list[OperatorArrays]:
     return operators
 
 
-def params_from_operators(lstm: LSTM, operators: Sequence[Mapping[str, np.ndarray]]) -> Params:
+def params_from_operators(lstm: RNN, operators: Sequence[Mapping[str, np.ndarray]]) -> Params:
     """Returns parameters from the weights W, R, B and P of the operator of each layer.
 
     Raises:
@@ -199,7 +199,7 @@ def _import_onnx(purpose: str) -> Any:
         return importlib.import_module("onnx")
 
 
-def _weight_format(lstm: LSTM) -> WeightFormat:
+def _weight_format(lstm: RNN) -> WeightFormat:
     """Returns the format of one direction of an operator, or raises for options that it does not support."""
     conversion.check_supported(lstm, FORMATS["lstm"])
     return FORMATS[str(lstm.cell)]
@@ -244,14 +244,14 @@ def _operator_format(operator: Operator) -> WeightFormat:
     return WeightFormat("ONNX", to_arrays, from_arrays, _supported_options)
 
 
-def _supported_options(lstm: LSTM) -> OptionValues:
+def _supported_options(lstm: RNN) -> OptionValues:
     return {"cell": tuple(OPERATORS), "use_bias": (True, False)}
 
 
 FORMATS = {cell: _operator_format(operator) for cell, operator in OPERATORS.items()}
 
 
-def _check_arithmetic(lstm: LSTM) -> None:
+def _check_arithmetic(lstm: RNN) -> None:
     """Checks the options that add no parameters but change the computation."""
     for name in ("zoneout_h", "zoneout_c"):
         if getattr(lstm, name):
@@ -265,7 +265,7 @@ def _check_arithmetic(lstm: LSTM) -> None:
         )
 
 
-def _attributes(lstm: LSTM) -> dict[str, Any]:
+def _attributes(lstm: RNN) -> dict[str, Any]:
     """Returns the attributes of the operator of one layer."""
     activations = DEFAULT_ACTIVATIONS["LSTM"]
     if lstm.cell == "rnn":
@@ -277,7 +277,7 @@ def _attributes(lstm: LSTM) -> dict[str, Any]:
     }
 
 
-def _check_attributes(lstm: LSTM, label: str, attributes: Mapping[str, Any]) -> None:
+def _check_attributes(lstm: RNN, label: str, attributes: Mapping[str, Any]) -> None:
     """Checks that the attributes of an operator match the configuration."""
     op_type = OPERATORS[str(lstm.cell)].op_type
     expected = _attributes(lstm) | {"clip": None, "input_forget": 0}
@@ -302,12 +302,12 @@ def _decode(value: Any) -> Any:
     return value.decode(errors="replace") if isinstance(value, bytes) else value
 
 
-def _state_names(lstm: LSTM) -> tuple[str, ...]:
+def _state_names(lstm: RNN) -> tuple[str, ...]:
     return ("h", "c") if OPERATORS[str(lstm.cell)].op_type == "LSTM" else ("h",)
 
 
 def _nodes_and_constants(
-    onnx: Any, lstm: LSTM, params: Params, *, with_state: bool, with_lengths: bool
+    onnx: Any, lstm: RNN, params: Params, *, with_state: bool, with_lengths: bool
 ) -> tuple[list[Any], dict[str, np.ndarray]]:
     """Returns the nodes of the graph, and its constants by name."""
     make_node, num_layers, state_names = onnx.helper.make_node, lstm.num_layers, _state_names(lstm)
@@ -333,7 +333,7 @@ def _nodes_and_constants(
     return nodes, constants
 
 
-def _layer_nodes(onnx: Any, lstm: LSTM, layer: int, inputs: Mapping[str, str], output: str) -> list[Any]:
+def _layer_nodes(onnx: Any, lstm: RNN, layer: int, inputs: Mapping[str, str], output: str) -> list[Any]:
     """Returns the nodes of one layer: the operator, and the concatenation of its directions.
 
     Args:

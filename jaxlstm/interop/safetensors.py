@@ -7,12 +7,12 @@ from jaxlstm import validation
 from jaxlstm.atomic_write import atomic_write
 from jaxlstm.errors import optional_package
 from jaxlstm.interop.torch import from_torch, lstm_array_names, to_torch
-from jaxlstm.lstm import LSTM
 from jaxlstm.params import Params
 from jaxlstm.regular_file import open_regular
+from jaxlstm.rnn import RNN
 
 
-def load_safetensors(lstm: LSTM, path: str | os.PathLike[str], prefix: str | None = None) -> Params:
+def load_safetensors(lstm: RNN, path: str | os.PathLike[str], prefix: str | None = None) -> Params:
     """Returns parameters from a file with PyTorch's names, such as a published model; see `from_torch`.
 
     Only the arrays of the LSTM are read from the file.
@@ -35,7 +35,7 @@ def load_safetensors(lstm: LSTM, path: str | os.PathLike[str], prefix: str | Non
         return from_torch(lstm, {name: file.get_tensor(source) for name, source in names.items()}, prefix)
 
 
-def save_safetensors(lstm: LSTM, params: Params, path: str | os.PathLike[str], *, overwrite: bool = False) -> None:
+def save_safetensors(lstm: RNN, params: Params, path: str | os.PathLike[str], *, overwrite: bool = False) -> None:
     """Writes parameters to a file with PyTorch's names, completely or not at all; see `to_torch`.
 
     Args:

@@ -10,8 +10,8 @@ import numpy as np
 from jaxlstm import validation
 from jaxlstm.interop import conversion
 from jaxlstm.interop.conversion import OptionValues, WeightFormat, add_biases
-from jaxlstm.lstm import LSTM
 from jaxlstm.params import Params, Weights
+from jaxlstm.rnn import RNN
 
 FIRST_NAME = re.compile(r"(?P<prefix>(.*\.)?)weight_ih(_l0)?")  # every nn.LSTM and every nn.LSTMCell has it
 ARRAY_PATTERN = re.compile(r"(weight|bias)_(ih|hh|hr)(_\w+)?")  # includes unexpected names, so that they raise an error
@@ -23,7 +23,7 @@ PARAMETRIZED = (  # tensors from which a weight is computed, by weight norm or a
 RAW = "_raw"  # ends the names of AWD-LSTM's trained weights; the weight without it is a copy with dropout
 
 
-def from_torch(lstm: LSTM, state_dict: Mapping[str, Any], prefix: str | None = None) -> Params:
+def from_torch(lstm: RNN, state_dict: Mapping[str, Any], prefix: str | None = None) -> Params:
     """Returns parameters from the ``state_dict`` of an `nn.LSTM` or `nn.LSTMCell`, or of a module that contains one.
 
     The two biases of PyTorch are added. Entries outside the LSTM are ignored. With the weight drop of AWD-LSTM, the
@@ -61,7 +61,7 @@ def from_torch(lstm: LSTM, state_dict: Mapping[str, Any], prefix: str | None = N
     )
 
 
-def to_torch(lstm: LSTM, params: Params) -> dict[str, np.ndarray]:
+def to_torch(lstm: RNN, params: Params) -> dict[str, np.ndarray]:
     """Returns the ``state_dict`` of an `nn.LSTM`, or of an `nn.RNN` for ``cell="rnn"``, as NumPy arrays.
 
     The second of PyTorch's biases is zero. An `nn.LSTMCell` has the same names without ``_l0``.
@@ -171,7 +171,7 @@ def _from_arrays(arrays: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _supported_options(lstm: LSTM) -> OptionValues:
+def _supported_options(lstm: RNN) -> OptionValues:
     """Supports the two activations of `nn.RNN`, and the projections of `nn.LSTM`, which must be smaller than H."""
     if lstm.cell == "rnn":
         return {"cell": ("rnn",), "use_bias": (True, False), "activation": (None, "tanh", "relu")}

@@ -11,7 +11,7 @@ from jax.export import is_symbolic_dim
 
 from jaxlstm.cells import Cell
 from jaxlstm.dropout import RegularizerMasks
-from jaxlstm.params import State, Weights
+from jaxlstm.params import State
 from jaxlstm.recurrence.context import Direction, Results, ScanContext
 from jaxlstm.recurrence.masking import hold_skipped, restart
 from jaxlstm.recurrence.step import project_inputs, recurrent_step
@@ -59,11 +59,12 @@ def emit_hidden(step: Callable[[Any, State, RegularizerMasks], State]) -> Callab
     return step_and_output
 
 
-def layer_equations(cell: Cell, weights: Weights, context: ScanContext, mesh_axis: str | None = None) -> ScanFns:
+def layer_equations(cell: Cell, direction: Direction, context: ScanContext, mesh_axis: str | None = None) -> ScanFns:
     """Returns the equations of `jaxlstm.recurrence.step`; ``mesh_axis`` as in `recurrent_step`."""
+    weights, z_static = direction.weights, direction.z_static
 
     def step(z_x: Array, state: State, masks: RegularizerMasks) -> State:
-        return recurrent_step(cell, weights, z_x, state, context.dtype, context.rates, masks, mesh_axis)
+        return recurrent_step(cell, weights, z_x, state, context.dtype, context.rates, masks, mesh_axis, z_static)
 
     project = partial(project_inputs, weights, dtype=context.dtype, accum_dtype=context.accum_dtype)
     return ScanFns(project, emit_hidden(step))

@@ -40,6 +40,7 @@ class LayerInputs(NamedTuple):
     lengths: Array | None = None  # (*batch,) int, if the step mask comes from lengths alone
     restart_state: State | None = None  # (D, *units), the state at a restart; zeros if None
     masks: RegularizerMasks = RegularizerMasks()  # (D, T, *batch, .)
+    z_static: Array | None = None  # (D, *batch, G*H), W_s s; None if no gate reads static features
 
 
 class Direction(NamedTuple):
@@ -52,6 +53,9 @@ class Direction(NamedTuple):
     restarts: Array | None  # (T, B) bool: the state is `restart_state` before steps where it is True
     restart_state: State | None  # h (P,) and c (H,); zeros if None
     masks: RegularizerMasks  # (T, B, .)
+    z_static: Array | None = (
+        None  # (B, G*H), `jaxlstm.recurrence.step.project_static`; None if no gate reads static features
+    )
 
 
 # Outputs and final state of each direction. Outputs are arrays (T, B, P), or trees of arrays for diagnostics.

@@ -46,8 +46,15 @@ from jaxlstm.recurrence.step import (
     apply_gates,
     candidate_scale,
     elementwise_weights,
+    has_dense_recurrence,
+    hidden_size,
+    late_bias,
+    project_hidden,
     project_inputs,
-    split_gates,
+    require_form,
+    split_sources,
+    sum_sources,
+    unsupported_form,
 )
 
 
@@ -92,11 +99,13 @@ class Fused:
         Raises:
           ValueError: while tracing, for ``hoist_inputs=False`` with layer normalization.
         """
-        if self.hoist_inputs is False and directions[0].weights.norm is not None:
-            raise ValueError(
-                "Fused(hoist_inputs=False) does not support layer_norm=True, which normalizes W_x x before the loop; "
-                "expected hoist_inputs=True or None"
-            )
+        if self.hoist_inputs is False:
+            if directions[0].weights.norm is not None:
+                raise ValueError(
+                    "Fused(hoist_inputs=False) does not support layer_norm=True, which normalizes W_x x before the "
+                    "loop; expected hoist_inputs=True or None"
+                )
+            require_form("Fused(hoist_inputs=False)", cell, directions[0].weights)
         return _run(self, cell, directions, context)
 
 
@@ -114,6 +123,8 @@ class FusedConfig(NamedTuple):
     dtype: jnp.dtype  # of the operands of matrix products, and of outputs
     accum_dtype: jnp.dtype  # of sums and of the state
     layer_norm: bool  # whether W_x x and W_h h are normalized separately
+    one_product: bool  # whether W_x x + W_h h can be one product: every gate reads both, and W_h is dense
+    dense: bool  # whether W_h is dense
     differentiable: bool = False  # whether every operation must have a derivative
 
     @property
@@ -124,11 +135,12 @@ class FusedConfig(NamedTuple):
     def layout(self, batch_size: Size) -> Layout:
         """Returns the layout for a batch size."""
         options = self.options
-        layout = choose_layout(self.sizes._replace(batch_size=batch_size), self.dtype, self.accum_dtype, options.order)
+        order = options.order or (None if self.one_product else "batch")
+        layout = choose_layout(self.sizes._replace(batch_size=batch_size), self.dtype, self.accum_dtype, order)
         hoist_inputs = layout.hoist_inputs if options.hoist_inputs is None else options.hoist_inputs
         return replace(
             layout,
-            hoist_inputs=hoist_inputs or self.layer_norm,
+            hoist_inputs=hoist_inputs or self.layer_norm or not self.one_product,
             chunk_size=options.chunk_size or layout.chunk_size,
             bitcast=layout.bitcast and not self.differentiable,
         )
@@ -157,7 +169,8 @@ class Residuals(NamedTuple):
 
     z: Array  # (T, G*H, B)
     z_h: Array | None  # (T, G*H, B), with layer normalization
-    c: Array | None  # (T, H, B), before the step and after a restart
+    c: Any  # (T, H, B), the states before the step and after a restart
+    h: Array | None  # (T, H, B), likewise, for a cell whose functions take h
     cell_output: Array | None  # (T, H, B), with a projection
 
 
@@ -167,6 +180,7 @@ class DirectionTangents(NamedTuple):
     weights: Weights  # None in place of a tangent that is zero
     elementwise: ElementwiseWeights  # zeros instantiated
     xs: Array | None  # (T, B, I), None if zero
+    z_static: Array | None  # (B, G*H), None if zero
     state: State  # zeros instantiated
     restart_state: State | None  # zeros instantiated; None if the restart state is zero
 
@@ -217,10 +231,12 @@ def _run(options: Fused, cell: Cell, directions: tuple[Direction, ...], context:
         cell,
         context.rates,
         context.unroll,
-        sizes=LayerSizes(*directions[0].xs.shape[1:], hidden_size=weights.w_h.shape[0] // cell.num_gates),
+        sizes=LayerSizes(*directions[0].xs.shape[1:], hidden_size=hidden_size(cell, weights)),
         dtype=jnp.dtype(context.dtype),
         accum_dtype=context.accum_dtype,
         layer_norm=weights.norm is not None,
+        one_product=unsupported_form(cell, weights) is None,
+        dense=has_dense_recurrence(cell, weights),
     )
     layout = config.layout(directions[0].xs.shape[1])
 
@@ -294,8 +310,16 @@ def _direction_axes(layout: Layout) -> Direction:
     shared: Any = SHARED
     state: Any = layout.batch_axis
     time: Any = 1  # (T, B, .)
+    rows: Any = 0  # (B, .)
     return Direction(
-        weights=shared, xs=time, state=state, step_mask=time, restarts=time, restart_state=shared, masks=time
+        weights=shared,
+        xs=time,
+        state=state,
+        step_mask=time,
+        restarts=time,
+        restart_state=shared,
+        masks=time,
+        z_static=rows,
     )
 
 
@@ -309,7 +333,9 @@ def _forward(
 ) -> tuple[States, Outputs, tuple[Residuals | None, ...]]:
     """Scans over time; returns final states, outputs and, with ``save``, the residuals."""
     layout = config.layout(batch_size)
-    steps = [partial(_forward_step, config, layout, d, _loop_weights(layout, d.weights), save) for d in directions]
+    steps = [
+        partial(_forward_step, config, layout, d, _loop_weights(config, layout, d.weights), save) for d in directions
+    ]
     inputs = tuple(StepInputs(_loop_inputs(layout, d), _masks(d)) for d in directions)
 
     def scan_step(states: States, inputs_t: tuple[StepInputs, ...]) -> tuple[States, Any]:
@@ -323,9 +349,23 @@ def _forward(
     return states, tuple(layout.unpack(y).astype(layout.dtype) for y in ys), residuals
 
 
-def _loop_weights(layout: Layout, weights: Weights) -> Any:
+def _loop_weights(config: FusedConfig, layout: Layout, weights: Weights) -> Any:
     """Returns the matrices of the product in each step."""
-    return layout.prepare(weights.w_h) if layout.hoist_inputs else layout.prepare_both(weights.w_x, weights.w_h)
+    if not layout.hoist_inputs:
+        return layout.prepare_both(weights.w_x, weights.w_h)
+    return layout.prepare(weights.w_h) if config.dense else weights.w_h
+
+
+def _dot_hidden(config: FusedConfig, layout: Layout, w_h: Any, h: Array) -> Array | None:
+    """Computes ``W_h h`` for one step, from `_loop_weights`; None if no gate reads h."""
+    if w_h is None:
+        return None
+    return layout.dot(w_h, h) if config.dense else _project_blocks(layout, w_h, layout.to_batch_major(h))
+
+
+def _project_blocks(layout: Layout, w_h: Array, h: Array) -> Array:
+    """Computes ``W_h h`` for a block-diagonal matrix and a batch-major ``h``, for one step or many."""
+    return layout.from_batch_major(project_hidden(w_h, h, layout.dtype, layout.accum_dtype))
 
 
 def _loop_inputs(layout: Layout, direction: Direction) -> Array:
@@ -350,17 +390,24 @@ def _forward_step(
     x = inputs_t.x if layout.bitcast and not layout.hoist_inputs else layout.from_batch_major(inputs_t.x)
     z_h = None
     if weights.norm is not None:
-        z, z_h = x, layout.dot(loop_weights, state.h)
+        z, z_h = x, _dot_hidden(config, layout, loop_weights, state.h)
+    elif not config.one_product:
+        b = late_bias(config.cell, weights, layout.accum_dtype)
+        z_static = None if direction.z_static is None else layout.from_batch_major(direction.z_static)
+        rest = None if b is None else layout.expand_units(b)
+        z_h = _dot_hidden(config, layout, loop_weights, state.h)
+        z, z_h = sum_sources(config.cell, x, z_h, z_static, rest, layout.units_axis - 2), None
     elif layout.hoist_inputs:
         z = x + layout.dot(loop_weights, state.h)
     else:
         z = _add_bias(layout, weights.b, layout.dot_both(loop_weights, x, state.h))
     activate = _activate(layout, save=save)
     elementwise = elementwise_weights(weights)
-    c, cell_output = _apply_gates(config, layout, activate, masks.regularizer, elementwise, z, z_h, state.c)
+    old_h = state.h if config.cell.reads_h else None
+    c, cell_output = _apply_gates(config, layout, activate, masks.regularizer, elementwise, z, z_h, state.c, old_h)
     h = cell_output if weights.w_p is None else layout.dot(layout.prepare(weights.w_p), cell_output)
     new_state = _finish_step(config, layout, masks, State(h, c), state)
-    residuals = Residuals(z, z_h, state.c, None if weights.w_p is None else cell_output) if save else None
+    residuals = Residuals(z, z_h, state.c, old_h, None if weights.w_p is None else cell_output) if save else None
     y = layout.to_batch_major(new_state.h)
     return new_state, layout.pack(y) if layout.bitcast else y, residuals
 
@@ -384,14 +431,14 @@ def _apply_gates(
     weights: ElementwiseWeights,
     z: Array,
     z_h: Array | None,
-    c: Array | None,
-) -> tuple[Array | None, Array]:
+    c: Any,
+    h: Array | None,
+) -> tuple[Any, Array]:
     """Calls `jaxlstm.recurrence.step.apply_gates` on arrays in the layout."""
-    num_gates, axis = config.cell.num_gates, layout.units_axis
+    cell, axis = config.cell, layout.units_axis
     candidate_mask = None if masks.candidate_mask is None else layout.from_batch_major(masks.candidate_mask)
-    z_h = None if z_h is None else split_gates(z_h, num_gates, axis)
-    z = split_gates(z, num_gates, axis)
-    return apply_gates(config.cell, weights, z, z_h, c, candidate_mask, config.rates, axis, activate=activate)
+    z, z_h = split_sources(cell, z, z_h, axis, layer_norm=config.layer_norm)
+    return apply_gates(cell, weights, z, z_h, c, candidate_mask, config.rates, axis, activate=activate, h=h)
 
 
 def _finish_step(config: FusedConfig, layout: Layout, masks: StepMasks, new_state: State, state: State) -> State:
@@ -428,13 +475,14 @@ def _recurrence_jvp(
 
 def _direction_tangents(config: FusedConfig, direction: Direction, tangents: Direction) -> DirectionTangents:
     """Sorts the tangents by use: the elementwise weights are needed in every step, the others in hoisted products."""
-    dx = drop_symbolic_zeros(tangents.xs)
+    dx, dz_static = drop_symbolic_zeros((tangents.xs, tangents.z_static))
     elementwise = elementwise_weights(direction.weights), elementwise_weights(tangents.weights)
     states = (direction.state, direction.restart_state), (tangents.state, tangents.restart_state)
     return DirectionTangents(
         drop_symbolic_zeros(tangents.weights),
         jax.tree.map(instantiate_zeros, *elementwise),
         None if dx is None else dx.astype(config.accum_dtype),
+        dz_static,
         *jax.tree.map(instantiate_zeros, *states),
     )
 
@@ -454,8 +502,9 @@ def _linearized_axes(layout: Layout) -> LinearizedDirection:
     shared: Any = SHARED
     state: Any = layout.batch_axis
     time: Any = 1  # (T, B, .)
+    rows: Any = 0  # (B, .)
     residuals: Any = 1 + layout.batch_axis
-    tangents = DirectionTangents(shared, shared, xs=time, state=state, restart_state=shared)
+    tangents = DirectionTangents(shared, shared, xs=time, z_static=rows, state=state, restart_state=shared)
     return LinearizedDirection(_direction_axes(layout), tangents, time, residuals)
 
 
@@ -470,7 +519,8 @@ def _tangent(
     """Returns the tangents of final states and outputs, computed in chunks of time."""
     layout = config.layout(batch_size)
     steps = [
-        partial(_tangent_step, config, layout, d, layout.prepare_for_vjp(d.direction.weights.w_h)) for d in linearized
+        partial(_tangent_step, config, layout, d, _tangent_weights(config, layout, d.direction.weights.w_h))
+        for d in linearized
     ]
 
     # Without this checkpoint the Jacobians of all steps would be saved.
@@ -523,40 +573,58 @@ def _tangent_inputs(
     config: FusedConfig, layout: Layout, linearized: LinearizedDirection, chunk: ChunkInputs, h: Array
 ) -> TangentInputs:
     """Computes the part of the rule that does not depend on the tangent of the state; ``h`` as in `_hoist`."""
-    hoisted = _hoist(layout, linearized, chunk, h)
+    hoisted = _hoist(config, layout, linearized, chunk, h)
     masks, residuals = chunk.inputs.masks, chunk.residuals
     if not config.has_gate_jacobian:
         return TangentInputs(masks, residuals, hoisted)
-    assert residuals.c is not None, "every supported cell has a cell state"
     mask, axis = masks.regularizer.candidate_mask, layout.units_axis
     scale = None
     if mask is not None:
         scale = layout.from_batch_major(candidate_scale(mask, config.rates, layout.accum_dtype))
-    jacobian = gate_derivatives.gate_jacobian(config.cell, residuals.z, residuals.c, scale, axis)
+    jacobian = gate_derivatives.gate_jacobian(config.cell, residuals.z, residuals.c, residuals.h, scale, axis)
     return TangentInputs(masks, jacobian, hoisted)
 
 
-def _hoist(layout: Layout, linearized: LinearizedDirection, chunk: ChunkInputs, h: Array) -> HoistedTangents:
+def _tangent_weights(config: FusedConfig, layout: Layout, w_h: Any) -> Any:
+    """Returns ``W_h`` as `_tangent_step` takes it; None if no gate reads h."""
+    return layout.prepare_for_vjp(w_h) if config.dense else w_h
+
+
+def _hoist(
+    config: FusedConfig, layout: Layout, linearized: LinearizedDirection, chunk: ChunkInputs, h: Array
+) -> HoistedTangents:
     """Computes the bracketed terms of a chunk; ``h (T, B, P)`` are the outputs before its steps, packed."""
     direction, d_weights = linearized.direction, linearized.tangents.weights
     weights, residuals, x = direction.weights, chunk.residuals, chunk.inputs.x
     restart_state = None if direction.restart_state is None else State(layout.pack(direction.restart_state.h), None)
-    z, z_h = jnp.zeros(residuals.z.shape, layout.accum_dtype), None
-    if chunk.dx is not None:
-        z = z + layout.dot_over_time(weights.w_x, layout.from_batch_major(chunk.dx))
     h = restart(chunk.inputs.masks.restarts, restart_state, State(h, None)).h
-    if weights.norm is not None:
-        if d_weights.w_x is not None:
-            z = z + layout.dot_over_time(d_weights.w_x, layout.from_batch_major(layout.unpack(x)))
-        z_h = jnp.zeros(residuals.z.shape, layout.accum_dtype)
-        if d_weights.w_h is not None:
-            z_h = layout.dot_over_time(d_weights.w_h, layout.from_batch_major(layout.unpack(h)))
-    else:
+    z, z_h = jnp.zeros(residuals.z.shape, layout.accum_dtype), None
+    z_x = None if chunk.dx is None else layout.dot_over_time(weights.w_x, layout.from_batch_major(chunk.dx))
+    if config.one_product and not config.layer_norm:
+        z = z if z_x is None else z + z_x
         if d_weights.w_x is not None or d_weights.w_h is not None:
             dw_x, dw_h = instantiate_zeros(weights.w_x, d_weights.w_x), instantiate_zeros(weights.w_h, d_weights.w_h)
             x_and_h = layout.unpack(jnp.concatenate([x, h], axis=2))
             z = z + layout.dot_over_time(jnp.concatenate([dw_x, dw_h], axis=1), layout.from_batch_major(x_and_h))
         z = _add_bias(layout, d_weights.b, z)
+    else:
+        if d_weights.w_x is not None:
+            from_weights = layout.dot_over_time(d_weights.w_x, layout.from_batch_major(layout.unpack(x)))
+            z_x = from_weights if z_x is None else z_x + from_weights
+        if d_weights.w_h is not None:
+            h = layout.unpack(h)
+            if config.dense:
+                z_h = layout.dot_over_time(d_weights.w_h, layout.from_batch_major(h))
+            else:
+                z_h = _project_blocks(layout, d_weights.w_h, h)
+        if config.layer_norm:
+            z = z if z_x is None else z + z_x
+            z_h = jnp.zeros_like(residuals.z_h) if z_h is None and residuals.z_h is not None else z_h
+        else:
+            dz_static = linearized.tangents.z_static
+            dz_static = None if dz_static is None else layout.from_batch_major(dz_static)[None]
+            z = _add_bias(layout, d_weights.b, z)
+            z, z_h = sum_sources(config.cell, z_x, z_h, dz_static, z, layout.units_axis - 2), None
     if residuals.cell_output is None or d_weights.w_p is None:
         return HoistedTangents(z, z_h, None)
     return HoistedTangents(z, z_h, layout.dot_over_time(d_weights.w_p, residuals.cell_output))
@@ -566,26 +634,33 @@ def _tangent_step(
     config: FusedConfig,
     layout: Layout,
     linearized: LinearizedDirection,
-    w_h: Array,
+    w_h: Any,
     d_state: State,
     inputs_t: TangentInputs,
 ) -> State:
-    """Returns the tangent of the state after a step; ``w_h`` is from `Layout.prepare_for_vjp`."""
+    """Returns the tangent of the state after a step; ``w_h`` is from `_tangent_weights`."""
     direction, tangents = linearized.direction, linearized.tangents
     (masks, primals, hoisted), weights = inputs_t, direction.weights
     d_state = restart(masks.restarts, tangents.restart_state, d_state, layout.expand_batch, layout.expand_units)
-    dz, dz_h = hoisted.z, hoisted.z_h
-    if dz_h is None:
-        dz = dz + layout.dot_for_vjp(w_h, d_state.h)
+    dz, dz_h = hoisted.z, None
+    if config.dense:
+        dz_h = layout.dot_for_vjp(w_h, d_state.h)
+    elif w_h is not None:
+        dz_h = _project_blocks(layout, w_h, layout.to_batch_major(d_state.h))
+    if config.layer_norm:
+        dz_h = None if dz_h is None or hoisted.z_h is None else hoisted.z_h + dz_h
+    elif config.one_product:
+        assert dz_h is not None
+        dz, dz_h = dz + dz_h, None
     else:
-        dz_h = dz_h + layout.dot_for_vjp(w_h, d_state.h)
+        dz, dz_h = sum_sources(config.cell, None, dz_h, rest=dz, axis=layout.units_axis - 2), None
+    dh_old = d_state.h if config.cell.reads_h else None
     if isinstance(primals, GateJacobian):
-        assert d_state.c is not None, "every supported cell has a cell state"
-        dc, dh = gate_derivatives.apply_jacobian(config.cell, primals, dz, d_state.c, layout.units_axis)
+        dc, dh = gate_derivatives.apply_jacobian(config.cell, primals, dz, d_state.c, dh_old, layout.units_axis)
     else:
         gates = partial(_apply_gates, config, layout, _activate(layout, save=True), masks.regularizer)
-        args = elementwise_weights(weights), primals.z, primals.z_h, primals.c
-        _, (dc, dh) = jax.jvp(gates, args, (tangents.elementwise, dz, dz_h, d_state.c))
+        args = elementwise_weights(weights), primals.z, primals.z_h, primals.c, primals.h
+        _, (dc, dh) = jax.jvp(gates, args, (tangents.elementwise, dz, dz_h, d_state.c, dh_old))
     if weights.w_p is not None:
         dh = layout.dot(layout.prepare(weights.w_p), dh)
     if hoisted.h is not None:

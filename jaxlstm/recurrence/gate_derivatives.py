@@ -32,51 +32,84 @@ from jaxlstm.recurrence.step import split_gates
 
 
 class GateJacobian(NamedTuple):
-    """The factors of the tangents at one step or many. The shapes are written for feature-major arrays."""
+    """The factors of the tangents at one step or many. The shapes are written for feature-major arrays.
+
+    Without a cell state there are no factors of c; without functions that take the old h there are none of it.
+    """
 
     z: Array  # (*T, G*H, B): derivative of c with respect to the gates of `update`, of h with respect to the others
-    c: Array  # (*T, H, B): derivative of c with respect to the previous c
-    h: Array  # (*T, H, B): derivative of h with respect to c
+    c: Array | None  # (*T, H, B): derivative of c with respect to the previous c
+    h: Array | None  # (*T, H, B): derivative of h with respect to c
+    old_h: Array | None  # (*T, H, B): derivative of h with respect to the previous h
 
 
 def has_jacobian(cell: Cell) -> bool:
     """Returns whether `gate_jacobian` supports the cell.
 
-    The gates are sigmoid or tanh without peepholes, each is read by one of the two functions, and both read c.
+    There are no peepholes and at most one state besides h, which both functions take. Each gate is read by one of the
+    two functions, and the old h by ``output`` alone.
     """
-    if cell.update is None or cell.peepholes or activation_kinds(cell) is None:
+    output = set(argument_names(cell.output))
+    if cell.peepholes or len(cell.initial_values) > 1:
         return False
-    update, output = set(argument_names(cell.update)), set(argument_names(cell.output))
-    return update & output == {"c"}
+    if cell.update is None:
+        return True
+    update = set(argument_names(cell.update))
+    return "h" not in update and update & output == set(cell.initial_values)
 
 
 def gate_jacobian(
-    cell: Cell, z: Float[Array, "T _ _"], c: Float[Array, "T _ _"], candidate_scale: Array | None, axis: int
+    cell: Cell,
+    z: Float[Array, "T _ _"],
+    c: Float[Array, "T _ _"] | None,
+    h: Float[Array, "T _ _"] | None,
+    candidate_scale: Array | None,
+    axis: int,
 ) -> GateJacobian:
     """Computes the Jacobian at many steps.
 
     Args:
       cell: a cell with `has_jacobian`.
       z: pre-activations, ``(T, G*H, B)`` or ``(T, B, G*H)``.
-      c: the cell state before each step, ``(T, H, B)`` or ``(T, B, H)``.
+      c: the cell state before each step, ``(T, H, B)`` or ``(T, B, H)``; None without one.
+      h: the output before each step, of the shape of ``c``; None if the cell does not read it.
       candidate_scale: the factor of the candidate in recurrent dropout, of the shape of ``c``; None for none.
       axis: the axis of the units in the arrays of one step.
     """
-    kinds = activation_kinds(cell)
-    assert kinds is not None
-    assert cell.update is not None
     slabs = split_gates(z, cell.num_gates, axis + 1)
-    scale, activated = activation_scales(slabs, kinds), sigmoid_or_tanh(slabs, kinds)
+    activated, slope = _activate(cell, slabs)
     values = zip(cell.activations, jnp.unstack(activated))
-    gates = {name: scale_candidate(cell, name, gate, candidate_scale) for name, gate in values}
-    c, to_c = _differentiate(cell.update, gates | {"c": c})
-    _, to_h = _differentiate(cell.output, gates | {"c": c})
-    dc_dc, dh_dc = to_c.pop("c"), to_h.pop("c")
-    by_gate = to_c | to_h
+    values = {name: scale_candidate(cell, name, gate, candidate_scale) for name, gate in values}
+    values |= cell.states_by_name(c) | ({} if h is None else {"h": h})
+    by_gate: dict[str, Array] = {}
+    dc_dc = dh_dc = None
+    if cell.update is None:
+        to_h = _differentiate(cell.output, values)[1]
+    else:
+        (state,) = cell.initial_values
+        values[state], by_gate = _differentiate(cell.update, values)
+        to_h = _differentiate(cell.output, values)[1]
+        dc_dc, dh_dc = by_gate.pop(state), to_h.pop(state)
+    dh_dh = to_h.pop("h", None)
+    by_gate |= to_h
     factors = [scale_candidate(cell, name, by_gate[name], candidate_scale) for name in cell.activations]
     stacked = jnp.stack(factors, axis + 1)
-    dz = jnp.moveaxis(activation_slope(activated, scale), 0, axis + 1) * stacked
-    return GateJacobian(dz.reshape(z.shape), dc_dc, dh_dc)
+    dz = stacked if slope is None else jnp.moveaxis(slope, 0, axis + 1) * stacked
+    return GateJacobian(dz.reshape(z.shape), dc_dc, dh_dc, dh_dh)
+
+
+def _activate(cell: Cell, slabs: Float[Array, "G *units"]) -> tuple[Array, Array | None]:
+    """Returns the gates and the derivative of their activations; None for 1 everywhere."""
+    kinds = activation_kinds(cell)
+    if kinds is not None:
+        activated = sigmoid_or_tanh(slabs, kinds)
+        return activated, activation_slope(activated, activation_scales(slabs, kinds))
+    pairs = []
+    for activation, z in zip(cell.activations.values(), jnp.unstack(slabs)):
+        one = jnp.ones_like(z)
+        pairs.append((z, one) if activation is None else jax.jvp(activation, (z,), (one,)))
+    activated, slope = zip(*pairs)
+    return jnp.stack(activated), jnp.stack(slope)
 
 
 def _differentiate(function: Callable[..., Array], values: Mapping[str, Array]) -> tuple[Array, dict[str, Array]]:
@@ -90,19 +123,29 @@ def _differentiate(function: Callable[..., Array], values: Mapping[str, Array]) 
 
 
 def apply_jacobian(
-    cell: Cell, jacobian: GateJacobian, dz: Float[Array, "_ _"], dc: Float[Array, "_ _"], axis: int
-) -> tuple[Array, Array]:
+    cell: Cell,
+    jacobian: GateJacobian,
+    dz: Float[Array, "_ _"],
+    dc: Float[Array, "_ _"] | None,
+    dh: Float[Array, "_ _"] | None,
+    axis: int,
+) -> tuple[Array | None, Array]:
     """Returns the tangents of ``(c, h)`` after a step.
 
     Args:
       cell: the cell.
       jacobian: the Jacobian at this step.
       dz: tangent of the pre-activations, ``(G*H, B)`` or ``(B, G*H)``.
-      dc: tangent of the cell state before the step, ``(H, B)`` or ``(B, H)``.
+      dc: tangent of the cell state before the step, ``(H, B)`` or ``(B, H)``; None without one.
+      dh: tangent of the output before the step, for a cell that reads it; else None.
       axis: the axis of the units.
     """
     slabs = dict(zip(cell.activations, _unstack_gates(jacobian.z * dz, cell.num_gates, axis)))
     to_h = [slabs.pop(name) for name in argument_names(cell.output) if name in slabs]
+    if jacobian.old_h is not None and dh is not None:
+        to_h.append(jacobian.old_h * dh)
+    if jacobian.c is None or jacobian.h is None or dc is None:
+        return None, sum(to_h[1:], to_h[0])
     dc = sum(slabs.values(), jacobian.c * dc)
     return dc, sum(to_h, jacobian.h * dc)
 

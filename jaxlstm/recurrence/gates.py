@@ -1,6 +1,7 @@
 """The gates of a cell: the activations of all slabs by one tanh, and the cell's two functions."""
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -58,38 +59,49 @@ def scale_candidate(cell: Cell, name: str, gate: Array, candidate_scale: Array |
 def evaluate_cell(
     cell: Cell,
     z: Float[Array, "G *units"],
-    c: Float[Array, "*units"] | None,
+    c: Any,
     peepholes: Float[Array, "K *w_units"] | None = None,
     candidate_scale: Array | None = None,
     normalize: Callable[[Array], Array] | None = None,
     activate: Activate = activate,
-) -> tuple[Array | None, Array]:
-    """Returns the new cell state and the output of a step; elementwise over units.
+    h: Float[Array, "*units"] | None = None,
+) -> tuple[Any, Array]:
+    """Returns the new states and the output of a step; elementwise over units.
 
     Args:
       cell: the cell.
-      z: pre-activations; every slab has the shape of ``c``.
-      c: the cell state; None for a cell without one.
+      z: pre-activations; every slab has the shape of a state.
+      c: the states, as in `jaxlstm.params.State`.
       peepholes: one array per gate of ``cell.peepholes``, which broadcasts to the shape of ``c``.
       candidate_scale: factor of the candidate, for recurrent dropout.
       normalize: function of the cell state on its way to the output, for layer normalization.
       activate: the function of this name above, or one that is equal to it.
+      h: the output of the step before; None if the cell does not read it.
     """
     weights = {} if peepholes is None else dict(zip(cell.peepholes, jnp.unstack(peepholes)))
     kinds = activation_kinds(cell) if cell.num_gates > 1 and not weights else None  # None: each gate by itself
     slabs = dict(zip(cell.activations, jnp.unstack(z) if kinds is None else activate(z, kinds)))
     gates: dict[str, Array] = {}
 
-    def gate(name: str, c: Array | None) -> Array:
-        """Returns a gate, which reads ``c`` through its peephole when it is first needed."""
+    def gate(name: str, states: dict[str, Array]) -> Array:
+        """Returns a gate, which reads the cell state through its peephole when it is first needed."""
         if name not in gates:
-            slab = slabs[name] if name not in weights or c is None else slabs[name] + weights[name] * c
+            slab = slabs[name]
+            if name in weights:
+                (c,) = states.values()
+                slab = slab + weights[name] * c
             activation = cell.activations[name] if kinds is None else None
             slab = slab if activation is None else activation(slab)
             gates[name] = scale_candidate(cell, name, slab, candidate_scale)
         return gates[name]
 
+    def call(function: Callable[..., Any], readable: dict[str, Array], states: dict[str, Array]) -> Any:
+        known = readable | {"h": h}
+        return function(**{n: known[n] if n in known else gate(n, states) for n in argument_names(function)})
+
+    states = cell.states_by_name(c)
     if cell.update is not None:
-        c = cell.update(**{name: c if name == "c" else gate(name, c) for name in argument_names(cell.update)})
-    shown = c if normalize is None or c is None else normalize(c)
-    return c, cell.output(**{name: shown if name == "c" else gate(name, c) for name in argument_names(cell.output)})
+        new = call(cell.update, states, states)
+        states = dict(zip(states, new if len(states) > 1 else (new,)))
+    shown = states if normalize is None else {name: normalize(state) for name, state in states.items()}
+    return cell.pack_states(states), call(cell.output, shown, states)

@@ -184,6 +184,7 @@ def fold_batch(
         resets=None if resets is None else fold(resets),
         lengths=None if inputs.lengths is None else inputs.lengths.ravel(),
         masks=jax.tree.map(lambda a: fold(a, 2), inputs.masks),
+        z_static=None if inputs.z_static is None else fold(inputs.z_static),
     )
     return fold(xs), jax.tree.map(fold, state), folded
 
@@ -219,6 +220,6 @@ def _directions(
         x, step_mask, restarts, masks = tree_flip(over_time) if back else over_time
         if back and restarts is not None:  # a reset at a step is a restart before the next one
             restarts = jnp.concatenate([jnp.zeros_like(restarts[:1]), restarts[:-1]])
-        initial, restart_state = tree_index((state, inputs.restart_state), d)
-        directions.append(Direction(weights, x, initial, step_mask, restarts, restart_state, masks))
+        initial, restart_state, z_static = tree_index((state, inputs.restart_state, inputs.z_static), d)
+        directions.append(Direction(weights, x, initial, step_mask, restarts, restart_state, masks, z_static))
     return tuple(directions)

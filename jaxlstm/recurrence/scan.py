@@ -11,11 +11,11 @@ from jax import Array
 from jaxlstm import validation
 from jaxlstm.cells import Cell
 from jaxlstm.dropout import RegularizerMasks
-from jaxlstm.params import State, Weights
+from jaxlstm.params import State
 from jaxlstm.primitives.mixed_precision_dot import dot
 from jaxlstm.recurrence.chunked_scan import ScanFns, emit_hidden, layer_equations, scan_directions
 from jaxlstm.recurrence.context import Direction, Results, ScanContext
-from jaxlstm.recurrence.step import finish_step
+from jaxlstm.recurrence.step import finish_step, require_form
 
 
 @dataclass(frozen=True)
@@ -43,13 +43,15 @@ class Scan:
           ValueError: while tracing, for ``concatenate`` with layer normalization.
         """
         equations = _concatenated_equations if self.concatenate else layer_equations
-        return scan_directions([equations(cell, d.weights, context) for d in directions], directions, context)
+        return scan_directions([equations(cell, d, context) for d in directions], directions, context)
 
 
 run = Scan()  # the backend named "scan"
 
 
-def _concatenated_equations(cell: Cell, weights: Weights, context: ScanContext) -> ScanFns:
+def _concatenated_equations(cell: Cell, direction: Direction, context: ScanContext) -> ScanFns:
+    weights = direction.weights
+    require_form("Scan(concatenate=True)", cell, weights)
     if weights.norm is not None:
         raise ValueError(
             "Scan(concatenate=True) does not support layer_norm=True, which normalizes W_x x and W_h h separately; "

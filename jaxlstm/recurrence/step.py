@@ -1,13 +1,15 @@
 """One step of a layer: the matrix products around a cell's gates, normalization and regularizers."""
 
+from functools import partial
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jax import Array, lax
 from jax.typing import DTypeLike
 from jaxtyping import Bool, Float
 
-from jaxlstm.cells import Cell
+from jaxlstm.cells import SOURCES, Cell
 from jaxlstm.dropout import RegularizerMasks, RegularizerRates, apply_zoneout
 from jaxlstm.params import Norm, State, Weights
 from jaxlstm.primitives.mixed_precision_dot import matvec
@@ -30,17 +32,127 @@ def elementwise_weights(weights: Weights) -> ElementwiseWeights:
     return ElementwiseWeights(None if weights.norm is None else weights.b, weights.w_c, weights.norm)
 
 
+def hidden_size(cell: Cell, weights: Weights) -> int:
+    """Returns H, the number of units."""
+    return weights.w_x.shape[0] // len(cell.slabs_reading("x"))
+
+
+def unsupported_form(cell: Cell, weights: Weights | None = None, *, several_states: bool = True) -> str | None:
+    """Says what keeps a backend from running a cell if it can compute ``W_x x + W_h h`` alone; None for nothing.
+
+    Args:
+      cell: the cell.
+      weights: weights of a direction, which tell whether ``W_h`` is dense; None to go by the cell.
+      several_states: whether the backend supports states other than one named c, and functions that take h.
+    """
+    if not cell.reads_x_and_h:
+        return "a cell with gates that do not read both x and h, and nothing else"
+    is_dense = cell.recurrent == "dense" if weights is None else has_dense_recurrence(cell, weights)
+    if not is_dense:
+        return "recurrent weights that are not dense"
+    if not several_states and (cell.reads_h or len(cell.initial_values) > 1):
+        return "a cell whose functions take h, or with several states"
+    return None
+
+
+def has_dense_recurrence(cell: Cell, weights: Weights) -> bool:
+    """Returns whether ``W_h`` is there and dense, not block-diagonal."""
+    output_size = hidden_size(cell, weights) if weights.w_p is None else weights.w_p.shape[0]
+    return weights.w_h is not None and weights.w_h.shape[1] == output_size
+
+
+def require_form(name: str, cell: Cell, weights: Weights | None = None, *, several_states: bool = True) -> None:
+    """Raises a ValueError for a cell with an `unsupported_form`; ``name`` says what does not support it."""
+    lacks = unsupported_form(cell, weights, several_states=several_states)
+    if lacks is not None:
+        raise ValueError(f"{name} does not support {lacks}")
+
+
 def project_inputs(
     weights: Weights, x: Float[Array, "*batch I"], dtype: DTypeLike, accum_dtype: DTypeLike
 ) -> Float[Array, "*batch GH"]:
     """Returns ``W_x x + b`` in ``accum_dtype``, the part of ``z`` that does not depend on the previous step.
 
-    With layer normalization it is ``W_x x`` alone: the bias is added after the normalization.
+    It is ``W_x x`` alone with layer normalization, where the bias is added after it, and for a cell with gates that do
+    not read x, where `sum_sources` adds it.
     """
     z = matvec(weights.w_x, x, dtype, accum_dtype)
-    if weights.b is None or weights.norm is not None:
+    if weights.b is None or weights.norm is not None or weights.b.shape[0] != z.shape[-1]:
         return z
     return z + jnp.broadcast_to(weights.b.astype(accum_dtype), z.shape)
+
+
+def project_hidden(
+    w_h: Float[Array, "GH block"], h: Float[Array, "*batch P"], dtype: DTypeLike, accum_dtype: DTypeLike
+) -> Float[Array, "*batch GH"]:
+    """Returns ``W_h h``, for a dense or a block-diagonal ``W_h``.
+
+    Args:
+      w_h: the rows of every gate, ``(G*H, P)``; block-diagonal ``(G*H, P/k)``: a row of block j reads the j-th of k
+        parts of h.
+      h: the output of the step before.
+      dtype: of the operands of matrix products.
+      accum_dtype: of the result.
+    """
+    size, block = h.shape[-1], w_h.shape[1]
+    if block == size:
+        return matvec(w_h, h, dtype, accum_dtype)
+    num_blocks, num_gates = size // block, w_h.shape[0] // size
+    if block == 1:  # diagonal
+        rows = w_h.reshape(num_gates, size).astype(accum_dtype)
+        z = jnp.broadcast_to(rows, (*h.shape[:-1], num_gates, size)) * h.astype(accum_dtype)[..., None, :]
+        return z.reshape(*h.shape[:-1], num_gates * size)
+    w = w_h.reshape(num_gates, num_blocks, block, block).swapaxes(0, 1).reshape(num_blocks, num_gates * block, block)
+    parts = h.reshape(*h.shape[:-1], num_blocks, block)
+    z = jax.vmap(partial(matvec, dtype=dtype, accum_dtype=accum_dtype), (0, h.ndim - 1), h.ndim - 1)(w, parts)
+    z = z.reshape(*h.shape[:-1], num_blocks, num_gates, block)
+    return jnp.moveaxis(z, h.ndim, h.ndim - 1).reshape(*h.shape[:-1], num_gates * size)
+
+
+def project_static(
+    weights: Weights, static: Float[Array, "*batch S"], dtype: DTypeLike, accum_dtype: DTypeLike
+) -> Float[Array, "*batch GH"]:
+    """Returns ``W_s s``, the part of ``z`` that comes from the static features."""
+    assert weights.w_s is not None
+    return matvec(weights.w_s, static, dtype, accum_dtype)
+
+
+def sum_sources(
+    cell: Cell,
+    z_x: Array | None,
+    z_h: Array | None,
+    z_static: Array | None = None,
+    rest: Array | None = None,
+    axis: int = -1,
+) -> Array:
+    """Returns ``z`` of a cell whose gates read different sources: the sum of the products with each of them.
+
+    Arrays broadcast against each other, except along ``axis``.
+
+    Args:
+      cell: the cell.
+      z_x: product with the input, which has the slabs of the gates that read it along ``axis``.
+      z_h: product with the output of the step before, likewise.
+      z_static: product with the static features, likewise.
+      rest: an array that has a slab for every gate, such as the bias.
+      axis: the axis of the slabs, negative.
+    """
+    gates = [*(cell.slabs_reading(source) for source in SOURCES), tuple(range(cell.num_gates))]
+    slabs: dict[int, Array] = {}
+    for indices, z in zip(gates, (z_x, z_h, z_static, rest)):
+        if z is None:
+            continue
+        size = z.shape[axis] // len(indices)
+        for n, slab in zip(indices, lax.split(z, [size] * len(indices), axis=z.ndim + axis)):
+            slabs[n] = jnp.add(*jnp.broadcast_arrays(slabs[n], slab)) if n in slabs else slab
+    return jnp.concatenate([slabs[n] for n in range(cell.num_gates)], axis)
+
+
+def late_bias(cell: Cell, weights: Weights, accum_dtype: DTypeLike) -> Array | None:
+    """Returns the bias that `project_inputs` did not add because it has gates that do not read x."""
+    if weights.b is None or weights.norm is not None or len(cell.slabs_reading("x")) == cell.num_gates:
+        return None
+    return weights.b.astype(accum_dtype)
 
 
 def recurrent_step(
@@ -52,6 +164,7 @@ def recurrent_step(
     rates: RegularizerRates,
     masks: RegularizerMasks,
     mesh_axis: str | None = None,
+    z_static: Float[Array, "*batch SH"] | None = None,
 ) -> State:
     """Takes one step, from the projected inputs and the state to the new state.
 
@@ -64,13 +177,20 @@ def recurrent_step(
       rates: rates of the regularizers.
       masks: masks of this step, ``(*batch, .)``.
       mesh_axis: mesh axis over which the units are sharded; None if each device has all units.
+      z_static: from `project_static`; None if no gate reads static features.
     """
-    h = state.h
-    if mesh_axis is not None and weights.w_p is None:
-        h = lax.all_gather(h.astype(dtype), mesh_axis, axis=h.ndim - 1, tiled=True)  # the exchange of a step
-    z_h = matvec(weights.w_h, h, dtype, z_x.dtype)
-    z, z_h = (z_x + z_h, None) if weights.norm is None else (z_x, z_h)
-    return finish_step(cell, weights, z, z_h, state, dtype, rates, masks, mesh_axis)
+    h, z_h = state.h, None
+    if weights.w_h is not None:
+        if mesh_axis is not None and weights.w_p is None:
+            h = lax.all_gather(h.astype(dtype), mesh_axis, axis=h.ndim - 1, tiled=True)  # the exchange of a step
+        z_h = project_hidden(weights.w_h, h, dtype, z_x.dtype)
+    if weights.norm is not None:
+        return finish_step(cell, weights, z_x, z_h, state, dtype, rates, masks, mesh_axis)
+    if cell.reads_x_and_h:
+        assert z_h is not None
+        return finish_step(cell, weights, z_x + z_h, None, state, dtype, rates, masks, mesh_axis)
+    z = sum_sources(cell, z_x, z_h, z_static, late_bias(cell, weights, z_x.dtype))
+    return finish_step(cell, weights, z, None, state, dtype, rates, masks, mesh_axis)
 
 
 def finish_step(
@@ -88,9 +208,10 @@ def finish_step(
 
     ``z`` and ``z_h`` are the two arrays of `apply_gates`, with the gates still in the last axis.
     """
-    z, z_h = split_gates(z, cell.num_gates, -1), None if z_h is None else split_gates(z_h, cell.num_gates, -1)
+    z, z_h = split_sources(cell, z, z_h, -1, layer_norm=weights.norm is not None)
+    h = state.h if cell.reads_h else None
     c, h = apply_gates(
-        cell, weights, z, z_h, state.c, masks.candidate_mask, rates, axis=z.ndim - 2, mesh_axis=mesh_axis
+        cell, weights, z, z_h, state.c, masks.candidate_mask, rates, axis=z.ndim - 2, mesh_axis=mesh_axis, h=h
     )
     if weights.w_p is not None:
         h = matvec(weights.w_p, h, dtype, z.dtype)
@@ -105,31 +226,41 @@ def split_gates(z: Array, num_gates: int, axis: int) -> Array:
     return jnp.moveaxis(z.reshape(shape), axis, 0)
 
 
+def split_sources(
+    cell: Cell, z: Array, z_h: Array | None, axis: int, *, layer_norm: bool
+) -> tuple[Array, Array | None]:
+    """Splits the arguments ``z`` and ``z_h`` of `apply_gates` by `split_gates`."""
+    gates = len(cell.slabs_reading("x")) if layer_norm else cell.num_gates
+    return split_gates(z, gates, axis), None if z_h is None else split_gates(z_h, len(cell.slabs_reading("h")), axis)
+
+
 def apply_gates(
     cell: Cell,
     weights: Weights | ElementwiseWeights,
     z: Float[Array, "G *units"],
     z_h: Float[Array, "G *units"] | None,
-    c: Float[Array, "*units"] | None,
+    c: Any,
     candidate_mask: Bool[Array, "*units"] | None,
     rates: RegularizerRates,
     axis: int,
     mesh_axis: str | None = None,
     activate: Activate | None = None,
-) -> tuple[Array | None, Array]:
-    """Computes the elementwise part of a step: from pre-activations to the new cell state and the cell's output.
+    h: Float[Array, "*units"] | None = None,
+) -> tuple[Any, Array]:
+    """Computes the elementwise part of a step: from pre-activations to the new states and the cell's output.
 
     Args:
       cell: the cell.
       weights: all weights, or the result of `elementwise_weights`.
-      z: ``W_x x + W_h h + b``; with layer normalization ``W_x x``.
+      z: the pre-activations of all gates; with layer normalization ``W_x x``.
       z_h: ``W_h h`` with layer normalization, else None.
-      c: the cell state.
+      c: the states, as in `jaxlstm.params.State`; of shape ``units``.
       candidate_mask: False where recurrent dropout drops the candidate; None if it drops none.
       rates: rates of the regularizers.
       axis: the axis of the units in ``c``.
       mesh_axis: mesh axis over which the units are sharded; None if each device has all units.
       activate: replaces `jaxlstm.recurrence.gates.activate`.
+      h: the output of the step before; None if the cell does not read it.
     """
 
     def per_unit(v: Float[Array, "*rows H"]) -> Array:
@@ -140,10 +271,12 @@ def apply_gates(
 
     options: dict[str, Any] = {}
     norm = weights.norm
-    if norm is not None and z_h is not None:
-        gain_x, gain_h = (per_unit(gain.reshape(cell.num_gates, -1)) for gain in (norm.x, norm.h))
+    if norm is not None:
         axes = (0, axis + 1)
-        z = _normalize(z, axes, mesh_axis) * gain_x + _normalize(z_h, axes, mesh_axis) * gain_h
+        z = _normalize(z, axes, mesh_axis) * per_unit(norm.x.reshape(z.shape[0], -1))
+        if z_h is not None and norm.h is not None:
+            z_h = _normalize(z_h, axes, mesh_axis) * per_unit(norm.h.reshape(z_h.shape[0], -1))
+        z = z + z_h if cell.reads_x_and_h and z_h is not None else sum_sources(cell, z, z_h, axis=-z.ndim)
         if weights.b is not None:
             z = z + per_unit(weights.b.reshape(cell.num_gates, -1))
         gain_c, shift_c = norm.c, norm.b_c
@@ -160,6 +293,8 @@ def apply_gates(
         options["peepholes"] = per_unit(weights.w_c)
     if activate is not None:
         options["activate"] = activate
+    if h is not None:
+        options["h"] = h
     return evaluate_cell(cell, z, c, **options)
 
 

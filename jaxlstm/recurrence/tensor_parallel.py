@@ -17,6 +17,7 @@ from jaxlstm.dropout import RegularizerMasks
 from jaxlstm.params import State, Weights
 from jaxlstm.recurrence.chunked_scan import layer_equations, scan_directions
 from jaxlstm.recurrence.context import Direction, Results, ScanContext
+from jaxlstm.recurrence.step import require_form
 
 BATCH_AXIS, UNITS_AXIS = "data", "model"  # names of mesh axes
 
@@ -33,6 +34,7 @@ def run(cell: Cell, directions: tuple[Direction, ...], context: ScanContext) -> 
     devices = {} if mesh.empty else dict(mesh.shape)
     if devices.get(UNITS_AXIS, 1) == 1:
         return _scan(cell, directions, context, mesh_axis=None)
+    require_form("implementation='tensor_parallel' on several devices", cell, directions[0].weights)
     hidden_size = directions[0].weights.w_h.shape[0] // cell.num_gates
     if hidden_size % devices[UNITS_AXIS]:
         raise ValueError(
@@ -56,7 +58,7 @@ def run(cell: Cell, directions: tuple[Direction, ...], context: ScanContext) -> 
 
 
 def _scan(cell: Cell, directions: tuple[Direction, ...], context: ScanContext, mesh_axis: str | None) -> Results:
-    equations = [layer_equations(cell, d.weights, context, mesh_axis) for d in directions]
+    equations = [layer_equations(cell, d, context, mesh_axis) for d in directions]
     return scan_directions(equations, directions, context)
 
 

@@ -18,7 +18,7 @@ from jaxlstm.autotuning.configuration import implementation_from_json, implement
 from jaxlstm.autotuning.tune import tune
 from jaxlstm.autotuning.tuning import Tuning, device_name
 from jaxlstm.json_types import check_entries
-from jaxlstm.lstm import LSTM
+from jaxlstm.rnn import RNN
 from jaxlstm.training import config
 from jaxlstm.training.config import Options
 from jaxlstm.training.tasks.task import Task
@@ -42,7 +42,7 @@ def is_measured(options: Options) -> bool:
     return options.implementation == AUTO or (options.implementation is None and jax.default_backend() != "cpu")
 
 
-def named_backend(options: Options, lstm: LSTM) -> LSTM:
+def named_backend(options: Options, lstm: RNN) -> RNN:
     """Returns the network of a task with the backend that ``--implementation`` names, if it names one.
 
     Raises:
@@ -100,7 +100,7 @@ def describe(tuning: Tuning) -> str:
     return line
 
 
-def with_backend(lstm: LSTM, saved: dict[str, Any]) -> LSTM:
+def with_backend(lstm: RNN, saved: dict[str, Any]) -> RNN:
     """Returns the network of a task with a measured backend.
 
     Raises:

@@ -6,14 +6,14 @@ from typing import Any
 import jax
 from jax import Array
 
-from jaxlstm.diagnostics.gate_statistics import CANDIDATE, OPEN, SHUT
+from jaxlstm.diagnostics.gate_statistics import OPEN, SHUT, sigmoid_gates
 from jaxlstm.diagnostics.trace import check_args, record_trace
-from jaxlstm.lstm import LSTM
 from jaxlstm.params import State
+from jaxlstm.rnn import RNN
 
 
 def gate_saturation(
-    lstm: LSTM, lstm_inputs: Callable[[Any, Any, Any], tuple[Array, State | None]]
+    lstm: RNN, lstm_inputs: Callable[[Any, Any, Any], tuple[Array, State | None]]
 ) -> Callable[[Any, Any, Any], dict[str, Array]]:
     """Returns a compiled function that computes the fractions of saturated gates on a batch.
 
@@ -33,11 +33,11 @@ def gate_saturation(
         result = {}
         for n, layer in enumerate(layers):
             for direction, steps in zip(("forward", "backward"), layer.directions):
-                for name, gate in steps.gates.items():
-                    if name != CANDIDATE:
+                for name in sigmoid_gates(lstm.resolved_cell):
+                    if name in steps.gates:  # the activation of a vanilla network is no gate
                         prefix = f"gates.{n}.{direction}.{name}"
-                        result[f"{prefix}.shut"] = (gate < SHUT).mean()
-                        result[f"{prefix}.open"] = (gate > OPEN).mean()
+                        result[f"{prefix}.shut"] = (steps.gates[name] < SHUT).mean()
+                        result[f"{prefix}.open"] = (steps.gates[name] > OPEN).mean()
         return result
 
     return fractions

@@ -105,7 +105,7 @@ def test_trace_of_a_user_defined_cell_has_its_gates():
         output=lambda c: jnp.tanh(c),
         forget_gate="f",
     )
-    lstm = jaxlstm.LSTM(INPUT, H, cell=minimal)
+    lstm = jaxlstm.LSTM(INPUT, H, cell=minimal, param_dtype=jnp.float64)
     trace = diagnostics.trace(lstm, lstm.init(jax.random.key(0)), jnp.ones((STEPS, INPUT)))
     values = trace.layers[0].forward
     assert list(values.gates) == ["f", "n"]
@@ -246,7 +246,7 @@ def test_gradient_flow_compiles_with_memory_linear_in_time():
 
 def make_trace(f, i, c, cell_output, step_mask):
     values = diagnostics.DirectionTrace({"i": i, "f": f, "g": np.ones_like(f)}, c, cell_output, cell_output)
-    return diagnostics.Trace((diagnostics.PerDirection(values),), step_mask, cell_output, None)
+    return diagnostics.Trace((diagnostics.PerDirection(values),), step_mask, cell_output, None, cells.LSTM)
 
 
 def test_gate_statistics_of_known_values():

@@ -26,15 +26,19 @@ SHUFFLED = Cell(
 )
 CANDIDATE_IN_OUTPUT = replace(SHUFFLED, candidate="e")
 NETWORKS = {"lstm": CELLS["lstm"], "cifg": CELLS["cifg"], "shuffled": SHUFFLED, "in output": CANDIDATE_IN_OUTPUT}
+NETWORKS |= {name: CELLS[name] for name in ("gru", "minlstm", "indrnn")}  # they read h or have no cell state
 DEFAULT = [
     ("lstm", True, 1),
     ("cifg", False, 0),
     ("shuffled", True, 0),
     ("in output", True, 1),
+    ("gru", False, 0),
+    ("minlstm", True, 1),
 ]  # the others are slow tests
 CASES = [
     pytest.param(*case, marks=() if case in DEFAULT else pytest.mark.slow)
     for case in product(NETWORKS, (False, True), (0, 1))
+    if NETWORKS[case[0]].candidate is not None or not case[1]
 ]
 
 
@@ -44,31 +48,36 @@ def test_jacobian_equals_derivatives_of_gates(name, dropout, axis):
     shape = [(H, B), (B, H)][axis]
     z_shape = tuple(n * cell.num_gates if k == axis else n for k, n in enumerate(shape))
     z, dz = (2 * rng.standard_normal((T, *z_shape)) for _ in range(2))
-    c, dc, ct_c, ct_h = (rng.standard_normal((T, *shape)) for _ in range(4))
+    c, dc, ct_c, h, dh, ct_h = (rng.standard_normal((T, *shape)) for _ in range(6))
+    c, dc, ct_c = (c, dc, ct_c) if cell.has_cell_state else (None, None, None)
+    h, dh = (h, dh) if cell.reads_h else (None, None)
     scale = rng.choice([0, 1.25], (T, *shape)) if dropout else np.ones((T, *shape))
 
     def gates(scale):
-        return lambda z, c: evaluate_cell(cell, split_gates(z, cell.num_gates, axis), c, candidate_scale=scale)
+        return lambda z, c, h: evaluate_cell(
+            cell, split_gates(z, cell.num_gates, axis), c, candidate_scale=scale if dropout else None, h=h
+        )
 
-    def jvp(z, c, scale, dz, dc):
-        return jax.jvp(gates(scale), (z, c), (dz, dc))[1]
+    def jvp(z, c, h, scale, dz, dc, dh):
+        return jax.jvp(gates(scale), (z, c, h), (dz, dc, dh))[1]
 
-    def vjp(z, c, scale, ct_c, ct_h):
-        return jax.vjp(gates(scale), z, c)[1]((ct_c, ct_h))
+    def vjp(z, c, h, scale, ct_c, ct_h):
+        return jax.vjp(gates(scale), z, c, h)[1]((ct_c, ct_h))
 
-    def apply(jacobian, dz, dc):
-        return gate_derivatives.apply_jacobian(cell, jacobian, dz, dc, axis)
+    def apply(jacobian, dz, dc, dh):
+        return gate_derivatives.apply_jacobian(cell, jacobian, dz, dc, dh, axis)
 
     def transpose(jacobian, ct_c, ct_h):
-        return jax.linear_transpose(lambda dz, dc: apply(jacobian, dz, dc), dz[0], dc[0])((ct_c, ct_h))
+        like = jax.tree.map(lambda a: a[0], (dz, dc, dh))
+        return jax.linear_transpose(lambda *tangents: apply(jacobian, *tangents), *like)((ct_c, ct_h))
 
     @jax.jit
-    def both(z, c, scale, dz, dc, ct_c, ct_h):
-        jacobian = gate_derivatives.gate_jacobian(cell, z, c, scale if dropout else None, axis)
-        actual = jax.vmap(apply)(jacobian, dz, dc), jax.vmap(transpose)(jacobian, ct_c, ct_h)
-        return actual, (jax.vmap(jvp)(z, c, scale, dz, dc), jax.vmap(vjp)(z, c, scale, ct_c, ct_h))
+    def both(z, c, h, scale, dz, dc, dh, ct_c, ct_h):
+        jacobian = gate_derivatives.gate_jacobian(cell, z, c, h, scale if dropout else None, axis)
+        actual = jax.vmap(apply)(jacobian, dz, dc, dh), jax.vmap(transpose)(jacobian, ct_c, ct_h)
+        return actual, (jax.vmap(jvp)(z, c, h, scale, dz, dc, dh), jax.vmap(vjp)(z, c, h, scale, ct_c, ct_h))
 
-    actual, expected = both(z, c, scale, dz, dc, ct_c, ct_h)
+    actual, expected = both(z, c, h, scale, dz, dc, dh, ct_c, ct_h)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, **tolerance(jnp.float64, 16)), actual, expected)
 
 
@@ -79,6 +88,9 @@ def test_jacobian_equals_derivatives_of_gates(name, dropout, axis):
         pytest.param({"cell": "cifg"}, True, marks=pytest.mark.slow),
         pytest.param({"cell": "peephole"}, False, marks=pytest.mark.slow),
         ({"layer_norm": True}, False),
+        ({"cell": "gru"}, True),
+        pytest.param({"cell": "rnn"}, True, marks=pytest.mark.slow),
+        pytest.param({"cell": "slstm"}, False, marks=pytest.mark.slow),
     ],
 )
 def test_fused_uses_jacobian_of_supported_cells(options, has_jacobian, monkeypatch):

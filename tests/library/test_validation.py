@@ -58,7 +58,7 @@ def invalid_cell(**fields):
         ({"dtype": "float99"}, TypeError, "dtype must be a floating-point dtype, got 'float99'"),
         ({"dtype": jnp.int32}, TypeError, "dtype must be a floating-point dtype, got int32"),
         ({"param_dtype": None}, TypeError, "param_dtype must be a floating-point dtype, got None"),
-        ({"cell": "gru"}, ValueError, "cell must be one of 'lstm', 'peephole', 'cifg', 'rnn'; got 'gru'"),
+        ({"cell": "gruu"}, ValueError, "cell must be one of 'lstm', 'peephole', 'cifg', 'gru', "),
         ({"activation": "relu"}, ValueError, "activation='relu' belongs to cell='rnn', got cell='lstm'"),
         ({"cell": "rnn", "activation": "gelu"}, ValueError, "activation must be one of 'tanh', 'relu', 'sigmoid'"),
         ({"implementation": "fast"}, ValueError, "implementation must be one of"),
@@ -75,7 +75,11 @@ def invalid_cell(**fields):
             ValueError,
             "recurrent_dropout=0.1 needs a cell with a candidate, got cell='rnn'",
         ),
-        ({"cell": "rnn", "zoneout_c": 0.1}, ValueError, "zoneout_c=0.1 needs a cell with a cell state, got cell='rnn'"),
+        (
+            {"cell": "rnn", "zoneout_c": 0.1},
+            ValueError,
+            "zoneout_c=0.1 needs a cell with one cell state, got cell='rnn'",
+        ),
         (
             {"cell": "rnn", "forget_bias": 0.0},
             ValueError,
@@ -105,7 +109,7 @@ def invalid_cell(**fields):
         (
             {"cell": jaxlstm.Cell({"a": None}, lambda a: a, peepholes=("a",))},
             ValueError,
-            "peepholes of the cell need a cell state, but update is None",
+            "peepholes of the cell need one cell state, got none",
         ),
         ({"cell": invalid_cell(gates=5)}, TypeError, "gates of the cell must be a dict of activations by name"),
         ({"cell": dataclasses.replace(PLAIN, gates={})}, TypeError, "gates of the cell must be a dict of activations"),

@@ -69,7 +69,9 @@ def to_kernel_layout(cell: Cell, weights: Weights) -> Weights:
         w_h=transpose(split(weights.w_h)),
         b=None if norm is None or b is None else split(b),
         w_p=None if w_p is None else transpose(w_p),
-        norm=None if norm is None else norm._replace(x=split(norm.x), h=split(norm.h)),
+        norm=None
+        if norm is None
+        else jax.tree.map(split, norm._replace(c=None, b_c=None))._replace(c=norm.c, b_c=norm.b_c),
     )
 
 

@@ -14,9 +14,9 @@ from jaxtyping import Bool, Float, Int
 
 from jaxlstm import activation_regularization
 from jaxlstm.dropout import dropout, dropout_mask
-from jaxlstm.lstm import LSTM
 from jaxlstm.params import Params, State, accumulation_dtype
 from jaxlstm.primitives.mixed_precision_dot import matvec
+from jaxlstm.rnn import RNN
 from jaxlstm.training.data.text import Window, evaluation_windows
 from jaxlstm.training.train_step import Loss
 
@@ -48,7 +48,7 @@ class LanguageModel:
     """
 
     vocabulary_size: int
-    lstm: LSTM
+    lstm: RNN
     dropout: float = 0.0
     tied: bool = False
     embedding_dropout: float = 0.0

@@ -10,9 +10,9 @@ from jax.typing import ArrayLike
 from jaxtyping import Float
 
 from jaxlstm.dropout import dropout
-from jaxlstm.lstm import LSTM
 from jaxlstm.params import Params, accumulation_dtype
 from jaxlstm.primitives.mixed_precision_dot import matvec
+from jaxlstm.rnn import RNN
 
 
 class SequenceRegressorParams(NamedTuple):
@@ -35,7 +35,7 @@ class SequenceRegressor:
       dropout: dropout rate of the linear layer's inputs, applied when ``key`` is given.
     """
 
-    lstm: LSTM
+    lstm: RNN
     output_size: int
     dropout: float = 0.0
 

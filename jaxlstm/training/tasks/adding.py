@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from jaxlstm.lstm import LSTM
+from jaxlstm.rnn import RNN
 from jaxlstm.training.config import Options
 from jaxlstm.training.data import synthetic
 from jaxlstm.training.models.build import build_lstm
@@ -48,7 +48,7 @@ def make(options: Options) -> Task:
         for number in itertools.count(start + 1):
             yield draw_batch(number, options.batch)
 
-    def make_loss(lstm: LSTM) -> Loss:
+    def make_loss(lstm: RNN) -> Loss:
         def loss(params: Any, carry: None, batch: synthetic.AddingBatch, key: Array) -> Any:
             value = mean_squared_error(replace(model, lstm=lstm), params, batch, key)
             return value, (value, carry)

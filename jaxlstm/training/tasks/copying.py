@@ -12,7 +12,7 @@ import numpy as np
 import optax
 from jax import Array
 
-from jaxlstm.lstm import LSTM
+from jaxlstm.rnn import RNN
 from jaxlstm.training.config import Options
 from jaxlstm.training.data import synthetic
 from jaxlstm.training.tasks.language import build_language_model
@@ -50,7 +50,7 @@ def make(options: Options) -> Task:
         for number in itertools.count(start + 1):
             yield draw_batch(number, options.batch)
 
-    def make_loss(lstm: LSTM) -> Loss:
+    def make_loss(lstm: RNN) -> Loss:
         def loss(params: Any, carry: None, batch: synthetic.CopyingBatch, key: Array) -> Any:
             logits, _ = replace(model, lstm=lstm)(params, batch.inputs, key=key)
             nats = optax.softmax_cross_entropy_with_integer_labels(logits, batch.targets).mean()

@@ -16,7 +16,7 @@ import optax
 from jax import Array
 
 from jaxlstm.errors import optional_package
-from jaxlstm.lstm import LSTM
+from jaxlstm.rnn import RNN
 from jaxlstm.training.config import Options
 from jaxlstm.training.data.shuffling import shuffled_batches
 from jaxlstm.training.data.text import fingerprint
@@ -57,7 +57,7 @@ def make(options: Options) -> Task:
             indices, rng = batch_indices(number), np.random.default_rng((options.seed, number))
             yield Digits(shift_images(train.rows[:, indices], rng), train.labels[indices])
 
-    def make_loss(lstm: LSTM) -> Loss:
+    def make_loss(lstm: RNN) -> Loss:
         def loss(params: Any, carry: None, batch: Digits, key: Array) -> tuple[Array, tuple[Array, None]]:
             logits = replace(model, lstm=lstm)(params, batch.rows, key=key)
             nats = optax.softmax_cross_entropy_with_integer_labels(logits, batch.labels).mean()

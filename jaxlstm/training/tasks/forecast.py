@@ -19,7 +19,7 @@ from jax import Array
 from jaxlstm.atomic_write import atomic_write
 from jaxlstm.diagnostics.plots import literal
 from jaxlstm.errors import optional_package
-from jaxlstm.lstm import LSTM
+from jaxlstm.rnn import RNN
 from jaxlstm.training.config import Options
 from jaxlstm.training.data.csv_series import Series, name_list, read_series
 from jaxlstm.training.data.shuffling import shuffled_batches
@@ -150,7 +150,7 @@ class Forecaster:
     regressor: SequenceRegressor
     horizon: int
 
-    def with_lstm(self, lstm: LSTM) -> "Forecaster":
+    def with_lstm(self, lstm: RNN) -> "Forecaster":
         """Returns the model with an LSTM of the same parameters."""
         return replace(self, regressor=replace(self.regressor, lstm=lstm))
 
@@ -187,7 +187,7 @@ def make(options: Options) -> Task:
         for number in itertools.count(start):
             yield normalize(data.windows(batch_starts(number)), scale)
 
-    def make_loss(lstm: LSTM) -> Loss:
+    def make_loss(lstm: RNN) -> Loss:
         def loss(params: Any, carry: None, batch: Windows, key: Array) -> tuple[Array, tuple[Array, None]]:
             scored = jnp.asarray(batch.scored)
             forecasts = model.with_lstm(lstm)(params, batch, key=key)

@@ -7,8 +7,8 @@ from typing import Any, Literal, Protocol, runtime_checkable
 
 from jax import Array
 
-from jaxlstm.lstm import LSTM
 from jaxlstm.params import State
+from jaxlstm.rnn import RNN
 from jaxlstm.training.config import Options
 from jaxlstm.training.train_step import Loss
 
@@ -64,8 +64,8 @@ class Task:
     init: Callable[[Array], Any]  # parameters from a PRNG key
     init_carry: Callable[[Any], Any] = no_carry  # params -> recurrent state before the first batch, or None
     batches: Callable[[int], Iterator[Any]]  # endless batches after skipping the given number of them
-    make_loss: Callable[[LSTM], Loss]  # the loss with the LSTM of the model, or one with another backend
-    lstm: LSTM  # the recurrent network; its parameters are the field ``lstm`` of the model's
+    make_loss: Callable[[RNN], Loss]  # the loss with the LSTM of the model, or one with another backend
+    lstm: RNN  # the recurrent network; its parameters are the field ``lstm`` of the model's
     lstm_inputs: Callable[[Any, Any, Any], tuple[Array, State | None]]  # (params, carry, batch) -> (xs, initial state)
     evaluate: Callable[[Any], dict[str, float]]  # params -> validation metrics; the lowest "loss" is the best
     sample: Callable[[Any, Array], str] = no_sample  # (params, key) -> text to show after each validation
