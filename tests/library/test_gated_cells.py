@@ -67,6 +67,7 @@ def test_affine_is_declared_rightly(name):
     peepholes = jnp.asarray(rng.standard_normal((len(cell.peepholes), H))) if cell.peepholes else None
     reads_h = jnp.asarray([0.3 if n in cell.slabs_reading("h") else 0.0 for n in range(cell.num_gates)])
     start, shift = ({s: 0.5 + rng.random(H) for s in (*cell.initial_values, "h")} for _ in range(2))
+    shift["h"] = np.array([-30.0, 30.0, -3.0, 3.0])  # so that rectified units change their sign
 
     def run(amount):
         states = {s: jnp.asarray(start[s] + amount * shift[s]) for s in start}
