@@ -23,7 +23,7 @@ from jaxlstm.training import config, memory, run_directory, train_step
 from jaxlstm.training.checkpointing import CheckpointError, Checkpoints
 from jaxlstm.training.config import Options, load_config
 from jaxlstm.training.data.text import CharVocabulary, DataError, WordVocabulary
-from jaxlstm.training.optimizer import make_optimizer
+from jaxlstm.training.optimizer import learning_rate_schedule, make_optimizer
 from jaxlstm.training.params_file import BEST, load_params, save_params
 from jaxlstm.training.run_directory import RunRecord, lock_run_dir
 from jaxlstm.training.tasks import TASKS
@@ -481,7 +481,7 @@ def test_a_thousand_flipped_bits_over_every_file_of_a_run_change_nothing_silentl
     with default_jax():
         task = TASKS[options.task].make(options)
         params = task.init(jax.random.key(0))
-    optimizer = make_optimizer(1.0, warmup=0.0, weight_decay=0.0, clip=1.0)
+    optimizer = make_optimizer(learning_rate_schedule("adamw", 1.0, 0.0), weight_decay=0.0, clip=1.0)
     with default_jax():
         template = train_step.init_train_state(params, optimizer, task.init_carry(params), jax.random.key(0))
 
