@@ -11,6 +11,7 @@ from jaxlstm import checksum
 from jaxlstm.cells import CellName
 from jaxlstm.json_types import check_entries
 from jaxlstm.training.data import text
+from jaxlstm.training.optimizer import DEFAULT_PEAK
 from jaxlstm.training.sharding import parse_mesh
 
 CONFIG = "config.json"  # in the run directory
@@ -180,6 +181,11 @@ class Options:
             check_limit(flag(field.name), getattr(self, field.name), field.metadata["limit"])
         check_seed(self.seed)
 
+    @property
+    def peak_learning_rate(self) -> float:
+        """The peak learning rate in use: ``learning_rate``, or the default of the optimizer."""
+        return DEFAULT_PEAK[self.optimizer] if self.learning_rate is None else self.learning_rate
+
 
 # `--help` shows the options in groups: the first option of each, in the order of `Options`.
 FIRST_OF_GROUP = {
@@ -279,8 +285,8 @@ def saved_types() -> dict[str, Any]:
 
 
 def to_json(options: Options) -> dict[str, Any]:
-    """Returns the options that are part of a run as JSON values, for ``config.json``."""
-    return {name: getattr(options, name) for name in saved_types()}
+    """Returns the options that are part of a run as JSON values, for ``config.json``, with the learning rate in use."""
+    return {name: getattr(options, name) for name in saved_types()} | {"learning_rate": options.peak_learning_rate}
 
 
 def load_config(run_dir: Path, flag: str) -> tuple[Options, dict[str, Any]]:

@@ -18,7 +18,7 @@ from jaxlstm.training.checkpointing import Checkpoints
 from jaxlstm.training.config import CONFIG, Options
 from jaxlstm.training.memory import check_memory, num_bytes
 from jaxlstm.training.metrics import Report, draw_curves, print_line, summary_writer
-from jaxlstm.training.optimizer import DEFAULT_PEAK, learning_rate_schedule, make_optimizer
+from jaxlstm.training.optimizer import learning_rate_schedule, make_optimizer
 from jaxlstm.training.processes import check_same_data, connected_processes
 from jaxlstm.training.profiling import StepProfiler
 from jaxlstm.training.run_directory import RunRecord
@@ -120,8 +120,7 @@ class Trainer:
     def setup_state(self) -> None:
         """Initializes parameters and training state; the step is compiled at its first call."""
         options, task = self.options, self.task
-        peak = options.learning_rate or DEFAULT_PEAK[options.optimizer]
-        schedule = learning_rate_schedule(options.optimizer, peak, options.warmup)
+        schedule = learning_rate_schedule(options.optimizer, options.peak_learning_rate, options.warmup)
         self.schedule = jax.jit(schedule)
         self.optimizer = optimizer = make_optimizer(
             schedule, weight_decay=options.weight_decay, clip=options.clip, name=options.optimizer

@@ -258,8 +258,21 @@ def test_load_config_refuses_crafted_entries(written_run, change, message):
             load_config(written_run, "--sample")
 
 
+@pytest.mark.parametrize(
+    ("options", "rate"),
+    [({}, 4e-3), ({"optimizer": "asgd"}, 0.3), ({"optimizer": "asgd", "learning_rate": 2.0}, 2.0)],
+)
+def test_config_records_the_learning_rate_in_use(tmp_path, options, rate):
+    write_config(tmp_path, Options(**options), vocabulary="ab")
+    loaded, entries = load_config(tmp_path, "--resume")
+    assert loaded.learning_rate == loaded.peak_learning_rate == entries["options"]["learning_rate"] == rate
+    assert config.differences(config.to_json(loaded), config.to_json(Options(**options))) == []
+
+
 def test_options_of_a_run_round_trip(tmp_path):
-    options = Options(hidden=3, dropout=0.0, projection=2, mesh="data=2", tied=True, run_dir=tmp_path, length=7)
+    options = Options(
+        learning_rate=0.1, hidden=3, dropout=0.0, projection=2, mesh="data=2", tied=True, run_dir=tmp_path, length=7
+    )
     write_config(tmp_path, options, vocabulary="ab")
     loaded, _ = load_config(tmp_path, "--resume")
     assert loaded == dataclasses.replace(options, run_dir=None, length=Options.length)
