@@ -308,6 +308,9 @@ def test_word_vocabulary_refuses_repeated_words_or_another_beginning(words):
         ),
         *(({name: -1}, f"{name} must be finite and not negative, got -1") for name in ("step", "rows", "best_step")),
         ({"best_step": 10**30}, "best_step must be at most step 3, got 1000"),
+        ({"step": 10**30}, "step must be at most 2,147,483,647, got 1000"),
+        ({"rows": 10**30}, "rows must be at most three per step of 3, got 1000"),
+        ({"rows": 10}, "rows must be at most three per step of 3, got 10"),
         ({"valid_losses": [float("nan")]}, r"valid_losses must be finite, got \[nan\]"),
         ({"best_step": 3}, "best_loss must be one of valid_losses, .*, got None and best_step 3"),
         ({"best_step": 3, "best_loss": 1.0, "valid_losses": []}, "best_loss must be one of valid_losses, .*, got 1.0"),
@@ -316,8 +319,8 @@ def test_word_vocabulary_refuses_repeated_words_or_another_beginning(words):
     ],
 )
 def test_record_of_a_checkpoint_is_typed(change, message):
-    values = dataclasses.asdict(RunRecord(step=3, valid_losses=[1.0, 2.0]))
-    assert from_json(RunRecord, values, "loop") == RunRecord(step=3, valid_losses=[1.0, 2.0])
+    values = dataclasses.asdict(RunRecord(step=3, rows=9, valid_losses=[1.0, 2.0]))
+    assert from_json(RunRecord, values, "loop") == RunRecord(step=3, rows=9, valid_losses=[1.0, 2.0])
     with pytest.raises(ValueError, match=message):
         from_json(RunRecord, None if change is None else values | change, "loop")
     with pytest.raises(ValueError, match="loop has no key 'rows'"):
