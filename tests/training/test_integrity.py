@@ -369,7 +369,7 @@ def test_flipped_bits_in_every_file_of_a_checkpoint_are_detected(copied_checkpoi
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"files": {}}, "manifest.json lists no files; remove"),
+        ({"files": {}}, "damaged: manifest.json does not list _METADATA; remove"),
         ({"files": []}, r"files must be dict\[str, str\], got \[\]"),
         ({"files": {"_METADATA": 3}}, r"files must be dict\[str, str\]"),
         ({"files": {"../../../../../../dev/zero": "0 0"}}, "damaged: .*dev/zero: not a regular file"),
@@ -390,6 +390,21 @@ def test_crafted_manifests_are_refused_in_one_line(copied_checkpoint, change, me
     with pytest.raises(CheckpointError, match=message) as error:
         restore(copied_checkpoint)
     assert "\n" not in str(error.value)
+
+
+def test_manifest_lists_every_file(copied_checkpoint):
+    path = copied_checkpoint / "manifest.json"
+    manifest = checksum.read_checked_json(path)
+    assert len(manifest["files"]) == len(files_of(copied_checkpoint)) - 1  # all but itself
+    for name in manifest["files"]:
+        files = {other: fingerprint for other, fingerprint in manifest["files"].items() if other != name}
+        checksum.write_checked_json(path, manifest | {"files": files})
+        with pytest.raises(CheckpointError, match=f"/1 is damaged: manifest.json does not list {name}; remove"):
+            restore(copied_checkpoint)
+    checksum.write_checked_json(path, manifest)
+    (copied_checkpoint / "other").touch()
+    with pytest.raises(CheckpointError, match="does not list other"):
+        restore(copied_checkpoint)
 
 
 @pytest.mark.parametrize("text", CRAFTED_TEXTS)
