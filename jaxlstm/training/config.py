@@ -100,10 +100,10 @@ class Options:
     weight_drop: float = _option(0.0, "Dropout rate of the recurrent weights, in [0, 1).", "fraction")
     zoneout_h: float = _option(0.0, "Zoneout rate of the outputs, in [0, 1).", "fraction")
     zoneout_c: float = _option(0.0, "Zoneout rate of the cell states, in [0, 1).", "fraction")
-    activation: float = _option(
+    activation_regularization: float = _option(
         0.0, "Weight of activation regularization, the mean squared output; AWD-LSTM uses 2.", "non-negative"
     )
-    temporal_activation: float = _option(
+    temporal_activation_regularization: float = _option(
         0.0, "Weight of the mean squared change of the output per step; AWD-LSTM uses 1.", "non-negative"
     )
 

@@ -210,7 +210,7 @@ def nested(depth):
         ({"clip": 1e999}, "--clip must be greater than 0, got inf"),
         *(
             ({name: 10**400}, rf"options: {name} must be float( \| None)?, got 1000\d+\.\.\.\d+$")
-            for name in ("learning_rate", "clip", "weight_decay", "activation", "max_seconds")
+            for name in ("learning_rate", "clip", "weight_decay", "activation_regularization", "max_seconds")
         ),
         ({"tied": 1}, "tied must be bool, got 1"),
         ({"projection": 2.0}, r"projection must be int \| None, got 2.0"),

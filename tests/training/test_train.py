@@ -93,7 +93,9 @@ def test_language_model_accepts_every_option(tmp_path):
     options = "--cell peephole --layer-norm --projection 8 --tied --layers 2 --dropout 0.1 --input-dropout 0.1"
     options += " --embedding-dropout 0.1"
     options += " --variational --recurrent-dropout 0.1 --weight-drop 0.2 --zoneout-h 0.1 --zoneout-c 0.1"
-    options += " --activation 2 --temporal-activation 1 --optimizer asgd --learning-rate 2"
+    options += (
+        " --activation-regularization 2 --temporal-activation-regularization 1 --optimizer asgd --learning-rate 2"
+    )
     arguments = ["--data", "text.txt", "--run-dir", "run", "--max-steps", 40, "--valid-every", 5, *options.split()]
     run_command(*arguments, *SMALL, cwd=tmp_path)
     losses = [row["loss"] for row in read_metrics(tmp_path / "run") if row["split"] == "train"]

@@ -19,7 +19,7 @@ OPTION_GROUPS: dict[OptionGroup, tuple[str, ...]] = {
     "data": ("data",),
     "window": ("window",),
     "embedding": ("embedding", "tied", "embedding_dropout"),
-    "activation_regularization": ("activation", "temporal_activation"),
+    "activation_regularization": ("activation_regularization", "temporal_activation_regularization"),
     "forecasting": ("horizon", "season", "time", "target", "delimiter", "decimal", "date_format"),
 }
 
