@@ -11,6 +11,7 @@ from jaxlstm import checksum
 from jaxlstm.cells import CellName
 from jaxlstm.json_types import check_entries
 from jaxlstm.training.data import text
+from jaxlstm.training.data.formal_languages import LanguageName
 from jaxlstm.training.optimizer import DEFAULT_PEAK
 from jaxlstm.training.sharding import parse_mesh
 
@@ -34,8 +35,10 @@ class Options:
     """
 
     # Data and task.
-    task: Literal["charlm", "wordlm", "adding", "copy", "digits", "forecast"] = _option(
-        "charlm", "Task: characters or words of a text, adding or copying over --window steps, digits, a time series."
+    task: Literal["charlm", "wordlm", "adding", "copy", "digits", "forecast", "formal"] = _option(
+        "charlm",
+        "Task: characters or words of a text, adding or copying over --window steps, digits, a time series, a formal "
+        "language.",
     )
     data: str = _option(
         text.EMBEDDED,
@@ -61,6 +64,8 @@ class Options:
     date_format: str | None = _option(
         None, "Format of dates, such as %d.%m.%y. Default: ISO 8601 or a common form, recognized."
     )
+
+    language: LanguageName = _option("parity", "Regular language whose strings are classified.")
 
     # Model.
     cell: CellName = _option(

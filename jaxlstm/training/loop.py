@@ -423,7 +423,7 @@ class Trainer:
         """Tests the best parameters and writes summary and figures."""
         task, record, run_dir = self.task, self.record, self.run_dir
         params = params_file.load_params(run_dir / params_file.BEST, task.init)
-        test_figures = task.test(params)
+        test_figures = task.test(params, run_dir)
         summary = {
             "valid_loss": record.best_loss,
             **test_figures,

@@ -218,7 +218,7 @@ def test_network_rejects_option_that_the_cell_does_not_support(options, message)
         ({"reads": {"f": ()}}, "gate 'f' must read some of x, h, static, as a tuple, got ()"),
         ({"reads": {"f": ("x", "x")}}, "gate 'f' must read some of x, h, static, as a tuple, got ('x', 'x')"),
         ({"reads": {"f": ("h",), "g": ("h",)}}, "at least one gate of the cell must read x, got none"),
-        ({"state": {"f": 0.0}}, "names of gates must be different identifiers other than h and the states, got 'f'"),
+        ({"state": {"f": 0.0}}, "names of gates must be different identifiers, not h or a state, got 'f'"),
         ({"state": {"c": float("nan")}}, "the initial value of state 'c' must be a number, got nan"),
         ({"state": {}}, "a cell has states if it has an update: got state=none and an update"),
         ({"state": {"c": 0.0, "n": 0.0}}, "update of the cell must return a tuple of 2 states"),

@@ -79,7 +79,7 @@ def test_task_reads_exactly_the_options_that_it_declares(task):
 @pytest.mark.parametrize("task", TASKS)
 def test_unused_option_is_rejected_by_name(task):
     values = dict.fromkeys(unused_options(), "0.3") | {"data": "x", "window": "9", "embedding": "7"}
-    values |= dict.fromkeys(OPTION_GROUPS["forecasting"], "7") | {"decimal": ","}
+    values |= dict.fromkeys(OPTION_GROUPS["forecasting"], "7") | {"decimal": ",", "language": "even_pairs"}
     for name in TASKS[task].UNUSED:
         option = f"--{name.replace('_', '-')}"
         with pytest.raises(ValueError, match=f"--task {task} does not use {option}, got "):
@@ -230,7 +230,7 @@ def test_forecast_of_two_columns_beats_the_naive_forecast_and_draws_a_figure(tmp
     assert (tmp_path / "run" / "forecast.png").read_bytes().startswith(b"\x89PNG")
 
 
-@pytest.mark.parametrize("name", ["adding", "copy", "digits", "forecast"])
+@pytest.mark.parametrize("name", ["adding", "copy", "digits", "forecast", "formal"])
 def test_batches_depend_on_their_number_only(name):
     task = TASKS[name].make(parse(["--task", name]))
     batches, resumed = task.batches(0), task.batches(3)

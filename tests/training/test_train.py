@@ -224,8 +224,12 @@ def test_train_py_trains_samples_and_refuses(finished_run, tmp_path):
         (["--seed", str(2**63)], f"--seed must be less than 2**63, got {2**63}"),
         (["--task", "wordlm", "--data", "short.txt"], "short.txt is one line: words are split by lines"),
         (["--task", "adding", "--window", "1"], "--window must be at least 2 for --task adding, got 1"),
+        (
+            ["--task", "formal", "--language", "modular_arithmetic", "--window", "255"],
+            "--window must be less than 255 for --task formal, which tests on strings of up to 255 symbols, got 255",
+        ),
         (["--task", "digits", "--data", "short.txt"], "--task digits does not use --data, got short.txt"),
-        (["--task", "nope"], "--task must be one of charlm, wordlm, adding, copy, digits, forecast, got nope"),
+        (["--task", "nope"], "--task must be one of charlm, wordlm, adding, copy, digits, forecast, formal, got nope"),
         (["--process", "3"], "--coordinator and --process need --processes, got --processes 1"),
         (["--max-seconds", "nan"], "--max-seconds must be greater than 0, got nan"),
         (["--hidden", "many"], "Error parsing --hidden: invalid literal for int() with base 10: 'many'"),
