@@ -17,7 +17,7 @@ LEVELS = [  # lowest first; a module imports from its own subpackage and from lo
     {"activation_regularization", "outputs", "recurrence"},
     {"network"},
     {"lstm", "conv_lstm"},
-    {"interop", "flax", "export", "experimental", "autotuning"},
+    {"interop", "flax", "export", "experimental", "autotuning", "rl"},
     {"diagnostics"},
     {"__init__"},
     {"training"},
