@@ -10,8 +10,8 @@ the policy reads at step t + 1. The state therefore restarts before step t + 1, 
     resets[t]            first  False  False  True   False  False      the first step of an episode
 
 `jaxlstm.LSTM` takes ``resets``. Passing ``dones`` in their place erases the memory one step early, at the last step of
-each episode, where it is often needed most, and lets the last step of one episode leak into the next. Such a policy
-still trains, only worse; `check_replay` finds the mistake before training.
+each episode, where it is often needed most, and lets the last step of one episode leak into the next. Training goes on
+without an error, so call `check_replay` before the first update.
 """
 
 import jax

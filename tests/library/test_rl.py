@@ -1,6 +1,8 @@
 """Rollouts, replays and burn-in of `jaxlstm.rl` against episodes run one by one, and the usual mistakes."""
 
+import re
 from functools import partial
+from pathlib import Path
 
 import cases
 import jax
@@ -13,6 +15,10 @@ from tolerance import tolerance
 import jaxlstm
 from jaxlstm import rl
 
+GUIDE = (Path(__file__).parent.parent.parent / "docs" / "reinforcement_learning.md").read_text(encoding="utf-8")
+CODE_BLOCKS = re.findall(
+    r"^```python ?(\w*)\n(.*?)^```", GUIDE, re.DOTALL | re.MULTILINE
+)  # ("", "nnx" or "linen", code)
 STEPS, ENVIRONMENTS, INPUT, HIDDEN = 12, 3, 4, 5
 LSTM = jaxlstm.LSTM(INPUT, HIDDEN, num_layers=2, learned_state=True, param_dtype="float64")
 LAST_STEPS = [[3, 8], [0, 5, 11], []]  # of the episodes of each environment
@@ -281,3 +287,71 @@ def test_check_replay_rejects_wrong_shapes(rollout_shape, replayed_shape, messag
 def test_check_replay_rejects_traced_arrays():
     with pytest.raises(TypeError, match=r"rollout must be a concrete array, .* outside of jax.jit"):
         jax.jit(rl.check_replay)(np.zeros((3, 2)), np.zeros((3, 2)), np.zeros((3, 2), bool))
+
+
+def code_of(library):
+    return [code for name, code in CODE_BLOCKS if name == library]
+
+
+@pytest.mark.parametrize("code", code_of(""))
+def test_guide_python_block_runs(code):
+    with jax.enable_x64(False):
+        exec(code, {})
+
+
+def test_guide_quotes_the_error_of_the_usual_mistake():
+    names: dict = {}
+    code = next(code for code in code_of("") if "rl.check_replay" in code)
+    with jax.enable_x64(False):
+        exec(code, names)
+        wrong, _ = names["lstm"](names["params"], names["xs"], names["state0"], resets=names["dones"])
+        with pytest.raises(ValueError, match="rollout and replay differ") as raised:
+            rl.check_replay(names["rollout_ys"], wrong, names["dones"])
+    quoted = " ".join(re.findall(r"^```text\n(.*?)^```", GUIDE, re.DOTALL | re.MULTILINE)[0].split())
+    numbers = re.compile(r"-?[\d.]+ and -?[\d.]+,")  # the last digits vary between machines
+    assert numbers.sub("", str(raised.value)) == numbers.sub("", quoted)
+
+
+def check_core(act, replay):
+    """Compares `act`, step by step, with the call over the whole rollout, and with a call that has wrong resets."""
+    obs = jax.random.normal(jax.random.key(1), (STEPS, ENVIRONMENTS, INPUT), jnp.float32)
+    state = state0 = jaxlstm.LSTM(HIDDEN, HIDDEN).initial_state(ENVIRONMENTS)
+    first, logits, values = jnp.ones(ENVIRONMENTS, bool), [], []
+    for t in range(STEPS):
+        state, step_logits, step_values = act(obs[t], state, first)
+        first = jnp.asarray(DONES[t])
+        logits.append(step_logits)
+        values.append(step_values)
+    last, *replayed = replay(obs, jnp.asarray(DONES), state0, jnp.ones(ENVIRONMENTS, bool))
+    rl.check_replay(jnp.stack(logits), replayed[0], DONES)
+    rl.check_replay(jnp.stack(values), replayed[1], DONES)
+    for a, b in zip(last, state, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+    early = jnp.concatenate([jnp.asarray(DONES[1:]), jnp.zeros((1, ENVIRONMENTS), bool)])
+    with pytest.raises(ValueError, match="rollout and replay differ"):
+        rl.check_replay(jnp.stack(logits), replay(obs, early, state0, jnp.asarray(DONES[0]))[1], DONES)
+
+
+def test_guide_nnx_core_replays_its_rollout():
+    names: dict = {}
+    exec(code_of("nnx")[0], names)
+    with jax.enable_x64(False):
+        core = names["Core"](INPUT, HIDDEN, 2, rngs=names["nnx"].Rngs(0))
+        check_core(core.act, core)
+
+
+def test_guide_linen_core_replays_its_rollout():
+    names: dict = {}
+    exec(code_of("linen")[0], names)
+    with jax.enable_x64(False):
+        core = names["Core"](HIDDEN, 2)
+        state, first = jaxlstm.LSTM(HIDDEN, HIDDEN).initial_state(ENVIRONMENTS), jnp.ones(ENVIRONMENTS, bool)
+        dones = jnp.zeros((1, ENVIRONMENTS), bool)
+        variables = core.init(jax.random.key(0), jnp.zeros((1, ENVIRONMENTS, INPUT)), dones, state, first)
+        check_core(partial(core.apply, variables, method="act"), partial(core.apply, variables))
+
+
+@pytest.mark.parametrize("library", ["nnx", "linen"])
+def test_guide_cores_have_twenty_lines(library):
+    (code,) = code_of(library)
+    assert len(code.partition("class Core")[2].split("\n")) <= 20
