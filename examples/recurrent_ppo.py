@@ -78,7 +78,7 @@ class LSTMCore:
         return self.lstm.initial_state(num_envs)
 
     def step(self, params: Any, state: Any, x: Array, first: Array) -> tuple[Any, Array]:
-        """Takes one step, from the initial state where ``first`` is True."""
+        """Takes one step, restarting environments with ``first``."""
         return self.lstm.step(params, state, x, reset=first)
 
     def replay(self, params: Any, state: Any, xs: Array, dones: Array, first: Array) -> Array:
@@ -88,7 +88,7 @@ class LSTMCore:
 
 
 class ScannedRNN(nn.Module):
-    """The usual module of recurrent PPO in JAX: a Flax cell under `nn.scan` that restarts where ``resets`` is True."""
+    """The usual module of recurrent PPO in JAX: a Flax cell under `nn.scan`, restarted by ``resets``."""
 
     @functools.partial(nn.scan, variable_broadcast="params", in_axes=0, out_axes=0, split_rngs={"params": False})
     @nn.compact
@@ -115,7 +115,7 @@ class ScannedCore:
         return tuple(jnp.zeros((1, num_envs, self.lstm.hidden_size)) for _ in range(2))
 
     def step(self, params: Any, state: Any, x: Array, first: Array) -> tuple[Any, Array]:
-        """Takes one step, from the initial state where ``first`` is True."""
+        """Takes one step, restarting environments with ``first``."""
         carry, ys = apply(ScannedRNN(), params, jax.tree.map(lambda a: a[0], state), (x[None], first[None]))
         return jax.tree.map(lambda a: a[None], carry), ys[0]
 
@@ -142,7 +142,7 @@ class MemorylessCore:
         return ()
 
     def step(self, params: Any, state: Any, x: Array, first: Array) -> tuple[Any, Array]:
-        """Takes one step, from the initial state where ``first`` is True."""
+        """Takes one step, restarting environments with ``first``."""
         del first
         return state, jnp.tanh(apply(self.dense, params, x))
 
@@ -164,7 +164,7 @@ class Rollout(NamedTuple):
     rewards: Array
     values: Array
     log_probs: Array
-    returns: Array  # return of the episode, where it ends
+    returns: Array  # return of the episode at its last step, else 0
 
 
 class Runner(NamedTuple):

@@ -10,7 +10,7 @@ the policy reads at step t + 1. The state therefore restarts before step t + 1, 
     resets[t]            first  False  False  True   False  False      the first step of an episode
 
 `jaxlstm.LSTM` takes ``resets``. Passing ``dones`` in their place erases the memory one step early, at the last step of
-each episode, where it is often needed most, and lets the last step of one episode leak into the next. Training goes on
+each episode, which may need it most, and lets the last step of one episode leak into the next. Training goes on
 without an error, so call `check_replay` before the first update.
 """
 
@@ -157,10 +157,11 @@ def check_replay(
     *,
     tolerance: float | None = None,
 ) -> None:
-    """Raises an error if a rollout and its replay by the same parameters differ, and names where they first do.
+    """Raises an error if a rollout and its replay by the same parameters differ, and names the first difference.
 
     Compares outputs of the network, logits, values or log-probabilities. Call it before the first update, with the
-    arrays that the loss uses. The mistake that it is made for, in the loss:
+    arrays that the loss uses. Outputs and values show differences best: log-probabilities of a new policy hardly
+    depend on the state if its last layer starts near zero. The usual mistake, in the loss:
 
         ys, _ = lstm(params, xs, state0, resets=dones)                # wrong: restarts at the last step of an episode
         ys, _ = rl.replay(lstm, params, xs, dones, state0)            # right: restarts at the first
@@ -172,7 +173,7 @@ def check_replay(
       dones: whether the transition of step t ended the episode ``(T, *batch)``; gives the axes of the environments,
         and the likely cause.
       tolerance: largest difference, relative to values above 1 and absolute below; None for the square root of the
-        machine epsilon of the narrower dtype, 3e-4 in float32. Use 1e-2 where products are computed in TF32.
+        machine epsilon of the narrower dtype, 3e-4 in float32. Use 1e-2 for products in TF32.
 
     Raises:
       ValueError: if the arrays differ anywhere, with the first step and the first environment that differ there, or
