@@ -51,6 +51,7 @@ autodoc_default_options = {"member-order": "bysource"}
 autodoc_typehints = "description"
 autodoc_typehints_description_target = "documented"
 maximum_signature_line_length = 72
+napoleon_use_ivar = True
 napoleon_use_rtype = False
 python_use_unqualified_type_names = True
 
@@ -58,7 +59,7 @@ python_use_unqualified_type_names = True
 myst_enable_extensions = ["colon_fence", "dollarmath"]
 myst_heading_anchors = 3
 nb_execution_mode = "force"
-nb_execution_timeout = 240
+nb_execution_timeout = 600  # seconds, for a cell on a busy machine
 nb_execution_raise_on_error = True
 nb_merge_streams = True
 
@@ -73,6 +74,7 @@ html_theme_options: dict[str, Any] = {
     "home_page_in_toc": False,
     "show_navbar_depth": 1,
     "show_toc_level": 2,
+    "navbar_persistent": [],
     "use_download_button": False,
     "use_fullscreen_button": False,
 }
@@ -141,7 +143,9 @@ def field_lines(cls: type) -> Iterator[str]:
 
 def code_shapes(comment: str) -> str:
     """Typesets shapes such as (T, *batch) as code: an asterisk would start an emphasis."""
-    return re.sub(r"(\([^()]*\))", lambda match: f"``{match[1]}``" if "," in match[1] or "*" in match[1] else match[1], comment)
+    return re.sub(
+        r"(\([^()]*\))", lambda match: f"``{match[1]}``" if "," in match[1] or "*" in match[1] else match[1], comment
+    )
 
 
 def constant_lines(name: str) -> list[str]:
@@ -162,9 +166,26 @@ def constant_lines(name: str) -> list[str]:
     raise ValueError(f"{name} is not assigned in {module}")
 
 
-def skip_fields(app: Sphinx, what: str, name: str, obj: Any, skip: bool, options: Any) -> bool | None:
-    """Leaves out the properties of a `NamedTuple` that `field_lines` lists."""
-    return True if type(obj).__name__ == "_tuplegetter" else None
+NETWORK_MEMBERS = {  # methods of a network for its users; the others are for backends and subclasses
+    *("__call__", "step", "init", "initial_state", "param_shapes", "state_shapes", "check_params", "summary"),
+    *("num_parameters", "num_directions", "output_size", "resolved_cell"),
+}
+
+
+def skip_member(app: Sphinx, what: str, name: str, obj: Any, skip: bool, options: Any) -> bool | None:
+    """Leaves out the properties of a `NamedTuple`, which `field_lines` lists, and methods of networks for backends."""
+    if type(obj).__name__ == "_tuplegetter":
+        return True
+    module = getattr(getattr(obj, "fget", obj), "__module__", "")
+    is_network = module in ("jaxlstm.lstm", "jaxlstm.network", "jaxlstm.conv_lstm")
+    return True if is_network and what == "class" and name not in NETWORK_MEMBERS else None
+
+
+def shorten_signature(
+    app: Sphinx, what: str, name: str, obj: Any, options: Any, signature: str | None, returns: str | None
+) -> tuple[str | None, str | None]:
+    """Writes the default ``<class 'jax.numpy.float32'>`` as ``float32``."""
+    return (signature and re.sub(r"<class 'jax\.numpy\.(\w+)'>", r"\1", signature), returns)
 
 
 # Pages
@@ -185,13 +206,20 @@ def mirror_file(app: Sphinx, docname: str, content: list[str]) -> None:
         )
 
 
+def link_to_colab(app: Sphinx, docname: str, content: list[str]) -> None:
+    """Adds a link that opens a notebook in Colab, from the branch that the workflow pages.yml writes."""
+    if docname.startswith("notebooks/") and REPOSITORY.startswith("https://github.com/"):
+        address = REPOSITORY.replace("https://github.com/", "https://colab.research.google.com/github/")
+        link = f"[Open in Colab]({address}/blob/notebooks/{Path(docname).name}.ipynb)"
+        content[0] = re.sub(r"^(# .*)$", lambda match: f"{match[1]}\n\n{link}", content[0], count=1, flags=re.MULTILINE)
+
+
 def list_other_guides(app: Sphinx, docname: str, content: list[str]) -> None:
     """Replaces the line "(other guides)" of the navigation by the pages of docs/ that the navigation does not name."""
     if docname == "index":
         names = (path.stem for path in sorted(DOCS.glob("*.md")) if path.stem != "index")
         others = [name for name in names if not re.search(rf"^{name}$", content[0], re.MULTILINE)]
         content[0] = content[0].replace("(other guides)", "\n".join(others))
-
 
 
 def rewrite_links(app: Sphinx, docname: str, content: list[str]) -> None:
@@ -210,10 +238,21 @@ def site_link(match: re.Match[str]) -> str:
     return f"[{text}]({REPOSITORY}/blob/main/{path}{anchor})" if REPOSITORY else text
 
 
+def correct_backlinks(app: Sphinx, error: Exception | None) -> None:
+    """Corrects links from source code to its pages, for which viewcode takes one prefix per module."""
+    backlink = re.compile(r"/((?:[\w-]+\.)*(\w+))\.html#(?:\w+\.)*\2\"")
+    for path in Path(app.outdir).glob("_modules/**/*.html"):
+        html = path.read_text(encoding="utf-8")
+        path.write_text(backlink.sub(r'/\1.html#\1"', html), encoding="utf-8")
+
+
 def setup(app: Sphinx) -> None:
     """Registers the functions above."""
     app.connect("autodoc-process-docstring", translate_docstring, priority=1)  # before napoleon
-    app.connect("autodoc-skip-member", skip_fields)
+    app.connect("autodoc-skip-member", skip_member)
+    app.connect("autodoc-process-signature", shorten_signature)
+    app.connect("build-finished", correct_backlinks)
     app.connect("source-read", mirror_file)
+    app.connect("source-read", link_to_colab)
     app.connect("source-read", list_other_guides)
     app.connect("source-read", rewrite_links)
