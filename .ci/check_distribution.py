@@ -52,9 +52,11 @@ def check_version(version: str) -> None:
 
 
 def check_release(version: str, tag: str) -> None:
-    """Checks that the tag is the version's, and that ``[project.urls]`` names the repository."""
+    """Checks the tag, the date in the changelog, and that ``[project.urls]`` names the repository."""
     if tag != f"v{version}":
         sys.exit(f"expected the tag v{version}, got {tag}")
+    if re.search(rf"^## {re.escape(version)}.*unreleased", (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"), re.M):
+        sys.exit(f"CHANGELOG.md: the section {version} needs the date of its release")
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     if "Repository" not in project.get("urls", {}):
         sys.exit("pyproject.toml: [project.urls] has no Repository; see RELEASING.md")
