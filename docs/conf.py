@@ -49,6 +49,7 @@ autosummary_filename_map = {"jaxlstm.diagnostics.trace": "jaxlstm.diagnostics.tr
 autosummary_ignore_module_all = False
 autodoc_default_options = {"member-order": "bysource"}
 autodoc_typehints = "description"
+autodoc_typehints_format = "fully-qualified"  # the short form leaves tildes in unions with a Literal
 autodoc_typehints_description_target = "documented"
 maximum_signature_line_length = 72
 napoleon_use_ivar = True
@@ -96,6 +97,7 @@ def translate_docstring(app: Sphinx, what: str, name: str, obj: Any, options: An
         lines[:] = constant_lines(name)
         return
     lines[:] = translate_code(translate_tables(lines))
+    lines[:] = [re.sub(r"^( +\w+: )([A-Z]\.)$", r"\1\\\2", line) for line in lines]  # "H." would start a list
     if what == "class" and hasattr(obj, "_fields"):
         lines += ["", "Attributes:", *field_lines(obj), ""]
 
