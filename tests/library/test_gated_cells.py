@@ -257,15 +257,28 @@ def test_state_of_several_slabs_is_checked_by_name():
     [
         ("newton", "implementation='newton' does not support a cell with gates that do not read both x and h"),
         (jaxlstm.recurrence.scan.Scan(concatenate=True), "Scan(concatenate=True) does not support a cell with gates"),
-        (jaxlstm.recurrence.fused.Fused(hoist_inputs=False), "Fused(hoist_inputs=False) does not support a cell with"),
+        (jaxlstm.recurrence.fused.Fused(hoist_inputs=False), "Fused(hoist_inputs=False) does not support recur"),
     ],
     ids=["newton", "scan", "fused"],
 )
 def test_backend_names_what_it_lacks(implementation, message):
-    network = replace(NETWORKS["gru"], implementation=implementation)
+    network = replace(NETWORKS["mingru"], implementation=implementation)
     params, xs, _ = inputs(network)
     with pytest.raises(ValueError, match=re.escape(message)):
         network(params, xs)
+
+
+@pytest.mark.parametrize("order", ["batch", "feature"])
+@pytest.mark.parametrize("hoist_inputs", [True, False])
+def test_layouts_of_a_gru_agree(order, hoist_inputs):
+    network = NETWORKS["gru"]
+    params, xs, _ = inputs(network)
+
+    def gradient(implementation):
+        return jax.grad(lambda p: (replace(network, implementation=implementation)(p, xs)[0] ** 2).sum())(params)
+
+    actual = gradient(jaxlstm.recurrence.fused.Fused(order=order, hoist_inputs=hoist_inputs))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, **tolerance(np.float64, 64)), actual, gradient("scan"))
 
 
 def test_convolutional_network_rejects_cell_of_another_form():
