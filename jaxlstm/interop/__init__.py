@@ -10,8 +10,9 @@
 | equinox     | an `LSTMCell` or `GRUCell`; a list for several layers; pairs (forward, backward)               |
 | cudnn       | the flat vector of `jax.experimental.rnn`                                                      |
 | onnx        | an `onnx.ModelProto`; `to_onnx` writes the whole network                                       |
+| xlstm       | the ``state_dict`` of an `sLSTMLayer`                                                          |
 
-The configuration says which cell the weights are of: ``cell="lstm"``, ``"gru"`` or ``"rnn"``. Weights of
+The configuration says which cell the weights are of: ``cell="lstm"``, ``"gru"``, ``"rnn"`` or ``"slstm"``. Weights of
 another cell and cells that a framework does not have raise an error.
 
 `load_safetensors` and `save_safetensors` read and write files with PyTorch's names.
@@ -29,3 +30,23 @@ objects (flax_nnx, equinox). A framework is imported only to create its objects.
 - A missing, unexpected or wrong array raises one error with its name, the received and the expected value.
 """
 
+from jaxlstm.interop.cudnn import from_cudnn as from_cudnn
+from jaxlstm.interop.cudnn import to_cudnn as to_cudnn
+from jaxlstm.interop.equinox import from_equinox as from_equinox
+from jaxlstm.interop.equinox import to_equinox as to_equinox
+from jaxlstm.interop.flax_linen import from_flax_linen as from_flax_linen
+from jaxlstm.interop.flax_linen import to_flax_linen as to_flax_linen
+from jaxlstm.interop.flax_nnx import from_flax_nnx as from_flax_nnx
+from jaxlstm.interop.flax_nnx import to_flax_nnx as to_flax_nnx
+from jaxlstm.interop.haiku import from_haiku as from_haiku
+from jaxlstm.interop.haiku import to_haiku as to_haiku
+from jaxlstm.interop.keras import from_keras as from_keras
+from jaxlstm.interop.keras import to_keras as to_keras
+from jaxlstm.interop.onnx import from_onnx as from_onnx
+from jaxlstm.interop.onnx import to_onnx as to_onnx
+from jaxlstm.interop.safetensors import load_safetensors as load_safetensors
+from jaxlstm.interop.safetensors import save_safetensors as save_safetensors
+from jaxlstm.interop.torch import from_torch as from_torch
+from jaxlstm.interop.torch import to_torch as to_torch
+from jaxlstm.interop.xlstm import from_xlstm as from_xlstm
+from jaxlstm.interop.xlstm import to_xlstm as to_xlstm
