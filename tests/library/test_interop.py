@@ -877,7 +877,7 @@ def test_conversion_copies_memory(name):
 
 
 def test_interop_imports_no_framework():
-    frameworks = ("torch", "keras", "flax", "haiku", "equinox", "onnx", "safetensors")
+    frameworks = ("torch", "keras", "flax", "haiku", "equinox", "onnx", "safetensors", "xlstm")
     code = f"import sys, jaxlstm.interop; print([name for name in {frameworks} if name in sys.modules])"
     assert run_python("-c", code).strip() == "[]"
 

@@ -135,21 +135,24 @@ def test_float64_model_round_trips_and_float32_rejects_it():
 
 @pytest.mark.slow
 @needs("onnx", "torch")
-def test_from_onnx_reads_model_exported_by_torch():
+@pytest.mark.parametrize("cell", ["lstm", "gru"])
+def test_from_onnx_reads_model_exported_by_torch(cell):
     import onnx
     import torch
 
     torch.manual_seed(0)
-    module = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.LSTM(4, 5, num_layers=2, bidirectional=True))
+    module_class = torch.nn.GRU if cell == "gru" else torch.nn.LSTM
+    module = torch.nn.Sequential(torch.nn.Linear(3, 4), module_class(4, 5, num_layers=2, bidirectional=True))
     file = io.BytesIO()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         torch.onnx.export(module, (torch.randn(6, 2, 3),), file, dynamo=False)
-    lstm = jaxlstm.LSTM(4, 5, num_layers=2, bidirectional=True)
+    lstm = jaxlstm.LSTM(4, 5, num_layers=2, bidirectional=True, cell=cell)
     params = from_onnx(lstm, onnx.load_from_string(file.getvalue()))
     xs = torch.randn(6, 2, 4)
-    ys, (h, c) = module[1](xs)
-    expected = {key: value.detach().numpy() for key, value in {"ys": ys, "h": h, "c": c}.items()}
+    ys, state = module[1](xs)
+    results = {"ys": ys, "h": state} if cell == "gru" else {"ys": ys, "h": state[0], "c": state[1]}
+    expected = {key: value.detach().numpy() for key, value in results.items()}
     assert_outputs_match(lstm, params, {"xs": xs.numpy()}, expected)
 
 
