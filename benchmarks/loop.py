@@ -25,7 +25,7 @@ from jaxlstm.training.config import Options
 from jaxlstm.training.loop import Trainer
 from jaxlstm.training.malloc import keep_freed_memory
 from jaxlstm.training.metrics import write_json
-from jaxlstm.training.optimizer import DEFAULT_PEAK, make_optimizer
+from jaxlstm.training.optimizer import learning_rate_schedule, make_optimizer
 from jaxlstm.training.tasks import TASKS
 
 NUM_STEPS, BLOCK = 300, 50
@@ -44,9 +44,8 @@ class LoopOptions:
 def time_bare_step(options: Options) -> list[float]:
     """Returns seconds per step of the compiled step alone, for each block of steps but the first."""
     task = TASKS[options.task].make(options)
-    optimizer = make_optimizer(
-        DEFAULT_PEAK["adamw"], warmup=options.warmup, weight_decay=options.weight_decay, clip=options.clip
-    )
+    schedule = learning_rate_schedule(options.optimizer, options.peak_learning_rate, options.warmup)
+    optimizer = make_optimizer(schedule, weight_decay=options.weight_decay, clip=options.clip, name=options.optimizer)
     params = task.init(jax.random.key(0))
     state = train_step.init_train_state(params, optimizer, task.init_carry(params), jax.random.key(1))
     step = train_step.make_step(task.loss, optimizer)

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from jaxlstm import interop as interop
     from jaxlstm import packing as packing
     from jaxlstm import recurrence as recurrence
+    from jaxlstm import rl as rl
     from jaxlstm import training as training
     from jaxlstm.autotuning import Tuning as Tuning
     from jaxlstm.autotuning import autotune as autotune
@@ -64,7 +65,7 @@ _SUBMODULES = (
         "flax",
         "initializers",
     ),
-    *("interop", "packing", "recurrence", "training"),
+    *("interop", "packing", "recurrence", "rl", "training"),
 )
 __all__ = [
     "GRU",

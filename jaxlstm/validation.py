@@ -200,7 +200,7 @@ def _gate_names(cell: Cell) -> list[str]:
     for name, activation in pairs:
         is_state = name in ("h", *(state for state, *_ in cell.state or ()))
         if not (isinstance(name, str) and name.isidentifier()) or is_state or names.count(name) > 1:
-            raise ValueError(f"names of gates must be different identifiers other than h and the states, got {name!r}")
+            raise ValueError(f"names of gates must be different identifiers, not h or a state, got {name!r}")
         if activation is None:
             continue
         if not callable(activation):

@@ -51,7 +51,7 @@ from jaxlstm.recurrence.step import (
     late_bias,
     project_hidden,
     project_inputs,
-    require_form,
+    split_bias,
     split_sources,
     sum_sources,
     unsupported_form,
@@ -105,7 +105,8 @@ class Fused:
                     "Fused(hoist_inputs=False) does not support layer_norm=True, which normalizes W_x x before the "
                     "loop; expected hoist_inputs=True or None"
                 )
-            require_form("Fused(hoist_inputs=False)", cell, directions[0].weights)
+            if not has_dense_recurrence(cell, directions[0].weights):
+                raise ValueError("Fused(hoist_inputs=False) does not support recurrent weights that are not dense")
         return _run(self, cell, directions, context)
 
 
@@ -135,12 +136,13 @@ class FusedConfig(NamedTuple):
     def layout(self, batch_size: Size) -> Layout:
         """Returns the layout for a batch size."""
         options = self.options
-        order = options.order or (None if self.one_product else "batch")
+        # Slabs of gates that read different sources are separate arrays, which feature-major are slices of memory.
+        order = options.order or (None if self.one_product else "feature" if self.dense else "batch")
         layout = choose_layout(self.sizes._replace(batch_size=batch_size), self.dtype, self.accum_dtype, order)
         hoist_inputs = layout.hoist_inputs if options.hoist_inputs is None else options.hoist_inputs
         return replace(
             layout,
-            hoist_inputs=hoist_inputs or self.layer_norm or not self.one_product,
+            hoist_inputs=hoist_inputs or self.layer_norm or not self.dense,
             chunk_size=options.chunk_size or layout.chunk_size,
             bitcast=layout.bitcast and not self.differentiable,
         )
@@ -167,7 +169,7 @@ class StepInputs(NamedTuple):
 class Residuals(NamedTuple):
     """Intermediates of the steps that the tangent rule reads, besides the outputs."""
 
-    z: Array  # (T, G*H, B)
+    z: Any  # (T, G*H, B), or (T, H, B) for each gate of a cell without one product
     z_h: Array | None  # (T, G*H, B), with layer normalization
     c: Any  # (T, H, B), the states before the step and after a restart
     h: Array | None  # (T, H, B), likewise, for a cell whose functions take h
@@ -206,7 +208,7 @@ class ChunkInputs(NamedTuple):
 class HoistedTangents(NamedTuple):
     """The bracketed terms of the tangent rule at many steps or one; None for a term that is zero."""
 
-    z: Array  # (T, G*H, B)
+    z: Any  # (T, G*H, B), or (T, H, B) for each gate of a cell without one product
     z_h: Array | None  # (T, G*H, B), with layer normalization
     h: Array | None  # (T, P, B)
 
@@ -351,7 +353,7 @@ def _forward(
 
 def _loop_weights(config: FusedConfig, layout: Layout, weights: Weights) -> Any:
     """Returns the matrices of the product in each step."""
-    if not layout.hoist_inputs:
+    if not layout.hoist_inputs and config.one_product:
         return layout.prepare_both(weights.w_x, weights.w_h)
     return layout.prepare(weights.w_h) if config.dense else weights.w_h
 
@@ -393,8 +395,11 @@ def _forward_step(
         z, z_h = x, _dot_hidden(config, layout, loop_weights, state.h)
     elif not config.one_product:
         b = late_bias(config.cell, weights, layout.accum_dtype)
+        if not layout.hoist_inputs:
+            x = layout.dot(layout.prepare(weights.w_x), layout.unpack(x))
+            b = split_bias(config.cell, weights, layout.accum_dtype)
         z_static = None if direction.z_static is None else layout.from_batch_major(direction.z_static)
-        rest = None if b is None else layout.expand_units(b)
+        rest = None if b is None else [layout.expand_units(each) for each in b]
         z_h = _dot_hidden(config, layout, loop_weights, state.h)
         z, z_h = sum_sources(config.cell, x, z_h, z_static, rest, layout.units_axis - 2), None
     elif layout.hoist_inputs:
@@ -429,7 +434,7 @@ def _apply_gates(
     activate: Activate | None,
     masks: RegularizerMasks,
     weights: ElementwiseWeights,
-    z: Array,
+    z: Array | tuple[Array, ...],
     z_h: Array | None,
     c: Any,
     h: Array | None,
@@ -437,7 +442,8 @@ def _apply_gates(
     """Calls `jaxlstm.recurrence.step.apply_gates` on arrays in the layout."""
     cell, axis = config.cell, layout.units_axis
     candidate_mask = None if masks.candidate_mask is None else layout.from_batch_major(masks.candidate_mask)
-    z, z_h = split_sources(cell, z, z_h, axis, layer_norm=config.layer_norm)
+    if not isinstance(z, tuple):
+        z, z_h = split_sources(cell, z, z_h, axis, layer_norm=config.layer_norm)
     return apply_gates(cell, weights, z, z_h, c, candidate_mask, config.rates, axis, activate=activate, h=h)
 
 
@@ -598,7 +604,7 @@ def _hoist(
     weights, residuals, x = direction.weights, chunk.residuals, chunk.inputs.x
     restart_state = None if direction.restart_state is None else State(layout.pack(direction.restart_state.h), None)
     h = restart(chunk.inputs.masks.restarts, restart_state, State(h, None)).h
-    z, z_h = jnp.zeros(residuals.z.shape, layout.accum_dtype), None
+    z, z_h = jax.tree.map(lambda a: jnp.zeros(a.shape, layout.accum_dtype), residuals.z), None
     z_x = None if chunk.dx is None else layout.dot_over_time(weights.w_x, layout.from_batch_major(chunk.dx))
     if config.one_product and not config.layer_norm:
         z = z if z_x is None else z + z_x
@@ -623,7 +629,8 @@ def _hoist(
         else:
             dz_static = linearized.tangents.z_static
             dz_static = None if dz_static is None else layout.from_batch_major(dz_static)[None]
-            z = _add_bias(layout, d_weights.b, z)
+            if d_weights.b is not None:
+                z = tuple(_add_bias(layout, *each) for each in zip(jnp.split(d_weights.b, len(z)), z))
             z, z_h = sum_sources(config.cell, z_x, z_h, dz_static, z, layout.units_axis - 2), None
     if residuals.cell_output is None or d_weights.w_p is None:
         return HoistedTangents(z, z_h, None)

@@ -12,7 +12,7 @@ there.
 """
 
 from collections.abc import Callable, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -37,7 +37,8 @@ class GateJacobian(NamedTuple):
     Without a cell state there are no factors of c; without functions that take the old h there are none of it.
     """
 
-    z: Array  # (*T, G*H, B): derivative of c with respect to the gates of `update`, of h with respect to the others
+    z: Any  # (*T, G*H, B), or (*T, H, B) for each gate: derivative of c with respect to the gates of `update`, of h
+    # with respect to the others
     c: Array | None  # (*T, H, B): derivative of c with respect to the previous c
     h: Array | None  # (*T, H, B): derivative of h with respect to c
     old_h: Array | None  # (*T, H, B): derivative of h with respect to the previous h
@@ -60,7 +61,7 @@ def has_jacobian(cell: Cell) -> bool:
 
 def gate_jacobian(
     cell: Cell,
-    z: Float[Array, "T _ _"],
+    z: Float[Array, "T _ _"] | tuple[Float[Array, "T _ _"], ...],
     c: Float[Array, "T _ _"] | None,
     h: Float[Array, "T _ _"] | None,
     candidate_scale: Array | None,
@@ -70,15 +71,19 @@ def gate_jacobian(
 
     Args:
       cell: a cell with `has_jacobian`.
-      z: pre-activations, ``(T, G*H, B)`` or ``(T, B, G*H)``.
+      z: pre-activations, ``(T, G*H, B)`` or ``(T, B, G*H)``, or an array for each gate.
       c: the cell state before each step, ``(T, H, B)`` or ``(T, B, H)``; None without one.
       h: the output before each step, of the shape of ``c``; None if the cell does not read it.
       candidate_scale: the factor of the candidate in recurrent dropout, of the shape of ``c``; None for none.
       axis: the axis of the units in the arrays of one step.
     """
-    slabs = split_gates(z, cell.num_gates, axis + 1)
-    activated, slope = _activate(cell, slabs)
-    values = zip(cell.activations, jnp.unstack(activated))
+    if isinstance(z, tuple):
+        gates, slopes = _activate_each(cell, z)
+        slope = None
+    else:
+        activated, slope = _activate(cell, split_gates(z, cell.num_gates, axis + 1))
+        gates, slopes = jnp.unstack(activated), ()
+    values = zip(cell.activations, gates)
     values = {name: scale_candidate(cell, name, gate, candidate_scale) for name, gate in values}
     values |= cell.states_by_name(c) | ({} if h is None else {"h": h})
     by_gate: dict[str, Array] = {}
@@ -93,23 +98,32 @@ def gate_jacobian(
     dh_dh = to_h.pop("h", None)
     by_gate |= to_h
     factors = [scale_candidate(cell, name, by_gate[name], candidate_scale) for name in cell.activations]
+    if isinstance(z, tuple) or slope is None:
+        return GateJacobian(tuple(a * b for a, b in zip(slopes, factors)), dc_dc, dh_dc, dh_dh)
     stacked = jnp.stack(factors, axis + 1)
-    dz = stacked if slope is None else jnp.moveaxis(slope, 0, axis + 1) * stacked
+    dz = jnp.moveaxis(slope, 0, axis + 1) * stacked
     return GateJacobian(dz.reshape(z.shape), dc_dc, dh_dc, dh_dh)
 
 
-def _activate(cell: Cell, slabs: Float[Array, "G *units"]) -> tuple[Array, Array | None]:
-    """Returns the gates and the derivative of their activations; None for 1 everywhere."""
+def _activate(cell: Cell, slabs: Float[Array, "G *units"]) -> tuple[Array, Array]:
+    """Returns the gates and the derivatives of their activations."""
     kinds = activation_kinds(cell)
-    if kinds is not None:
-        activated = sigmoid_or_tanh(slabs, kinds)
-        return activated, activation_slope(activated, activation_scales(slabs, kinds))
-    pairs = []
-    for activation, z in zip(cell.activations.values(), jnp.unstack(slabs)):
+    if kinds is None:
+        activated, slope = _activate_each(cell, tuple(jnp.unstack(slabs)))
+        return jnp.stack(activated), jnp.stack(slope)
+    activated = sigmoid_or_tanh(slabs, kinds)
+    return activated, activation_slope(activated, activation_scales(slabs, kinds))
+
+
+def _activate_each(cell: Cell, slabs: tuple[Array, ...]) -> tuple[tuple[Array, ...], tuple[Array, ...]]:
+    """Returns the gates and the derivatives of their activations, an array for each gate."""
+    activated, slope = [], []
+    for activation, z in zip(cell.activations.values(), slabs):
         one = jnp.ones_like(z)
-        pairs.append((z, one) if activation is None else jax.jvp(activation, (z,), (one,)))
-    activated, slope = zip(*pairs)
-    return jnp.stack(activated), jnp.stack(slope)
+        gate, derivative = (z, one) if activation is None else jax.jvp(activation, (z,), (one,))
+        activated.append(gate)
+        slope.append(derivative)
+    return tuple(activated), tuple(slope)
 
 
 def _differentiate(function: Callable[..., Array], values: Mapping[str, Array]) -> tuple[Array, dict[str, Array]]:
@@ -125,7 +139,7 @@ def _differentiate(function: Callable[..., Array], values: Mapping[str, Array]) 
 def apply_jacobian(
     cell: Cell,
     jacobian: GateJacobian,
-    dz: Float[Array, "_ _"],
+    dz: Float[Array, "_ _"] | tuple[Float[Array, "_ _"], ...],
     dc: Float[Array, "_ _"] | None,
     dh: Float[Array, "_ _"] | None,
     axis: int,
@@ -135,12 +149,16 @@ def apply_jacobian(
     Args:
       cell: the cell.
       jacobian: the Jacobian at this step.
-      dz: tangent of the pre-activations, ``(G*H, B)`` or ``(B, G*H)``.
+      dz: tangent of the pre-activations, ``(G*H, B)`` or ``(B, G*H)``, or an array for each gate.
       dc: tangent of the cell state before the step, ``(H, B)`` or ``(B, H)``; None without one.
       dh: tangent of the output before the step, for a cell that reads it; else None.
       axis: the axis of the units.
     """
-    slabs = dict(zip(cell.activations, _unstack_gates(jacobian.z * dz, cell.num_gates, axis)))
+    if isinstance(dz, tuple):
+        products = [a * b for a, b in zip(jacobian.z, dz)]
+    else:
+        products = _unstack_gates(jacobian.z * dz, cell.num_gates, axis)
+    slabs = dict(zip(cell.activations, products))
     to_h = [slabs.pop(name) for name in argument_names(cell.output) if name in slabs]
     if jacobian.old_h is not None and dh is not None:
         to_h.append(jacobian.old_h * dh)

@@ -58,7 +58,7 @@ def scale_candidate(cell: Cell, name: str, gate: Array, candidate_scale: Array |
 
 def evaluate_cell(
     cell: Cell,
-    z: Float[Array, "G *units"],
+    z: Float[Array, "G *units"] | tuple[Float[Array, "*units"], ...],
     c: Any,
     peepholes: Float[Array, "K *w_units"] | None = None,
     candidate_scale: Array | None = None,
@@ -70,7 +70,7 @@ def evaluate_cell(
 
     Args:
       cell: the cell.
-      z: pre-activations; every slab has the shape of a state.
+      z: pre-activations, one array or one for each gate; every slab has the shape of a state.
       c: the states, as in `jaxlstm.params.State`.
       peepholes: one array per gate of ``cell.peepholes``, which broadcasts to the shape of ``c``.
       candidate_scale: factor of the candidate, for recurrent dropout.
@@ -79,8 +79,12 @@ def evaluate_cell(
       h: the output of the step before; None if the cell does not read it.
     """
     weights = {} if peepholes is None else dict(zip(cell.peepholes, jnp.unstack(peepholes)))
-    kinds = activation_kinds(cell) if cell.num_gates > 1 and not weights else None  # None: each gate by itself
-    slabs = dict(zip(cell.activations, jnp.unstack(z) if kinds is None else activate(z, kinds)))
+    kinds = None  # each gate is activated by itself
+    if isinstance(z, tuple):
+        slabs = dict(zip(cell.activations, z))
+    else:
+        kinds = activation_kinds(cell) if cell.num_gates > 1 and not weights else None
+        slabs = dict(zip(cell.activations, jnp.unstack(z) if kinds is None else activate(z, kinds)))
     gates: dict[str, Array] = {}
 
     def gate(name: str, states: dict[str, Array]) -> Array:

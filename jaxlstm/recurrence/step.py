@@ -1,5 +1,6 @@
 """One step of a layer: the matrix products around a cell's gates, normalization and regularizers."""
 
+from collections.abc import Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -122,37 +123,50 @@ def sum_sources(
     z_x: Array | None,
     z_h: Array | None,
     z_static: Array | None = None,
-    rest: Array | None = None,
+    rest: Sequence[Array] | None = None,
     axis: int = -1,
-) -> Array:
-    """Returns ``z`` of a cell whose gates read different sources: the sum of the products with each of them.
+) -> tuple[Array, ...]:
+    """Returns the slabs of ``z`` for a cell whose gates read different sources: sums of the products with each source.
 
-    Arrays broadcast against each other, except along ``axis``.
+    They are not put together into one array: that would be a copy in every step.
 
     Args:
       cell: the cell.
       z_x: product with the input, which has the slabs of the gates that read it along ``axis``.
       z_h: product with the output of the step before, likewise.
       z_static: product with the static features, likewise.
-      rest: an array that has a slab for every gate, such as the bias.
+      rest: an array for every gate, such as its bias, that broadcasts against its slab.
       axis: the axis of the slabs, negative.
     """
-    gates = [*(cell.slabs_reading(source) for source in SOURCES), tuple(range(cell.num_gates))]
     slabs: dict[int, Array] = {}
-    for indices, z in zip(gates, (z_x, z_h, z_static, rest)):
-        if z is None:
-            continue
-        size = z.shape[axis] // len(indices)
-        for n, slab in zip(indices, lax.split(z, [size] * len(indices), axis=z.ndim + axis)):
-            slabs[n] = jnp.add(*jnp.broadcast_arrays(slabs[n], slab)) if n in slabs else slab
-    return jnp.concatenate([slabs[n] for n in range(cell.num_gates)], axis)
+
+    def add(gate: int, slab: Array) -> None:
+        slabs[gate] = jnp.add(*jnp.broadcast_arrays(slabs[gate], slab)) if gate in slabs else slab
+
+    for source, z in zip(SOURCES, (z_x, z_h, z_static)):
+        gates = cell.slabs_reading(source)
+        if z is not None:
+            for gate, slab in zip(gates, _split(z, len(gates), axis)):
+                add(gate, slab)
+    for gate, slab in enumerate(rest or ()):
+        add(gate, slab)
+    return tuple(slabs[gate] for gate in range(cell.num_gates))
 
 
-def late_bias(cell: Cell, weights: Weights, accum_dtype: DTypeLike) -> Array | None:
-    """Returns the bias that `project_inputs` did not add because it has gates that do not read x."""
-    if weights.b is None or weights.norm is not None or len(cell.slabs_reading("x")) == cell.num_gates:
+def _split(z: Array, num_slabs: int, axis: int) -> Sequence[Array]:
+    return lax.split(z, [z.shape[axis] // num_slabs] * num_slabs, axis=z.ndim + axis)
+
+
+def late_bias(cell: Cell, weights: Weights, accum_dtype: DTypeLike) -> Sequence[Array] | None:
+    """Returns the bias of each gate if `project_inputs` did not add it, because there are gates that do not read x."""
+    if weights.norm is not None or len(cell.slabs_reading("x")) == cell.num_gates:
         return None
-    return weights.b.astype(accum_dtype)
+    return split_bias(cell, weights, accum_dtype)
+
+
+def split_bias(cell: Cell, weights: Weights, accum_dtype: DTypeLike) -> Sequence[Array] | None:
+    """Returns the bias of each gate; None without bias."""
+    return None if weights.b is None else _split(weights.b.astype(accum_dtype), cell.num_gates, -1)
 
 
 def recurrent_step(
@@ -189,8 +203,8 @@ def recurrent_step(
     if cell.reads_x_and_h:
         assert z_h is not None
         return finish_step(cell, weights, z_x + z_h, None, state, dtype, rates, masks, mesh_axis)
-    z = sum_sources(cell, z_x, z_h, z_static, late_bias(cell, weights, z_x.dtype))
-    return finish_step(cell, weights, z, None, state, dtype, rates, masks, mesh_axis)
+    slabs = sum_sources(cell, z_x, z_h, z_static, late_bias(cell, weights, z_x.dtype))
+    return _finish_split(cell, weights, slabs, None, state, dtype, rates, masks, mesh_axis)
 
 
 def finish_step(
@@ -209,12 +223,25 @@ def finish_step(
     ``z`` and ``z_h`` are the two arrays of `apply_gates`, with the gates still in the last axis.
     """
     z, z_h = split_sources(cell, z, z_h, -1, layer_norm=weights.norm is not None)
-    h = state.h if cell.reads_h else None
-    c, h = apply_gates(
-        cell, weights, z, z_h, state.c, masks.candidate_mask, rates, axis=z.ndim - 2, mesh_axis=mesh_axis, h=h
-    )
+    return _finish_split(cell, weights, z, z_h, state, dtype, rates, masks, mesh_axis)
+
+
+def _finish_split(
+    cell: Cell,
+    weights: Weights,
+    z: Array | tuple[Array, ...],
+    z_h: Array | None,
+    state: State,
+    dtype: DTypeLike,
+    rates: RegularizerRates,
+    masks: RegularizerMasks,
+    mesh_axis: str | None,
+) -> State:
+    """Does `finish_step` with the arrays of `apply_gates`."""
+    (accum_dtype, num_axes), old_h = _slab_type(z), state.h if cell.reads_h else None
+    c, h = apply_gates(cell, weights, z, z_h, state.c, masks.candidate_mask, rates, num_axes - 1, mesh_axis, h=old_h)
     if weights.w_p is not None:
-        h = matvec(weights.w_p, h, dtype, z.dtype)
+        h = matvec(weights.w_p, h, dtype, accum_dtype)
         h = h if mesh_axis is None else lax.psum(h, mesh_axis)  # the exchange of a step with a projection
     return apply_zoneout(rates, masks, State(h, c), state)
 
@@ -234,11 +261,16 @@ def split_sources(
     return split_gates(z, gates, axis), None if z_h is None else split_gates(z_h, len(cell.slabs_reading("h")), axis)
 
 
+def _slab_type(z: Array | tuple[Array, ...]) -> tuple[jnp.dtype, int]:
+    """Returns the dtype and the number of axes of one slab of the argument ``z`` of `apply_gates`."""
+    return (z[0].dtype, z[0].ndim) if isinstance(z, tuple) else (z.dtype, z.ndim - 1)
+
+
 def apply_gates(
     cell: Cell,
     weights: Weights | ElementwiseWeights,
-    z: Float[Array, "G *units"],
-    z_h: Float[Array, "G *units"] | None,
+    z: Float[Array, "G *units"] | tuple[Float[Array, "*units"], ...],
+    z_h: Float[Array, "Gh *units"] | None,
     c: Any,
     candidate_mask: Bool[Array, "*units"] | None,
     rates: RegularizerRates,
@@ -252,7 +284,7 @@ def apply_gates(
     Args:
       cell: the cell.
       weights: all weights, or the result of `elementwise_weights`.
-      z: the pre-activations of all gates; with layer normalization ``W_x x``.
+      z: the pre-activations of all gates, one array or one for each; with layer normalization ``W_x x``.
       z_h: ``W_h h`` with layer normalization, else None.
       c: the states, as in `jaxlstm.params.State`; of shape ``units``.
       candidate_mask: False where recurrent dropout drops the candidate; None if it drops none.
@@ -262,21 +294,26 @@ def apply_gates(
       activate: replaces `jaxlstm.recurrence.gates.activate`.
       h: the output of the step before; None if the cell does not read it.
     """
+    dtype, ndim = _slab_type(z)
 
     def per_unit(v: Float[Array, "*rows H"]) -> Array:
         """Adds axes of size 1 for the batch."""
-        units = [1] * (z.ndim - 1)
+        units = [1] * ndim
         units[axis] = v.shape[-1]
-        return v.astype(z.dtype).reshape(*v.shape[:-1], *units)
+        return v.astype(dtype).reshape(*v.shape[:-1], *units)
 
     options: dict[str, Any] = {}
     norm = weights.norm
     if norm is not None:
+        assert not isinstance(z, tuple)
         axes = (0, axis + 1)
         z = _normalize(z, axes, mesh_axis) * per_unit(norm.x.reshape(z.shape[0], -1))
         if z_h is not None and norm.h is not None:
             z_h = _normalize(z_h, axes, mesh_axis) * per_unit(norm.h.reshape(z_h.shape[0], -1))
-        z = z + z_h if cell.reads_x_and_h and z_h is not None else sum_sources(cell, z, z_h, axis=-z.ndim)
+        if cell.reads_x_and_h and z_h is not None:
+            z = z + z_h
+        else:
+            z = jnp.concatenate(sum_sources(cell, z, z_h, axis=-z.ndim))
         if weights.b is not None:
             z = z + per_unit(weights.b.reshape(cell.num_gates, -1))
         gain_c, shift_c = norm.c, norm.b_c
@@ -288,7 +325,7 @@ def apply_gates(
 
             options["normalize"] = normalize_c
     if candidate_mask is not None:
-        options["candidate_scale"] = candidate_scale(candidate_mask, rates, z.dtype)
+        options["candidate_scale"] = candidate_scale(candidate_mask, rates, dtype)
     if weights.w_c is not None:
         options["peepholes"] = per_unit(weights.w_c)
     if activate is not None:

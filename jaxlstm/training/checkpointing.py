@@ -54,11 +54,7 @@ class _Handler(ocp.StandardCheckpointHandler):
     def finalize(self, directory: Any) -> None:
         super().finalize(directory)
         folder = Path(directory)
-        files = {
-            str(path.relative_to(folder)): _fingerprint(path)
-            for path in sorted(folder.rglob("*"))
-            if path.is_file() and path.name not in LATE_FILES
-        }
+        files = {name: _fingerprint(folder / name) for name in _protected_files(folder)}
         write_checked_json(folder / MANIFEST, self.contents | {"files": files})
         sync_tree(folder)  # Orbax itself syncs only the arrays
 
@@ -205,8 +201,6 @@ class Checkpoints:
             raise CheckpointError(f"{path} is not a checkpoint of a run: {MANIFEST}: {error.strerror}") from None
         except ValueError as error:
             raise CheckpointError(f"{error}; {remedy}") from None
-        if not manifest.files:
-            raise CheckpointError(f"{path / MANIFEST} lists no files; {remedy}")
         for name, fingerprint in manifest.files.items():
             try:
                 same = _fingerprint(path / name) == fingerprint
@@ -217,6 +211,9 @@ class Checkpoints:
                 raise CheckpointError(
                     f"checkpoint {path} is damaged: {name} differs from the file that was written; {remedy}"
                 )
+        for name in _protected_files(path):
+            if name not in manifest.files:
+                raise CheckpointError(f"checkpoint {path} is damaged: {MANIFEST} does not list {name}; {remedy}")
         return manifest
 
     def _write_failed(self, error: Exception) -> CheckpointError:
@@ -247,6 +244,13 @@ def make_folder(folder: Path) -> None:
             sync_path(path.parent)
     except OSError as error:
         raise write_error(folder, error) from None
+
+
+def _protected_files(folder: Path) -> list[str]:
+    """Returns the names of the files of a checkpoint that its manifest lists: all that existed when it was written."""
+    paths = (path for path in sorted(folder.rglob("*")) if not path.is_dir())
+    names = (path.relative_to(folder).as_posix() for path in paths)
+    return [name for name in names if name not in (MANIFEST, *LATE_FILES)]
 
 
 def _fingerprint(path: Path) -> str:

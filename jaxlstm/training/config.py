@@ -11,6 +11,8 @@ from jaxlstm import checksum
 from jaxlstm.cells import CellName
 from jaxlstm.json_types import check_entries
 from jaxlstm.training.data import text
+from jaxlstm.training.data.formal_languages import LanguageName
+from jaxlstm.training.optimizer import DEFAULT_PEAK
 from jaxlstm.training.sharding import parse_mesh
 
 CONFIG = "config.json"  # in the run directory
@@ -33,8 +35,10 @@ class Options:
     """
 
     # Data and task.
-    task: Literal["charlm", "wordlm", "adding", "copy", "digits", "forecast"] = _option(
-        "charlm", "Task: characters or words of a text, adding or copying over --window steps, digits, a time series."
+    task: Literal["charlm", "wordlm", "adding", "copy", "digits", "forecast", "formal"] = _option(
+        "charlm",
+        "Task: characters or words of a text, adding or copying over --window steps, digits, a time series, a formal "
+        "language.",
     )
     data: str = _option(
         text.EMBEDDED,
@@ -60,6 +64,8 @@ class Options:
     date_format: str | None = _option(
         None, "Format of dates, such as %d.%m.%y. Default: ISO 8601 or a common form, recognized."
     )
+
+    language: LanguageName = _option("parity", "Regular language whose strings are classified.")
 
     # Model.
     cell: CellName = _option(
@@ -99,10 +105,10 @@ class Options:
     weight_drop: float = _option(0.0, "Dropout rate of the recurrent weights, in [0, 1).", "fraction")
     zoneout_h: float = _option(0.0, "Zoneout rate of the outputs, in [0, 1).", "fraction")
     zoneout_c: float = _option(0.0, "Zoneout rate of the cell states, in [0, 1).", "fraction")
-    activation: float = _option(
+    activation_regularization: float = _option(
         0.0, "Weight of activation regularization, the mean squared output; AWD-LSTM uses 2.", "non-negative"
     )
-    temporal_activation: float = _option(
+    temporal_activation_regularization: float = _option(
         0.0, "Weight of the mean squared change of the output per step; AWD-LSTM uses 1.", "non-negative"
     )
 
@@ -179,6 +185,11 @@ class Options:
         for field in dataclasses.fields(self):
             check_limit(flag(field.name), getattr(self, field.name), field.metadata["limit"])
         check_seed(self.seed)
+
+    @property
+    def peak_learning_rate(self) -> float:
+        """The peak learning rate in use: ``learning_rate``, or the default of the optimizer."""
+        return DEFAULT_PEAK[self.optimizer] if self.learning_rate is None else self.learning_rate
 
 
 # `--help` shows the options in groups: the first option of each, in the order of `Options`.
@@ -279,8 +290,8 @@ def saved_types() -> dict[str, Any]:
 
 
 def to_json(options: Options) -> dict[str, Any]:
-    """Returns the options that are part of a run as JSON values, for ``config.json``."""
-    return {name: getattr(options, name) for name in saved_types()}
+    """Returns the options that are part of a run as JSON values, for ``config.json``, with the learning rate in use."""
+    return {name: getattr(options, name) for name in saved_types()} | {"learning_rate": options.peak_learning_rate}
 
 
 def load_config(run_dir: Path, flag: str) -> tuple[Options, dict[str, Any]]:

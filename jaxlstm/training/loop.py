@@ -18,7 +18,7 @@ from jaxlstm.training.checkpointing import Checkpoints
 from jaxlstm.training.config import CONFIG, Options
 from jaxlstm.training.memory import check_memory, num_bytes
 from jaxlstm.training.metrics import Report, draw_curves, print_line, summary_writer
-from jaxlstm.training.optimizer import DEFAULT_PEAK, SCHEDULE_TICKS, learning_rate_schedule, make_optimizer
+from jaxlstm.training.optimizer import learning_rate_schedule, make_optimizer
 from jaxlstm.training.processes import check_same_data, connected_processes
 from jaxlstm.training.profiling import StepProfiler
 from jaxlstm.training.run_directory import RunRecord
@@ -120,14 +120,10 @@ class Trainer:
     def setup_state(self) -> None:
         """Initializes parameters and training state; the step is compiled at its first call."""
         options, task = self.options, self.task
-        peak = options.learning_rate or DEFAULT_PEAK[options.optimizer]
-        self.schedule = jax.jit(learning_rate_schedule(options.optimizer, peak, options.warmup))
+        schedule = learning_rate_schedule(options.optimizer, options.peak_learning_rate, options.warmup)
+        self.schedule = jax.jit(schedule)
         self.optimizer = optimizer = make_optimizer(
-            peak,
-            warmup=options.warmup,
-            weight_decay=options.weight_decay,
-            clip=options.clip,
-            name=options.optimizer,
+            schedule, weight_decay=options.weight_decay, clip=options.clip, name=options.optimizer
         )
         self.key = jax.random.key(options.seed)
         k_init, k_steps = jax.random.split(self.key)
@@ -165,7 +161,7 @@ class Trainer:
 
     def learning_rate(self, progress: float) -> float:
         """Returns the learning rate at a completed fraction of the run."""
-        return float(self.schedule(progress * SCHEDULE_TICKS))
+        return float(self.schedule(progress))
 
     def setup_run_dir(self, exit_stack: contextlib.ExitStack) -> None:
         """Creates or resumes the run directory; of several processes, only process 0 writes to it."""
@@ -427,7 +423,7 @@ class Trainer:
         """Tests the best parameters and writes summary and figures."""
         task, record, run_dir = self.task, self.record, self.run_dir
         params = params_file.load_params(run_dir / params_file.BEST, task.init)
-        test_figures = task.test(params)
+        test_figures = task.test(params, run_dir)
         summary = {
             "valid_loss": record.best_loss,
             **test_figures,

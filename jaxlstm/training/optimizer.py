@@ -1,10 +1,12 @@
 """Learning-rate schedule and optimizer: AdamW with warm-up and cosine decay, or SGD with a constant rate."""
 
+from collections.abc import Callable
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import optax
+from jax import Array
 from jax.typing import ArrayLike
 
 DEFAULT_PEAK = {"adamw": 4e-3, "asgd": 0.3}  # learning rate at the end of the warm-up
@@ -14,10 +16,11 @@ FINAL_FRACTION = 0.01  # of the peak, at the end of the cosine
 NOT_DECAYED = {"b", "b_out", "w_c", "norm", "state"}  # biases, peepholes, layer normalization, learned initial states
 
 OptimizerName = Literal["adamw", "asgd"]
+Schedule = Callable[[ArrayLike], Array]  # completed fraction of the run, in [0, 1] -> learning rate
 
 
-def learning_rate_schedule(name: OptimizerName, peak: float, warmup: float) -> optax.Schedule:
-    """Returns the learning rate as a function of ticks, `SCHEDULE_TICKS` per run.
+def learning_rate_schedule(name: OptimizerName, peak: float, warmup: float) -> Schedule:
+    """Returns the learning rate as a function of the completed fraction of the run.
 
     Counting in fractions of the run instead of updates gives runs limited by steps and runs limited by time the same
     schedule.
@@ -29,12 +32,14 @@ def learning_rate_schedule(name: OptimizerName, peak: float, warmup: float) -> o
     """
     ticks = round(warmup * SCHEDULE_TICKS)
     if name == "asgd":
-        return optax.warmup_constant_schedule(0.0, peak, max(ticks, 1))  # 0 would give a rate of 0
-    return optax.warmup_cosine_decay_schedule(0.0, peak, ticks, SCHEDULE_TICKS, end_value=FINAL_FRACTION * peak)
+        by_tick = optax.warmup_constant_schedule(0.0, peak, max(ticks, 1))  # 0 would give a rate of 0
+    else:
+        by_tick = optax.warmup_cosine_decay_schedule(0.0, peak, ticks, SCHEDULE_TICKS, end_value=FINAL_FRACTION * peak)
+    return lambda progress: jnp.asarray(by_tick(jnp.asarray(progress) * SCHEDULE_TICKS))
 
 
 def make_optimizer(
-    learning_rate: float, *, warmup: float, weight_decay: float, clip: float, name: OptimizerName = "adamw"
+    schedule: Schedule, *, weight_decay: float, clip: float, name: OptimizerName = "adamw"
 ) -> optax.GradientTransformationExtraArgs:
     """Returns AdamW or SGD behind clipping by global norm.
 
@@ -42,18 +47,16 @@ def make_optimizer(
     rate. Non-finite gradients change nothing and are counted.
 
     Args:
-      learning_rate: the peak.
-      warmup: fraction of the run in which the rate rises from 0 to its peak.
+      schedule: the learning rate, from `learning_rate_schedule`.
       weight_decay: decoupled weight decay of all parameters but those in `NOT_DECAYED`, whatever their number of axes.
       clip: largest global norm of a gradient.
       name: ``"adamw"``, or ``"asgd"``, SGD for averaging of the parameters (Merity, Keskar & Socher 2018).
     """
-    schedule = learning_rate_schedule(name, learning_rate, warmup)
 
     def scale(updates: Any, state: Any, params: Any = None, *, progress: ArrayLike = 0.0, **_: Any) -> tuple[Any, Any]:
         del params
-        rate = schedule(jnp.asarray(progress) * SCHEDULE_TICKS)
-        return jax.tree.map(lambda u: -jnp.asarray(rate, u.dtype) * u, updates), state
+        rate = schedule(progress)
+        return jax.tree.map(lambda u: -rate.astype(u.dtype) * u, updates), state
 
     chain = optax.chain(
         optax.clip_by_global_norm(clip),

@@ -57,6 +57,10 @@ class RunRecord:
     def __post_init__(self) -> None:
         for name in ("step", "seconds", "rows", "best_step", "valid_seconds"):
             config.check_limit(name, getattr(self, name), "non-negative")
+        if self.step > config.MAX_SIZE:
+            raise ValueError(f"step must be at most {config.MAX_SIZE:,}, got {reprlib.repr(self.step)}")
+        if self.rows > 3 * self.step:  # training, validation and diagnosis
+            raise ValueError(f"rows must be at most three per step of {self.step:,}, got {reprlib.repr(self.rows)}")
         if self.best_step > self.step:
             raise ValueError(f"best_step must be at most step {self.step}, got {self.best_step}")
         if not all(map(math.isfinite, self.valid_losses)):

@@ -18,7 +18,7 @@ LEVELS = [  # lowest first; a module imports from its own subpackage and from lo
     {"network"},
     {"rnn", "conv_lstm"},
     {"lstm"},
-    {"interop", "flax", "export", "experimental", "autotuning"},
+    {"interop", "flax", "export", "experimental", "autotuning", "rl"},
     {"diagnostics"},
     {"__init__"},
     {"training"},

@@ -67,6 +67,7 @@ def test_affine_is_declared_rightly(name):
     peepholes = jnp.asarray(rng.standard_normal((len(cell.peepholes), H))) if cell.peepholes else None
     reads_h = jnp.asarray([0.3 if n in cell.slabs_reading("h") else 0.0 for n in range(cell.num_gates)])
     start, shift = ({s: 0.5 + rng.random(H) for s in (*cell.initial_values, "h")} for _ in range(2))
+    shift["h"] = np.array([-30.0, 30.0, -3.0, 3.0])  # so that rectified units change their sign
 
     def run(amount):
         states = {s: jnp.asarray(start[s] + amount * shift[s]) for s in start}
@@ -217,7 +218,7 @@ def test_network_rejects_option_that_the_cell_does_not_support(options, message)
         ({"reads": {"f": ()}}, "gate 'f' must read some of x, h, static, as a tuple, got ()"),
         ({"reads": {"f": ("x", "x")}}, "gate 'f' must read some of x, h, static, as a tuple, got ('x', 'x')"),
         ({"reads": {"f": ("h",), "g": ("h",)}}, "at least one gate of the cell must read x, got none"),
-        ({"state": {"f": 0.0}}, "names of gates must be different identifiers other than h and the states, got 'f'"),
+        ({"state": {"f": 0.0}}, "names of gates must be different identifiers, not h or a state, got 'f'"),
         ({"state": {"c": float("nan")}}, "the initial value of state 'c' must be a number, got nan"),
         ({"state": {}}, "a cell has states if it has an update: got state=none and an update"),
         ({"state": {"c": 0.0, "n": 0.0}}, "update of the cell must return a tuple of 2 states"),
@@ -256,15 +257,28 @@ def test_state_of_several_slabs_is_checked_by_name():
     [
         ("newton", "implementation='newton' does not support a cell with gates that do not read both x and h"),
         (jaxlstm.recurrence.scan.Scan(concatenate=True), "Scan(concatenate=True) does not support a cell with gates"),
-        (jaxlstm.recurrence.fused.Fused(hoist_inputs=False), "Fused(hoist_inputs=False) does not support a cell with"),
+        (jaxlstm.recurrence.fused.Fused(hoist_inputs=False), "Fused(hoist_inputs=False) does not support recur"),
     ],
     ids=["newton", "scan", "fused"],
 )
 def test_backend_names_what_it_lacks(implementation, message):
-    network = replace(NETWORKS["gru"], implementation=implementation)
+    network = replace(NETWORKS["mingru"], implementation=implementation)
     params, xs, _ = inputs(network)
     with pytest.raises(ValueError, match=re.escape(message)):
         network(params, xs)
+
+
+@pytest.mark.parametrize("order", ["batch", "feature"])
+@pytest.mark.parametrize("hoist_inputs", [True, False])
+def test_layouts_of_a_gru_agree(order, hoist_inputs):
+    network = NETWORKS["gru"]
+    params, xs, _ = inputs(network)
+
+    def gradient(implementation):
+        return jax.grad(lambda p: (replace(network, implementation=implementation)(p, xs)[0] ** 2).sum())(params)
+
+    actual = gradient(jaxlstm.recurrence.fused.Fused(order=order, hoist_inputs=hoist_inputs))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, **tolerance(np.float64, 64)), actual, gradient("scan"))
 
 
 def test_convolutional_network_rejects_cell_of_another_form():

@@ -248,11 +248,15 @@ def cell(**fields):
         (cell(output=lambda c: c * jax.lax.broadcasted_iota(c.dtype, c.shape, 1)), ValueError, "operation 'iota'"),
         (cell(update=lambda a, c: (a, c)), ValueError, "update of the cell must be elementwise .* returned tuple"),
         (cell(update=lambda a, other: a), ValueError, "update of the cell takes 'other', which is not one of a, c"),
-        (cell(update=None), ValueError, "output of the cell takes 'c', which is not one of a$"),
+        (cell(update=None), ValueError, "a cell has states if it has an update: got state=c"),
         (cell(update=lambda c: c), ValueError, "gate 'a' of the cell is read neither by update nor by output"),
         (cell(output=lambda c: sum(np.ones(2)[:3], c)), ValueError, "output of the cell failed on arrays"),
         (cell(gates={"a": jnp.sum}), ValueError, "the activation of gate 'a' must be elementwise .* returned \\[\\]"),
-        (cell(gates={"c": None}), ValueError, "names of gates must be different identifiers other than c and h"),
+        (
+            cell(gates={"c": None}),
+            ValueError,
+            "names of gates must be different identifiers, not h or a state",
+        ),
     ],
 )
 def test_wrong_cell_is_reported_when_the_network_is_made(options, error, message):

@@ -15,14 +15,14 @@ BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 @pytest.mark.parametrize("block", BLOCKS)
 def test_readme_python_block_runs(block):
     names: dict = {}
-    with jax.enable_x64(False):
+    with jax.enable_x64(False), jax.numpy_dtype_promotion("standard"):  # the defaults of a user
         exec(block, names)
     network = names.get("lstm", names.get("conv"))
     assert names["ys"].shape[-1] == network.hidden_size
 
 
 def test_readme_has_python_blocks():
-    assert len(BLOCKS) >= 5
+    assert len(BLOCKS) >= 2
 
 
 def test_readme_table_lists_every_extra():

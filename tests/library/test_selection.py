@@ -49,7 +49,7 @@ def test_explain_names_backend_that_runs(monkeypatch, experimental_backends_refu
         names.append(implementation)
         return backends.get_backend(implementation)
 
-    monkeypatch.setattr(jaxlstm.lstm, "get_backend", get_backend)
+    monkeypatch.setattr(jaxlstm.rnn, "get_backend", get_backend)
     lstm = jaxlstm.LSTM(3, 7)
     choice = explain(lstm, (5, 2, 3))
     assert set(names) == set(recurrence.BACKENDS)

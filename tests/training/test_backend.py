@@ -124,7 +124,7 @@ def test_real_measurement_finds_a_backend():
     "task",
     [
         *("adding", "forecast"),
-        *(pytest.param(name, marks=pytest.mark.slow) for name in ("charlm", "copy", "wordlm", "digits")),
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("charlm", "copy", "wordlm", "digits", "formal")),
     ],
 )
 def test_named_backend_is_of_the_training_step(task, monkeypatch):

@@ -23,7 +23,7 @@ from jaxlstm.training import cli, train_step
 from jaxlstm.training.checkpointing import CheckpointError, Checkpoints, checkpoint_steps
 from jaxlstm.training.config import load_config
 from jaxlstm.training.metrics import Report
-from jaxlstm.training.optimizer import make_optimizer
+from jaxlstm.training.optimizer import learning_rate_schedule, make_optimizer
 from jaxlstm.training.run_directory import lock_run_dir
 from jaxlstm.training.tasks import TASKS
 
@@ -163,7 +163,7 @@ def final_state(folder):
     with default_jax():
         options, _ = load_config(folder, "")
         task = TASKS[options.task].make(options)
-        optimizer = make_optimizer(1.0, warmup=0.0, weight_decay=0.0, clip=1.0)
+        optimizer = make_optimizer(learning_rate_schedule("adamw", 1.0, 0.0), weight_decay=0.0, clip=1.0)
         params = task.init(jax.random.key(0))
         template = train_step.init_train_state(params, optimizer, task.init_carry(params), jax.random.key(0))
         return jax.tree.leaves(Checkpoints(folder / "checkpoints").restore(template)._replace(key=0))

@@ -23,7 +23,7 @@ from jaxlstm.training import config, memory, run_directory, train_step
 from jaxlstm.training.checkpointing import CheckpointError, Checkpoints
 from jaxlstm.training.config import Options, load_config
 from jaxlstm.training.data.text import CharVocabulary, DataError, WordVocabulary
-from jaxlstm.training.optimizer import make_optimizer
+from jaxlstm.training.optimizer import learning_rate_schedule, make_optimizer
 from jaxlstm.training.params_file import BEST, load_params, save_params
 from jaxlstm.training.run_directory import RunRecord, lock_run_dir
 from jaxlstm.training.tasks import TASKS
@@ -210,7 +210,7 @@ def nested(depth):
         ({"clip": 1e999}, "--clip must be greater than 0, got inf"),
         *(
             ({name: 10**400}, rf"options: {name} must be float( \| None)?, got 1000\d+\.\.\.\d+$")
-            for name in ("learning_rate", "clip", "weight_decay", "activation", "max_seconds")
+            for name in ("learning_rate", "clip", "weight_decay", "activation_regularization", "max_seconds")
         ),
         ({"tied": 1}, "tied must be bool, got 1"),
         ({"projection": 2.0}, r"projection must be int \| None, got 2.0"),
@@ -258,8 +258,21 @@ def test_load_config_refuses_crafted_entries(written_run, change, message):
             load_config(written_run, "--sample")
 
 
+@pytest.mark.parametrize(
+    ("options", "rate"),
+    [({}, 4e-3), ({"optimizer": "asgd"}, 0.3), ({"optimizer": "asgd", "learning_rate": 2.0}, 2.0)],
+)
+def test_config_records_the_learning_rate_in_use(tmp_path, options, rate):
+    write_config(tmp_path, Options(**options), vocabulary="ab")
+    loaded, entries = load_config(tmp_path, "--resume")
+    assert loaded.learning_rate == loaded.peak_learning_rate == entries["options"]["learning_rate"] == rate
+    assert config.differences(config.to_json(loaded), config.to_json(Options(**options))) == []
+
+
 def test_options_of_a_run_round_trip(tmp_path):
-    options = Options(hidden=3, dropout=0.0, projection=2, mesh="data=2", tied=True, run_dir=tmp_path, length=7)
+    options = Options(
+        learning_rate=0.1, hidden=3, dropout=0.0, projection=2, mesh="data=2", tied=True, run_dir=tmp_path, length=7
+    )
     write_config(tmp_path, options, vocabulary="ab")
     loaded, _ = load_config(tmp_path, "--resume")
     assert loaded == dataclasses.replace(options, run_dir=None, length=Options.length)
@@ -295,6 +308,9 @@ def test_word_vocabulary_refuses_repeated_words_or_another_beginning(words):
         ),
         *(({name: -1}, f"{name} must be finite and not negative, got -1") for name in ("step", "rows", "best_step")),
         ({"best_step": 10**30}, "best_step must be at most step 3, got 1000"),
+        ({"step": 10**30}, "step must be at most 2,147,483,647, got 1000"),
+        ({"rows": 10**30}, "rows must be at most three per step of 3, got 1000"),
+        ({"rows": 10}, "rows must be at most three per step of 3, got 10"),
         ({"valid_losses": [float("nan")]}, r"valid_losses must be finite, got \[nan\]"),
         ({"best_step": 3}, "best_loss must be one of valid_losses, .*, got None and best_step 3"),
         ({"best_step": 3, "best_loss": 1.0, "valid_losses": []}, "best_loss must be one of valid_losses, .*, got 1.0"),
@@ -303,8 +319,8 @@ def test_word_vocabulary_refuses_repeated_words_or_another_beginning(words):
     ],
 )
 def test_record_of_a_checkpoint_is_typed(change, message):
-    values = dataclasses.asdict(RunRecord(step=3, valid_losses=[1.0, 2.0]))
-    assert from_json(RunRecord, values, "loop") == RunRecord(step=3, valid_losses=[1.0, 2.0])
+    values = dataclasses.asdict(RunRecord(step=3, rows=9, valid_losses=[1.0, 2.0]))
+    assert from_json(RunRecord, values, "loop") == RunRecord(step=3, rows=9, valid_losses=[1.0, 2.0])
     with pytest.raises(ValueError, match=message):
         from_json(RunRecord, None if change is None else values | change, "loop")
     with pytest.raises(ValueError, match="loop has no key 'rows'"):
@@ -353,7 +369,7 @@ def test_flipped_bits_in_every_file_of_a_checkpoint_are_detected(copied_checkpoi
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"files": {}}, "manifest.json lists no files; remove"),
+        ({"files": {}}, "damaged: manifest.json does not list _METADATA; remove"),
         ({"files": []}, r"files must be dict\[str, str\], got \[\]"),
         ({"files": {"_METADATA": 3}}, r"files must be dict\[str, str\]"),
         ({"files": {"../../../../../../dev/zero": "0 0"}}, "damaged: .*dev/zero: not a regular file"),
@@ -374,6 +390,21 @@ def test_crafted_manifests_are_refused_in_one_line(copied_checkpoint, change, me
     with pytest.raises(CheckpointError, match=message) as error:
         restore(copied_checkpoint)
     assert "\n" not in str(error.value)
+
+
+def test_manifest_lists_every_file(copied_checkpoint):
+    path = copied_checkpoint / "manifest.json"
+    manifest = checksum.read_checked_json(path)
+    assert len(manifest["files"]) == len(files_of(copied_checkpoint)) - 1  # all but itself
+    for name in manifest["files"]:
+        files = {other: fingerprint for other, fingerprint in manifest["files"].items() if other != name}
+        checksum.write_checked_json(path, manifest | {"files": files})
+        with pytest.raises(CheckpointError, match=f"/1 is damaged: manifest.json does not list {name}; remove"):
+            restore(copied_checkpoint)
+    checksum.write_checked_json(path, manifest)
+    (copied_checkpoint / "other").touch()
+    with pytest.raises(CheckpointError, match="does not list other"):
+        restore(copied_checkpoint)
 
 
 @pytest.mark.parametrize("text", CRAFTED_TEXTS)
@@ -481,7 +512,7 @@ def test_a_thousand_flipped_bits_over_every_file_of_a_run_change_nothing_silentl
     with default_jax():
         task = TASKS[options.task].make(options)
         params = task.init(jax.random.key(0))
-    optimizer = make_optimizer(1.0, warmup=0.0, weight_decay=0.0, clip=1.0)
+    optimizer = make_optimizer(learning_rate_schedule("adamw", 1.0, 0.0), weight_decay=0.0, clip=1.0)
     with default_jax():
         template = train_step.init_train_state(params, optimizer, task.init_carry(params), jax.random.key(0))
 

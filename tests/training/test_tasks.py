@@ -50,6 +50,14 @@ def test_learning_rate_default_belongs_to_its_optimizer():
     assert rate("--optimizer", "adamw", "--learning-rate", "3") == 3
 
 
+def test_regularization_of_activations_has_names_of_its_own():
+    """`jaxlstm.LSTM` calls the nonlinearity ``activation``."""
+    options = parse(["--activation-regularization", "2", "--temporal-activation-regularization", "1"])
+    assert (options.activation_regularization, options.temporal_activation_regularization) == (2.0, 1.0)
+    with pytest.raises(SystemExit):
+        parse(["--activation", "2"])
+
+
 class RecordingOptions(Options):
     """Options that record the names that are read."""
 
@@ -71,7 +79,7 @@ def test_task_reads_exactly_the_options_that_it_declares(task):
 @pytest.mark.parametrize("task", TASKS)
 def test_unused_option_is_rejected_by_name(task):
     values = dict.fromkeys(unused_options(), "0.3") | {"data": "x", "window": "9", "embedding": "7"}
-    values |= dict.fromkeys(OPTION_GROUPS["forecasting"], "7") | {"decimal": ","}
+    values |= dict.fromkeys(OPTION_GROUPS["forecasting"], "7") | {"decimal": ",", "language": "even_pairs"}
     for name in TASKS[task].UNUSED:
         option = f"--{name.replace('_', '-')}"
         with pytest.raises(ValueError, match=f"--task {task} does not use {option}, got "):
@@ -131,7 +139,8 @@ def test_digits_learns(tmp_path):
 def test_wordlm_learns_and_generates_words(tmp_path):
     (tmp_path / "text.txt").write_text(STORY)
     options = "--task wordlm --embedding 8 --projection 8 --hidden 16 --batch 4 --window 8 --max-steps 150"
-    options += " --optimizer adamw --learning-rate 0.02 --clip 1 --activation 0 --temporal-activation 0"
+    options += " --optimizer adamw --learning-rate 0.02 --clip 1"
+    options += " --activation-regularization 0 --temporal-activation-regularization 0"
     options += " --input-dropout 0 --weight-drop 0.1 --dropout 0.1 --prompt x"
     summary, _ = train_task(tmp_path, *options.split(), "--data", tmp_path / "text.txt")
     assert summary["valid_loss"] < 0.6 * np.log(15)
@@ -221,7 +230,7 @@ def test_forecast_of_two_columns_beats_the_naive_forecast_and_draws_a_figure(tmp
     assert (tmp_path / "run" / "forecast.png").read_bytes().startswith(b"\x89PNG")
 
 
-@pytest.mark.parametrize("name", ["adding", "copy", "digits", "forecast"])
+@pytest.mark.parametrize("name", ["adding", "copy", "digits", "forecast", "formal"])
 def test_batches_depend_on_their_number_only(name):
     task = TASKS[name].make(parse(["--task", name]))
     batches, resumed = task.batches(0), task.batches(3)

@@ -93,7 +93,9 @@ def test_language_model_accepts_every_option(tmp_path):
     options = "--cell peephole --layer-norm --projection 8 --tied --layers 2 --dropout 0.1 --input-dropout 0.1"
     options += " --embedding-dropout 0.1"
     options += " --variational --recurrent-dropout 0.1 --weight-drop 0.2 --zoneout-h 0.1 --zoneout-c 0.1"
-    options += " --activation 2 --temporal-activation 1 --optimizer asgd --learning-rate 2"
+    options += (
+        " --activation-regularization 2 --temporal-activation-regularization 1 --optimizer asgd --learning-rate 2"
+    )
     arguments = ["--data", "text.txt", "--run-dir", "run", "--max-steps", 40, "--valid-every", 5, *options.split()]
     run_command(*arguments, *SMALL, cwd=tmp_path)
     losses = [row["loss"] for row in read_metrics(tmp_path / "run") if row["split"] == "train"]
@@ -222,8 +224,12 @@ def test_train_py_trains_samples_and_refuses(finished_run, tmp_path):
         (["--seed", str(2**63)], f"--seed must be less than 2**63, got {2**63}"),
         (["--task", "wordlm", "--data", "short.txt"], "short.txt is one line: words are split by lines"),
         (["--task", "adding", "--window", "1"], "--window must be at least 2 for --task adding, got 1"),
+        (
+            ["--task", "formal", "--language", "modular_arithmetic", "--window", "255"],
+            "--window must be less than 255 for --task formal, which tests on strings of up to 255 symbols, got 255",
+        ),
         (["--task", "digits", "--data", "short.txt"], "--task digits does not use --data, got short.txt"),
-        (["--task", "nope"], "--task must be one of charlm, wordlm, adding, copy, digits, forecast, got nope"),
+        (["--task", "nope"], "--task must be one of charlm, wordlm, adding, copy, digits, forecast, formal, got nope"),
         (["--process", "3"], "--coordinator and --process need --processes, got --processes 1"),
         (["--max-seconds", "nan"], "--max-seconds must be greater than 0, got nan"),
         (["--hidden", "many"], "Error parsing --hidden: invalid literal for int() with base 10: 'many'"),

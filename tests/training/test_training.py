@@ -13,7 +13,7 @@ import jaxlstm
 from jaxlstm.training import train_step
 from jaxlstm.training.data import text as data
 from jaxlstm.training.models.language_model import LanguageModel, evaluate, generate, training_loss
-from jaxlstm.training.optimizer import make_optimizer
+from jaxlstm.training.optimizer import learning_rate_schedule, make_optimizer
 from jaxlstm.training.params_file import load_params, save_params
 
 
@@ -32,7 +32,7 @@ def make_model(dropout=0.0, num_layers=1):
 
 
 def adam(rate=1e-2):
-    return make_optimizer(rate, warmup=0.0, weight_decay=0.0, clip=1.0)
+    return make_optimizer(learning_rate_schedule("adamw", rate, 0.0), weight_decay=0.0, clip=1.0)
 
 
 def init_state(m, optimizer, batch, *, seed=0, averaged=False):
@@ -138,7 +138,7 @@ def test_load_params_refuses_missing_damaged_and_other_files(tmp_path):
 
 def test_step_skips_and_counts_non_finite_gradients():
     m = make_model()
-    optimizer = make_optimizer(0.5, warmup=0.0, weight_decay=0.0, clip=1.0, name="asgd")
+    optimizer = make_optimizer(learning_rate_schedule("asgd", 0.5, 0.0), weight_decay=0.0, clip=1.0, name="asgd")
 
     def scaled_loss(params, carry, batch, key):
         window, factor = batch
@@ -172,7 +172,7 @@ def test_step_skips_and_counts_non_finite_gradients():
 
 def test_averaging_starts_when_validation_stops_improving():
     m = make_model()
-    optimizer = make_optimizer(0.5, warmup=0.0, weight_decay=0.0, clip=1.0, name="asgd")
+    optimizer = make_optimizer(learning_rate_schedule("asgd", 0.5, 0.0), weight_decay=0.0, clip=1.0, name="asgd")
     state = init_state(m, optimizer, 4, seed=0, averaged=True)
     step = train_step.make_step(training_loss(m), optimizer)
     windows = data.training_windows(TEXT, 4, 8, seed=0)
@@ -197,9 +197,9 @@ def test_averaging_starts_when_validation_stops_improving():
 
 
 def test_sgd_learning_rate_is_constant_after_the_warm_up():
-    with_warmup = make_optimizer(0.5, warmup=0.1, weight_decay=0.0, clip=1e9, name="asgd")
+    with_warmup = make_optimizer(learning_rate_schedule("asgd", 0.5, 0.1), weight_decay=0.0, clip=1e9, name="asgd")
     params = jnp.zeros(3, jnp.float32)
-    no_warmup = make_optimizer(0.5, warmup=0.0, weight_decay=0.0, clip=1e9, name="asgd")
+    no_warmup = make_optimizer(learning_rate_schedule("asgd", 0.5, 0.0), weight_decay=0.0, clip=1e9, name="asgd")
     for optimizer, progress, rate in (
         (with_warmup, 0.05, 0.25),
         (with_warmup, 0.1, 0.5),
@@ -287,7 +287,8 @@ def test_generate_draws_from_the_softmax_at_the_temperature():
 
 def test_learning_rate_follows_progress():
     """The first update of Adam has the size of the learning rate, for any gradient."""
-    optimizer = make_optimizer(0.5, warmup=0.1, weight_decay=0.0, clip=1e9)
+    schedule = learning_rate_schedule("adamw", 0.5, 0.1)
+    optimizer = make_optimizer(schedule, weight_decay=0.0, clip=1e9)
     params = jnp.zeros(3, jnp.float32)
 
     def rate(progress):
@@ -299,6 +300,8 @@ def test_learning_rate_follows_progress():
     half = 0.005 + (0.5 - 0.005) * (1 + math.cos(math.pi * 0.5)) / 2
     assert rate(0.55) == pytest.approx(half, rel=1e-4)
     assert rate(1.0) == pytest.approx(0.005, rel=1e-4)
+    for progress in (0.05, 0.1, 0.55, 1.0):  # the metrics record the schedule of the optimizer
+        assert rate(progress) == pytest.approx(float(schedule(progress)), rel=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -312,7 +315,7 @@ def test_learning_rate_follows_progress():
 def test_optimizer_decays_by_role_and_not_by_number_of_axes(network):
     params = {"lstm": network.init(jax.random.key(0)), "embedding": jnp.ones((3, 2)), "b_out": jnp.ones((2, 2))}
     params = jax.tree.map(jnp.ones_like, params)
-    optimizer = make_optimizer(1.0, warmup=0.0, weight_decay=0.1, clip=1.0)
+    optimizer = make_optimizer(learning_rate_schedule("adamw", 1.0, 0.0), weight_decay=0.1, clip=1.0)
     updates, _ = optimizer.update(jax.tree.map(jnp.zeros_like, params), optimizer.init(params), params, progress=0.0)
     leaves = jax.tree_util.tree_flatten_with_path(updates)[0]
     decayed = {jax.tree_util.keystr(path, simple=True, separator=".").split(".")[-1] for path, a in leaves if a.any()}
@@ -321,7 +324,7 @@ def test_optimizer_decays_by_role_and_not_by_number_of_axes(network):
 
 
 def test_optimizer_decays_matrices_and_clips_gradients():
-    decayed = make_optimizer(1.0, warmup=0.0, weight_decay=0.1, clip=1.0)
+    decayed = make_optimizer(learning_rate_schedule("adamw", 1.0, 0.0), weight_decay=0.1, clip=1.0)
     params = {"w": jnp.full((2, 2), 3.0, jnp.float32), "b": jnp.full(2, 3.0, jnp.float32)}
     zeros = jax.tree.map(jnp.zeros_like, params)
     updates, _ = decayed.update(zeros, decayed.init(params), params, progress=0.0)

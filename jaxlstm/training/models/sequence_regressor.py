@@ -7,9 +7,10 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
-from jaxtyping import Float
+from jaxtyping import Float, Int
 
 from jaxlstm.dropout import dropout
+from jaxlstm.outputs import last_outputs
 from jaxlstm.params import Params, accumulation_dtype
 from jaxlstm.primitives.mixed_precision_dot import matvec
 from jaxlstm.rnn import RNN
@@ -27,7 +28,8 @@ class SequenceRegressorParams(NamedTuple):
 class SequenceRegressor:
     """A vector computed from a whole sequence: regression targets or the logits of classes.
 
-    The linear layer reads the output after the last step; of the backward direction, the output at the first step.
+    The linear layer reads the output after the last valid step; of the backward direction, the output at the first
+    step.
 
     Args:
       lstm: the recurrent network.
@@ -50,14 +52,24 @@ class SequenceRegressor:
         )
 
     def __call__(
-        self, params: SequenceRegressorParams, xs: Float[ArrayLike, "T *batch I"], *, key: Array | None = None
+        self,
+        params: SequenceRegressorParams,
+        xs: Float[ArrayLike, "T *batch I"],
+        lengths: Int[ArrayLike, "*batch"] | None = None,
+        *,
+        key: Array | None = None,
     ) -> Float[Array, "*batch O"]:
-        """Returns one vector per sequence in float32 or wider; ``key`` turns dropout on."""
+        """Returns one vector per sequence in float32 or wider.
+
+        Args:
+          params: parameters from `init`.
+          xs: inputs.
+          lengths: lengths of the sequences; None if all have T steps.
+          key: turns dropout on.
+        """
         k_lstm, k_out = (None, None) if key is None else jax.random.split(key)
-        ys, _ = self.lstm(params.lstm, xs, key=k_lstm)
-        last, p = ys[-1], self.lstm.output_size
-        if self.lstm.bidirectional:
-            last = jnp.concatenate([last[..., :p], ys[0, ..., p:]], -1)
+        ys, _ = self.lstm(params.lstm, xs, lengths=lengths, key=k_lstm)
+        last = last_outputs(ys, lengths, bidirectional=self.lstm.bidirectional)
         last = dropout(k_out, self.dropout, last[None], over_time=True)[0]
         accum_dtype = accumulation_dtype(params.w_out.dtype)
         outputs = matvec(params.w_out, last, last.dtype, accum_dtype)

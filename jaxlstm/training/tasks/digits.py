@@ -90,7 +90,7 @@ def make(options: Options) -> Task:
         lstm=model.lstm,
         lstm_inputs=lambda params, carry, batch: (batch.rows, None),
         evaluate=lambda params: metrics(params, valid),
-        test=lambda params: {f"test_{name}": value for name, value in metrics(params, test).items()},
+        test=lambda params, folder: {f"test_{name}": value for name, value in metrics(params, test).items()},
         fingerprint=fingerprint(images, labels),
     )
 

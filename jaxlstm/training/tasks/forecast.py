@@ -214,7 +214,8 @@ def make(options: Options) -> Task:
             "seasonal_naive_error": float(np.abs(naive_errors).mean()),
         }
 
-    def test(params: Any) -> dict[str, float]:
+    def test(params: Any, folder: Path) -> dict[str, float]:
+        del folder
         errors = mean_errors(params, data.part(2))
         return {f"test_{name}": errors[name] for name in ("error", "seasonal_naive_error")}
 

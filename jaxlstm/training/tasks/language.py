@@ -100,7 +100,10 @@ def make_language_task(
         raise DataError("; ".join([str(error), *notes])) from None
     notes = (*notes, *repetition_notes(vocabulary, train_ids, valid_ids, unit_name))
     model = build_language_model(options, len(vocabulary))
-    regularization = {"activation": options.activation, "temporal_activation": options.temporal_activation}
+    regularization = {
+        "activation": options.activation_regularization,
+        "temporal_activation": options.temporal_activation_regularization,
+    }
     first_token = jnp.asarray(valid_ids[:1])
 
     def sample(params: Any, key: Array) -> str:

@@ -12,15 +12,16 @@ from jaxlstm.rnn import RNN
 from jaxlstm.training.config import Options
 from jaxlstm.training.train_step import Loss
 
-OptionGroup = Literal["data", "window", "embedding", "activation_regularization", "forecasting"]
+OptionGroup = Literal["data", "window", "embedding", "activation_regularization", "forecasting", "language"]
 
 # Options that not every task uses, by group. All other options apply to every task.
 OPTION_GROUPS: dict[OptionGroup, tuple[str, ...]] = {
     "data": ("data",),
     "window": ("window",),
     "embedding": ("embedding", "tied", "embedding_dropout"),
-    "activation_regularization": ("activation", "temporal_activation"),
+    "activation_regularization": ("activation_regularization", "temporal_activation_regularization"),
     "forecasting": ("horizon", "season", "time", "target", "delimiter", "decimal", "date_format"),
+    "language": ("language",),
 }
 
 
@@ -40,9 +41,9 @@ def no_sample(params: Any, key: Array) -> str:
     return ""
 
 
-def no_metrics(params: Any) -> dict[str, float]:
+def no_metrics(params: Any, folder: Path) -> dict[str, float]:
     """Returns no metrics."""
-    del params
+    del params, folder
     return {}
 
 
@@ -69,7 +70,7 @@ class Task:
     lstm_inputs: Callable[[Any, Any, Any], tuple[Array, State | None]]  # (params, carry, batch) -> (xs, initial state)
     evaluate: Callable[[Any], dict[str, float]]  # params -> validation metrics; the lowest "loss" is the best
     sample: Callable[[Any, Array], str] = no_sample  # (params, key) -> text to show after each validation
-    test: Callable[[Any], dict[str, float]] = no_metrics  # best params -> test metrics at the end of the run
+    test: Callable[[Any, Path], dict[str, float]] = no_metrics  # (best params, run folder) -> test metrics at the end
     draw: Callable[[Any, Path], None] = no_figures  # (best params, run folder): draws figures at the end of the run
     notes: tuple[str, ...] = ()  # lines about the data, printed before the description
     fingerprint: str = ""  # hash of data read from files; a resumed run must have the same
