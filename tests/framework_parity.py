@@ -9,7 +9,7 @@ from tolerance import tolerance
 import jaxlstm
 
 
-def assert_parity(lstm, to_params, weights, weight_gradient, arrays, num_biases=1, lengths=None):
+def assert_parity(lstm, to_params, weights, weight_gradient, arrays, num_biases=1, lengths=None, without_bias=()):
     """Asserts that ``lstm`` with ``to_params(weights)`` computes the arrays of the other framework.
 
     Args:
@@ -19,10 +19,11 @@ def assert_parity(lstm, to_params, weights, weight_gradient, arrays, num_biases=
       weight_gradient: gradient of a loss with respect to the weights, with the same structure.
       arrays: inputs and initial state ``xs``, ``h0``, ``c0``; outputs and final state ``ys``, ``h``, ``c``; their
         cotangents ``dys``, ``dh``, ``dc``; and the gradients ``grad.xs``, ``grad.h0``, ``grad.c0``. A network without a
-        cell state has no arrays of c.
+        cell state has no arrays of c, a network with several states has dictionaries of them.
       num_biases: number of biases of the other framework. Each of two biases has the gradient of their sum, which
-        ``to_params`` adds up.
+        ``to_params`` adds up for gates that read both the input and h.
       lengths: lengths of the sequences.
+      without_bias: gates that have no bias in the other framework, and so no gradient to compare.
     """
     arrays = {"c": None, "c0": None, "dc": None, "grad.c0": None, **arrays}
     state = jaxlstm.State(arrays["h0"], arrays["c0"])
@@ -32,12 +33,25 @@ def assert_parity(lstm, to_params, weights, weight_gradient, arrays, num_biases=
     # Conversion from haiku adds a constant to the bias; subtract it, because a gradient is linear in the weights.
     constant = to_params(jax.tree.map(np.zeros_like, weight_gradient))
     params_gradient = jax.tree.map(np.subtract, to_params(weight_gradient), constant)
-    layers = [
-        jaxlstm.Layer(*(w if w.b is None else w._replace(b=w.b / num_biases) for w in layer.directions))
-        for layer in params_gradient.layers
-    ]
+    cell = lstm.resolved_cell
+    two_sources = set(cell.slabs_reading("x")) & set(cell.slabs_reading("h"))
+    divisors = np.array([num_biases if n in two_sources else 1 for n in range(cell.num_gates)])
+    params_gradient = scale_biases(params_gradient, 1 / divisors)
+    with_bias = np.array([float(gate not in without_bias) for gate in cell.activations])
+    actual = scale_biases(gradients[0], with_bias)
     state_gradient = jaxlstm.State(arrays["grad.h0"], arrays["grad.c0"])
-    assert_close(gradients, (params_gradient._replace(layers=tuple(layers)), arrays["grad.xs"], state_gradient))
+    assert_close((actual, *gradients[1:]), (params_gradient, arrays["grad.xs"], state_gradient))
+
+
+def scale_biases(params, factors):
+    """Multiplies the bias of each gate by its factor."""
+
+    def scale(weights):
+        b = None if weights.b is None else (np.reshape(weights.b, (len(factors), -1)) * factors[:, None]).reshape(-1)
+        return weights._replace(b=b)
+
+    layers = tuple(jaxlstm.Layer(*map(scale, layer.directions)) for layer in params.layers)
+    return params._replace(layers=layers)
 
 
 @partial(jax.jit, static_argnums=0)

@@ -1,4 +1,4 @@
-"""Outputs and gradients of LSTMs in other JAX libraries; run this file to record them again.
+"""Outputs and gradients of recurrent networks in other JAX libraries; run this file to record them again.
 
 pip install dm-haiku==0.0.17 equinox==0.13.8 keras==3.15.1 && python tests/interop_cases.py
 
@@ -35,16 +35,22 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "keras both": ("keras", BOTH, {}),
     "keras both deep": ("keras", {**BOTH, **DEEP}, {}),
     "keras no bias": ("keras", {**BOTH, "use_bias": False}, {}),
+    "equinox gru both deep": ("equinox", {"cell": "gru", **BOTH, **DEEP}, {}),
+    "equinox gru no bias": ("equinox", {"cell": "gru", "use_bias": False}, {}),
+    "keras gru both deep": ("keras", {"cell": "gru", **BOTH, **DEEP}, {}),
+    "keras gru no bias": ("keras", {"cell": "gru", "use_bias": False}, {}),
     "keras rnn": ("keras", {"cell": "rnn", **BOTH, **DEEP}, {}),
     "keras rnn relu": ("keras", {"cell": "rnn", "activation": "relu"}, {}),
     "keras rnn sigmoid no bias": ("keras", {"cell": "rnn", "activation": "sigmoid", "use_bias": False, **DEEP}, {}),
-    "linen": ("flax_linen", {}, {"cell": "LSTMCell"}),
-    "linen optimized both": ("flax_linen", BOTH, {"cell": "OptimizedLSTMCell"}),
-    "linen both deep": ("flax_linen", {**BOTH, **DEEP}, {"cell": "LSTMCell"}),
-    "nnx deep": ("flax_nnx", DEEP, {"cell": "LSTMCell"}),
-    "nnx both": ("flax_nnx", BOTH, {"cell": "LSTMCell"}),
-    "nnx optimized": ("flax_nnx", {}, {"cell": "OptimizedLSTMCell"}),
-    "nnx optimized both deep": ("flax_nnx", {**BOTH, **DEEP}, {"cell": "OptimizedLSTMCell"}),
+    "linen": ("flax_linen", {}, {"cell_class": "LSTMCell"}),
+    "linen optimized both": ("flax_linen", BOTH, {"cell_class": "OptimizedLSTMCell"}),
+    "linen both deep": ("flax_linen", {**BOTH, **DEEP}, {"cell_class": "LSTMCell"}),
+    "nnx deep": ("flax_nnx", DEEP, {"cell_class": "LSTMCell"}),
+    "nnx both": ("flax_nnx", BOTH, {"cell_class": "LSTMCell"}),
+    "nnx optimized": ("flax_nnx", {}, {"cell_class": "OptimizedLSTMCell"}),
+    "nnx optimized both deep": ("flax_nnx", {**BOTH, **DEEP}, {"cell_class": "OptimizedLSTMCell"}),
+    "linen gru both deep": ("flax_linen", {"cell": "gru", **BOTH, **DEEP}, {"cell_class": "GRUCell"}),
+    "nnx gru both deep": ("flax_nnx", {"cell": "gru", **BOTH, **DEEP}, {"cell_class": "GRUCell"}),
     "cudnn": ("cudnn", {}, {}),
     "cudnn deep": ("cudnn", {"num_layers": 3}, {}),
     "cudnn both deep": ("cudnn", {**BOTH, **DEEP}, {}),
@@ -111,32 +117,34 @@ def haiku(num_layers=1, bidirectional=False, cell="lstm", activation=None):
 
     run_layer = partial(run_directions, run_direction)
     net = hk.without_apply_rng(hk.transform(partial(run_layers, run_layer, num_layers)))
-    state = zero_state(num_layers * (1 + bidirectional))
-    if cell == "rnn":
-        del state["c"]
+    state = zero_state(num_layers * (1 + bidirectional), cell)
     return net.init(jax.random.key(0), state, jnp.zeros((STEPS, BATCH, INPUT))), net.apply
 
 
-def equinox(num_layers=1, bidirectional=False, use_bias=True):
-    """Builds `equinox.nn.LSTMCell` modules under `jax.lax.scan`."""
+def equinox(num_layers=1, bidirectional=False, use_bias=True, cell="lstm"):
+    """Builds `equinox.nn.LSTMCell` or `GRUCell` modules under `jax.lax.scan`."""
     import equinox as eqx
 
     num_directions = 1 + bidirectional
+    cell_class = eqx.nn.GRUCell if cell == "gru" else eqx.nn.LSTMCell
 
     def create_cell(layer):
         input_size = num_directions * HIDDEN if layer else INPUT
-        return eqx.nn.LSTMCell(input_size, HIDDEN, use_bias, key=jax.random.key(0))
+        return cell_class(input_size, HIDDEN, use_bias, key=jax.random.key(0))
 
     pairs = [tuple(create_cell(n) for _ in range(num_directions)) for n in range(num_layers)]
 
     def apply(cells, state, xs):
-        cells = jax.tree.leaves(cells, is_leaf=lambda x: isinstance(x, eqx.nn.LSTMCell))
+        cells = jax.tree.leaves(cells, is_leaf=lambda x: isinstance(x, cell_class))
 
         def run_direction(index, state, xs):
             def scan_step(state, x):
                 state = jax.vmap(cells[index])(x, state)
-                return state, state[0]
+                return state, state if cell == "gru" else state[0]
 
+            if cell == "gru":
+                h, ys = jax.lax.scan(scan_step, state["h"], xs)
+                return {"h": h}, ys
             (h, c), ys = jax.lax.scan(scan_step, (state["h"], state["c"]), xs)
             return {"h": h, "c": c}, ys
 
@@ -147,7 +155,7 @@ def equinox(num_layers=1, bidirectional=False, use_bias=True):
 
 
 def keras(num_layers=1, bidirectional=False, use_bias=True, cell="lstm", activation="tanh"):
-    """Builds a list of `keras.layers.LSTM` or `SimpleRNN`, each in a `Bidirectional` for two directions."""
+    """Builds a list of `keras.layers.LSTM`, `GRU` or `SimpleRNN`, each in a `Bidirectional` for two directions."""
     os.environ["KERAS_BACKEND"] = "jax"  # read when Keras is first imported
     import keras
 
@@ -155,10 +163,8 @@ def keras(num_layers=1, bidirectional=False, use_bias=True, cell="lstm", activat
     options = {"use_bias": use_bias, "return_sequences": True, "return_state": True}
     modules = []
     for n in range(num_layers):
-        if cell == "lstm":
-            module = keras.layers.LSTM(HIDDEN, **options)
-        else:
-            module = keras.layers.SimpleRNN(HIDDEN, activation=activation, **options)
+        layer_class = {"lstm": keras.layers.LSTM, "gru": keras.layers.GRU, "rnn": keras.layers.SimpleRNN}[cell]
+        module = layer_class(HIDDEN, activation=activation, **options)
         if bidirectional:
             module = keras.layers.Bidirectional(module)
         for layer in (module.forward_layer, module.backward_layer) if bidirectional else (module,):
@@ -166,18 +172,18 @@ def keras(num_layers=1, bidirectional=False, use_bias=True, cell="lstm", activat
                 layer.cell.activation = jnp.tanh  # Keras's tanh returns float32 for float64 on JAX
         module.build((BATCH, STEPS, (1 + bidirectional) * HIDDEN if n else INPUT))
         modules.append(module)
-    state_names = ("h", "c") if cell == "lstm" else ("h",)
+    names = state_names(cell)
     arrays_per_layer = len(modules[0].get_weights())
 
     def apply(weights, state, xs):
         def run_layer(n, state, xs):
-            initial_state = [state[name][d] for d in range(1 + bidirectional) for name in state_names]
+            initial_state = [state[name][d] for d in range(1 + bidirectional) for name in names]
             layer_weights = weights[n * arrays_per_layer : (n + 1) * arrays_per_layer]
             other_variables = [variable.value for variable in modules[n].non_trainable_variables]
             (ys, *new_state), _ = modules[n].stateless_call(
                 layer_weights, other_variables, jnp.swapaxes(xs, 0, 1), initial_state=initial_state
             )
-            stacked = {name: jnp.stack(new_state[k :: len(state_names)]) for k, name in enumerate(state_names)}
+            stacked = {name: jnp.stack(new_state[k :: len(names)]) for k, name in enumerate(names)}
             return stacked, jnp.swapaxes(ys, 0, 1)
 
         return run_layers(run_layer, num_layers, state, xs)
@@ -186,23 +192,25 @@ def keras(num_layers=1, bidirectional=False, use_bias=True, cell="lstm", activat
 
 
 def to_flax_carry(state):
-    """Converts a state to the carry of Flax: (c, h), or a pair of these for two directions."""
-    carries = tuple((c, h) for h, c in zip(state["h"], state["c"]))
+    """Converts a state to the carry of Flax: (c, h), or h without c; a pair of these for two directions."""
+    carries = tuple(zip(state["c"], state["h"])) if "c" in state else tuple(state["h"])
     return carries if len(carries) > 1 else carries[0]
 
 
-def from_flax_carry(carry):
-    """Converts a carry of Flax to a state."""
-    carries = carry if isinstance(carry[0], tuple) else (carry,)
+def from_flax_carry(carry, old_state):
+    """Converts a carry of Flax to a state like the old one."""
+    carries = carry if len(old_state["h"]) > 1 else (carry,)
+    if "c" not in old_state:
+        return {"h": jnp.stack(carries)}
     return {"h": jnp.stack([h for _, h in carries]), "c": jnp.stack([c for c, _ in carries])}
 
 
-def flax_linen(cell, num_layers=1, bidirectional=False):
+def flax_linen(cell_class, num_layers=1, bidirectional=False, cell="lstm"):
     """Builds `flax.linen` cells in `RNN`, two of them in `Bidirectional` for two directions."""
     import flax.linen as nn
 
     def create_rnn():
-        return nn.RNN(getattr(nn, cell)(HIDDEN, param_dtype=jnp.float64, **ZEROS))
+        return nn.RNN(getattr(nn, cell_class)(HIDDEN, param_dtype=jnp.float64, **ZEROS))
 
     modules = [
         nn.Bidirectional(create_rnn(), create_rnn()) if bidirectional else create_rnn() for _ in range(num_layers)
@@ -217,19 +225,19 @@ def flax_linen(cell, num_layers=1, bidirectional=False):
             def run_layer(n, state, xs):
                 carry = to_flax_carry(state)
                 carry, ys = self.layers[n](xs, initial_carry=carry, return_carry=True, time_major=True)
-                return from_flax_carry(carry), ys
+                return from_flax_carry(carry, state), ys
 
             return run_layers(run_layer, num_layers, state, xs)
 
     def apply_single_layer(weights, state, xs):
         carry = to_flax_carry(state)
         carry, ys = modules[0].apply(weights, xs, initial_carry=carry, return_carry=True, time_major=True)
-        return from_flax_carry(carry), ys
+        return from_flax_carry(carry, state), ys
 
     xs = jnp.zeros((STEPS, BATCH, INPUT))
     if num_layers == 1:
         return abstract_init(modules[0], xs, time_major=True), apply_single_layer
-    return abstract_init(Stack(), zero_state(num_layers * (1 + bidirectional)), xs), Stack().apply
+    return abstract_init(Stack(), zero_state(num_layers * (1 + bidirectional), cell), xs), Stack().apply
 
 
 def abstract_init(module, *args, **kwargs):
@@ -237,12 +245,12 @@ def abstract_init(module, *args, **kwargs):
     return jax.eval_shape(partial(module.init, **kwargs), jax.random.key(0), *args)
 
 
-def flax_nnx(cell, num_layers=1, bidirectional=False):
+def flax_nnx(cell_class, num_layers=1, bidirectional=False, cell="lstm"):
     """Builds `flax.nnx` cells in `RNN`, two of them in `Bidirectional` for two directions; a list of several layers."""
     from flax import nnx
 
     def create_rnn(input_size):
-        zeros = getattr(nnx, cell)(input_size, HIDDEN, param_dtype=jnp.float64, rngs=nnx.Rngs(0), **ZEROS)
+        zeros = getattr(nnx, cell_class)(input_size, HIDDEN, param_dtype=jnp.float64, rngs=nnx.Rngs(0), **ZEROS)
         return nnx.RNN(zeros, rngs=False)
 
     def create_module(layer):
@@ -260,7 +268,7 @@ def flax_nnx(cell, num_layers=1, bidirectional=False):
             module = nnx.merge(*graphs_and_states[n], copy=True)
             nnx.update(module, layer_weights[n])
             carry, ys = module(xs, initial_carry=to_flax_carry(state), return_carry=True, time_major=True)
-            return from_flax_carry(carry), ys
+            return from_flax_carry(carry, state), ys
 
         return run_layers(run_layer, num_layers, state, xs)
 
@@ -291,8 +299,13 @@ BUILDERS = {
 }  # fmt: skip
 
 
-def zero_state(num_cells):
-    return {name: jnp.zeros((num_cells, BATCH, HIDDEN)) for name in ("h", "c")}
+def state_names(cell):
+    """The arrays of the state of a cell."""
+    return ("h", "c") if cell == "lstm" else ("h",)
+
+
+def zero_state(num_cells, cell):
+    return {name: jnp.zeros((num_cells, BATCH, HIDDEN)) for name in state_names(cell)}
 
 
 class Computed(NamedTuple):
@@ -315,8 +328,8 @@ def compute(name):
     template, apply = BUILDERS[library](**arguments, **options)
     weights = jax.tree.map(lambda a: 0.5 * normal(a.shape), template)
     num_cells = options.get("num_layers", 1) * (1 + options.get("bidirectional", False))
-    state_names = ("h",) if options.get("cell") == "rnn" else ("h", "c")
-    state = {key: normal((num_cells, BATCH, HIDDEN)) for key in state_names}
+    names = state_names(options.get("cell", "lstm"))
+    state = {key: normal((num_cells, BATCH, HIDDEN)) for key in names}
     xs = normal((STEPS, BATCH, INPUT))
     cotangents = jax.tree.map(lambda a: normal(a.shape), jax.eval_shape(apply, weights, state, xs))
 
@@ -328,7 +341,7 @@ def compute(name):
     (new_state, ys), (weight_gradient, state_gradient, xs_gradient) = run(weights)
     state_cotangents, ys_cotangent = cotangents
     arrays = {"xs": xs, "ys": ys, "dys": ys_cotangent, "grad.xs": xs_gradient}
-    for key in state_names:
+    for key in names:
         arrays |= {
             f"{key}0": state[key],
             key: new_state[key],

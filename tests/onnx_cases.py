@@ -23,6 +23,8 @@ CASES: dict[str, dict[str, Any]] = {
     "everything": {"num_layers": 2, "bidirectional": True, "with_state": True, "with_lengths": True},
     "peephole": {"cell": "peephole", "num_layers": 2, "bidirectional": True, "with_state": True},
     "cifg": {"cell": "cifg", "num_layers": 2, "bidirectional": True, "with_state": True, "with_lengths": True},
+    "gru": {"cell": "gru", "num_layers": 2, "bidirectional": True, "with_state": True, "with_lengths": True},
+    "gru no bias": {"cell": "gru", "use_bias": False},
     "rnn": {"cell": "rnn", "num_layers": 2, "bidirectional": True, "with_state": True},
     "rnn relu": {"cell": "rnn", "activation": "relu", "bidirectional": True, "with_lengths": True},
     "rnn sigmoid": {"cell": "rnn", "activation": "sigmoid", "num_layers": 2, "with_state": True},

@@ -1,4 +1,4 @@
-"""Outputs and gradients of `torch.nn.LSTM` and `torch.nn.RNN`; run this file to record them again.
+"""Outputs and gradients of `torch.nn.LSTM`, `torch.nn.GRU` and `torch.nn.RNN`; run this file to record them again.
 
 pip install torch==2.13.0 && python tests/torch_cases.py
 """
@@ -23,6 +23,8 @@ CASES: dict[str, dict[str, Any]] = {
     "packed everything": {"num_layers": 2, "bidirectional": True, "proj_size": 2, "packed": True},
     "rnn": {"nonlinearity": "tanh", "num_layers": 2, "bidirectional": True},
     "rnn relu packed": {"nonlinearity": "relu", "packed": True, "bidirectional": True},
+    "gru": {"module": "GRU", "num_layers": 2, "bidirectional": True},
+    "gru no bias packed": {"module": "GRU", "bias": False, "packed": True},
 }
 
 
@@ -33,7 +35,8 @@ def compute(name: str) -> dict[str, np.ndarray]:
     options = dict(CASES[name])
     packed = options.pop("packed", False)
     torch.manual_seed(len(name))
-    module_class = torch.nn.RNN if "nonlinearity" in options else torch.nn.LSTM
+    default_module = "RNN" if "nonlinearity" in options else "LSTM"
+    module_class = getattr(torch.nn, options.pop("module", default_module))
     module = module_class(INPUT, HIDDEN, dtype=torch.float64, **options)
     for weight in module.parameters():
         torch.nn.init.normal_(weight, std=0.5)

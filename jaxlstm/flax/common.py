@@ -25,6 +25,7 @@ def apply_to_sequence(
     seq_lengths: Array | None,
     mask: Array | None,
     resets: Array | None,
+    static: Array | None,
     key: Array | None,
     time_major: bool,
     return_carry: bool,
@@ -52,7 +53,15 @@ def apply_to_sequence(
         inputs = jnp.moveaxis(inputs, -2, 0)
         mask, resets = (None if a is None else jnp.moveaxis(a, -1, 0) for a in (mask, resets))
     outputs, carry = lstm(
-        params, inputs, initial_carry, lengths=seq_lengths, mask=mask, resets=resets, reverse=reverse, key=key
+        params,
+        inputs,
+        initial_carry,
+        lengths=seq_lengths,
+        mask=mask,
+        resets=resets,
+        reverse=reverse,
+        key=key,
+        static=static,
     )
     if reverse and not keep_order:
         outputs = _flip_valid_steps(outputs, seq_lengths)
@@ -83,11 +92,13 @@ def is_stochastic(lstm: RNN) -> bool:
 
 
 def check_cell_options(lstm: RNN) -> None:
-    """Checks that a configuration can run step by step: a single layer and direction, without regularizers.
+    """Checks that a configuration can run step by step from its inputs alone: a layer, a direction, no regularizers.
 
     Raises:
       ValueError: naming the option.
     """
+    if lstm.num_static is not None:
+        raise ValueError(f"LSTMCell takes no static features, which cell={lstm.cell!r} reads; use LSTM for the network")
     if lstm.num_layers > 1 or lstm.bidirectional:
         option = f"num_layers={lstm.num_layers}" if lstm.num_layers > 1 else "bidirectional=True"
         raise ValueError(f"LSTMCell is one layer in one direction, got {option}; use LSTM for the network")
@@ -107,6 +118,8 @@ def promote_integers(inputs: Any, lstm: RNN) -> Any:
 
 def apply_step(lstm: RNN, params: Params, carry: Any, inputs: Array) -> tuple[Any, Array]:
     """Runs one step with a carry of Flax: ``(c, h)``, or h alone for a cell without c; or a `State` by name.
+
+    c is a dictionary for a cell with several states.
 
     The new carry has the type of the old one, as scans require.
     """

@@ -52,6 +52,7 @@ class LSTM(nn.Module):
         seq_lengths: Int[Array, "*batch"] | None = None,
         mask: Bool[Array, "*batch_T"] | None = None,
         resets: Bool[Array, "*batch_T"] | None = None,
+        static: Float[Array, "*batch S"] | None = None,
         return_carry: bool | None = None,
         time_major: bool | None = None,
         reverse: bool | None = None,
@@ -67,6 +68,7 @@ class LSTM(nn.Module):
           seq_lengths: lengths as in `jaxlstm.LSTM`: inputs at and past the length are not read, and outputs are zero.
           mask: as in `jaxlstm.LSTM`, with the time axis last, or first if ``time_major``.
           resets: as in `jaxlstm.LSTM`, with the same axes as ``mask``.
+          static: static features, for a cell that reads them, such as ``"ea"``.
           return_carry: whether to return the final state too.
           time_major: whether time is the leading axis.
           reverse: whether time runs backward.
@@ -95,6 +97,7 @@ class LSTM(nn.Module):
             seq_lengths=seq_lengths,
             mask=mask,
             resets=resets,
+            static=static,
             key=key,
             time_major=override("time_major", self.time_major, time_major),
             return_carry=override("return_carry", self.return_carry, return_carry),
@@ -110,7 +113,8 @@ class LSTM(nn.Module):
 class LSTMCell(nn.RNNCellBase):
     """One step of one layer, for `nn.RNN` and other scans: ``carry, y = cell.apply(variables, carry, x)``.
 
-    The carry is Flax's: ``(c, h)``, each ``(*batch, size)``, or h alone for a cell without c.
+    The carry is Flax's: ``(c, h)``, each ``(*batch, size)``, or h alone for a cell without c, such as a GRU. c is a
+    dictionary for a cell with several states, such as ``"slstm"``.
 
     Attributes:
       lstm: the configuration: one layer, one direction, no regularizers and no learned state.

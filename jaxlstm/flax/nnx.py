@@ -69,6 +69,7 @@ class LSTM(nnx.Module):
         seq_lengths: Int[Array, "*batch"] | None = None,
         mask: Bool[Array, "*batch_T"] | None = None,
         resets: Bool[Array, "*batch_T"] | None = None,
+        static: Float[Array, "*batch S"] | None = None,
         return_carry: bool | None = None,
         time_major: bool | None = None,
         reverse: bool | None = None,
@@ -84,6 +85,7 @@ class LSTM(nnx.Module):
           seq_lengths: lengths as in `jaxlstm.LSTM`: inputs at and past the length are not read, and outputs are zero.
           mask: as in `jaxlstm.LSTM`, with the time axis last, or first if ``time_major``.
           resets: as in `jaxlstm.LSTM`, with the same axes as ``mask``.
+          static: static features, for a cell that reads them, such as ``"ea"``.
           return_carry: whether to return the final state too.
           time_major: whether time is the leading axis.
           reverse: whether time runs backward.
@@ -108,6 +110,7 @@ class LSTM(nnx.Module):
             seq_lengths=seq_lengths,
             mask=mask,
             resets=resets,
+            static=static,
             key=None if deterministic else self._regularizer_key(rngs),
             time_major=override("time_major", self.time_major, time_major),
             return_carry=override("return_carry", self.return_carry, return_carry),
@@ -144,7 +147,8 @@ class LSTM(nnx.Module):
 class LSTMCell(nnx.RNNCellBase):
     """One step of one layer, for `nnx.RNN` and other scans: ``carry, y = cell(carry, x)``.
 
-    The carry is Flax's: ``(c, h)``, each ``(*batch, size)``, or h alone for a cell without c.
+    The carry is Flax's: ``(c, h)``, each ``(*batch, size)``, or h alone for a cell without c, such as a GRU. c is a
+    dictionary for a cell with several states, such as ``"slstm"``.
 
     Args:
       lstm: the configuration: one layer, one direction and no regularizers.

@@ -4,7 +4,7 @@ A `WeightFormat` says how a framework stores one layer in one direction. `params
 are the only code that checks and converts whole networks.
 """
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -13,10 +13,12 @@ import numpy as np
 from jax import Array
 
 from jaxlstm import validation
+from jaxlstm.cells import Cell
 from jaxlstm.params import Layer, Params, Weights
 from jaxlstm.rnn import RNN
 
 GATES = "ifgo"  # the order in which `Weights` stacks the gates of an LSTM
+GRU_GATES = "run"  # reset gate, update gate and candidate: the order of the rows of w_x and of w_h of a GRU
 
 NameFn = Callable[[int, int, str], str]  # (layer, direction, name within the layer) -> name within the network
 OptionValues = Mapping[str, Collection[Any]]  # option of `LSTM` -> supported values
@@ -28,6 +30,7 @@ BASE_OPTIONS: OptionValues = {
     "use_bias": (True,),
     "layer_norm": (False,),
     "learned_state": (False,),
+    "heads": (1,),
 }
 
 
@@ -36,14 +39,15 @@ class WeightFormat(NamedTuple):
 
     Args:
       framework: name of the framework in error messages.
-      to_arrays: converts `Weights` to named arrays, in the framework's order. The value None marks an absent array.
-      from_arrays: converts named arrays to keyword arguments of `Weights`.
+      to_arrays: ``(lstm, weights)``: converts `Weights` to named arrays, in the framework's order. The value None
+        marks an absent array.
+      from_arrays: ``(lstm, arrays)``: converts named arrays to keyword arguments of `Weights`.
       supported_options: values of options that this format supports, in place of those in `BASE_OPTIONS`.
     """
 
     framework: str
-    to_arrays: Callable[[Weights], dict[str, Any]]
-    from_arrays: Callable[[Mapping[str, Any]], dict[str, Any]]
+    to_arrays: Callable[[RNN, Weights], dict[str, Any]]
+    from_arrays: Callable[[RNN, Mapping[str, Any]], dict[str, Any]]
     supported_options: Callable[[RNN], OptionValues] = lambda lstm: {}
 
 
@@ -110,7 +114,7 @@ def params_from_arrays(lstm: RNN, weight_format: WeightFormat, arrays: Mapping[s
         label = f"{weight_format.framework} weight {spec.name!r}"
         array = _exact_cast(label, arrays[spec.name], spec.shape, param_dtype)
         arrays_by_direction.setdefault((spec.layer, spec.direction), {})[spec.local_name] = array
-    weights = [Weights(**weight_format.from_arrays(local)) for local in arrays_by_direction.values()]
+    weights = [Weights(**weight_format.from_arrays(lstm, local)) for local in arrays_by_direction.values()]
     step = lstm.num_directions
     layers = tuple(Layer(*weights[k : k + step]) for k in range(0, len(weights), step))
     return jax.tree.map(jnp.asarray, Params(layers))
@@ -130,22 +134,22 @@ def arrays_from_params(
         name_fn(n, d, local_name): np.array(array, order="C")
         for n, layer in enumerate(jax.tree.map(np.asarray, params).layers)
         for d, weights in enumerate(layer.directions)
-        for local_name, array in weight_format.to_arrays(weights).items()
+        for local_name, array in weight_format.to_arrays(lstm, weights).items()
         if array is not None
     }
 
 
-def split_gates(array: np.ndarray | Array, gates: str) -> dict[str, np.ndarray]:
+def split_gates(array: np.ndarray | Array, gates: Sequence[str]) -> dict[str, np.ndarray]:
     """Splits the leading axis into one slab per gate."""
     return dict(zip(gates, np.split(array, len(gates))))
 
 
-def stack_gates(slabs: Mapping[str, np.ndarray], gates: str) -> np.ndarray:
+def stack_gates(slabs: Mapping[str, np.ndarray], gates: Sequence[str]) -> np.ndarray:
     """Concatenates slabs along the leading axis in the given order of gates."""
     return np.concatenate([slabs[gate] for gate in gates])
 
 
-def reorder_gates(array: np.ndarray | Array, from_gates: str, to_gates: str) -> np.ndarray:
+def reorder_gates(array: np.ndarray | Array, from_gates: Sequence[str], to_gates: Sequence[str]) -> np.ndarray:
     """Reorders the slabs of the leading axis from one order of gates to another."""
     return stack_gates(split_gates(array, from_gates), to_gates)
 
@@ -153,6 +157,25 @@ def reorder_gates(array: np.ndarray | Array, from_gates: str, to_gates: str) -> 
 def add_biases(first: np.ndarray, second: np.ndarray) -> np.ndarray:
     """Adds the two biases of a framework; elements whose second bias is zero keep the first bit by bit (-0.0 too)."""
     return np.where(second == 0, first, first + second)
+
+
+def split_bias(cell: Cell, b: np.ndarray | Array) -> tuple[np.ndarray, np.ndarray]:
+    """Splits a bias into the two of a framework that adds one to ``W_x x`` and one to ``W_h h``.
+
+    The second is zero for gates that read both x and h.
+    """
+    slabs, x = np.split(b, cell.num_gates), cell.slabs_reading("x")
+    second = [np.zeros_like(slabs[n]) if n in x else slabs[n] for n in cell.slabs_reading("h")]
+    return np.concatenate([slabs[n] for n in x]), np.concatenate(second)
+
+
+def join_biases(cell: Cell, b_x: np.ndarray, b_h: np.ndarray) -> np.ndarray:
+    """Returns the bias of a cell from the two of a framework; the inverse of `split_bias`."""
+    x, h = cell.slabs_reading("x"), cell.slabs_reading("h")
+    first, second = dict(zip(x, np.split(b_x, len(x)))), dict(zip(h, np.split(b_h, len(h))))
+    both = {n: add_biases(first[n], second[n]) for n in x if n in h}
+    slabs = {**first, **second, **both}
+    return np.concatenate([slabs[n] for n in range(cell.num_gates)])
 
 
 def position_name(layer: int, direction: int, name: str) -> str:
@@ -169,7 +192,7 @@ def _array_specs(lstm: RNN, weight_format: WeightFormat, name_fn: NameFn) -> lis
         _ArraySpec(n, d, local_name, name_fn(n, d, local_name), array.shape)
         for n, layer in enumerate(zeros.layers)
         for d, weights in enumerate(layer.directions)
-        for local_name, array in weight_format.to_arrays(weights).items()
+        for local_name, array in weight_format.to_arrays(lstm, weights).items()
         if array is not None
     ]
 

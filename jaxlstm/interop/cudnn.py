@@ -56,12 +56,12 @@ def _matrices_first(names: Iterable[str]) -> list[str]:
     return sorted(names, key=lambda name: name.startswith("b"))
 
 
-def _to_arrays(weights: Weights) -> dict[str, Any]:
+def _to_arrays(lstm: RNN, weights: Weights) -> dict[str, Any]:
     assert weights.b is not None
     return {"W_ih": weights.w_x, "W_hh": weights.w_h, "b_ih": weights.b, "b_hh": np.zeros_like(weights.b)}
 
 
-def _from_arrays(arrays: Mapping[str, Any]) -> dict[str, Any]:
+def _from_arrays(lstm: RNN, arrays: Mapping[str, Any]) -> dict[str, Any]:
     return {"w_x": arrays["W_ih"], "w_h": arrays["W_hh"], "b": add_biases(arrays["b_ih"], arrays["b_hh"])}
 
 

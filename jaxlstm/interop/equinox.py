@@ -1,10 +1,11 @@
-"""Equinox: one `equinox.nn.LSTMCell` for each layer and direction."""
+"""Equinox: one `equinox.nn.LSTMCell`, or `GRUCell` for ``cell="gru"``, for each layer and direction."""
 
 from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxlstm.errors import optional_package
 from jaxlstm.interop import cell_discovery, conversion
@@ -46,10 +47,11 @@ def to_equinox(lstm: RNN, params: Params) -> Any:
     arrays = conversion.arrays_from_params(lstm, EQUINOX, params, lambda n, d, name: f"{n}/{d}/{name}")
     with optional_package("equinox", extra="interop", purpose="to_equinox"):
         import equinox
+    cell_class = equinox.nn.GRUCell if lstm.cell == "gru" else equinox.nn.LSTMCell
 
     def create_cell(cell_arrays: dict[str, Any]) -> Any:
         input_size = cell_arrays["weight_ih"].shape[1]
-        cell = equinox.nn.LSTMCell(input_size, lstm.hidden_size, use_bias=lstm.use_bias, key=jax.random.key(0))
+        cell = cell_class(input_size, lstm.hidden_size, use_bias=lstm.use_bias, key=jax.random.key(0))
         return equinox.tree_at(
             lambda cell: [getattr(cell, name) for name in cell_arrays],
             cell,
@@ -64,16 +66,22 @@ def to_equinox(lstm: RNN, params: Params) -> Any:
     return entries if lstm.num_layers > 1 else entries[0]
 
 
-def _to_arrays(weights: Weights) -> dict[str, Any]:
-    return {"weight_ih": weights.w_x, "weight_hh": weights.w_h, "bias": weights.b}
+def _to_arrays(lstm: RNN, weights: Weights) -> dict[str, Any]:
+    arrays = {"weight_ih": weights.w_x, "weight_hh": weights.w_h, "bias": weights.b}
+    if lstm.cell == "gru" and weights.b is not None:  # bias_n is of the candidate's part that reads h
+        arrays["bias"], arrays["bias_n"] = np.split(weights.b, [3 * lstm.hidden_size])
+    return arrays
 
 
-def _from_arrays(arrays: Mapping[str, Any]) -> dict[str, Any]:
-    return {"w_x": arrays["weight_ih"], "w_h": arrays["weight_hh"], "b": arrays.get("bias")}
+def _from_arrays(lstm: RNN, arrays: Mapping[str, Any]) -> dict[str, Any]:
+    b = arrays.get("bias")
+    if "bias_n" in arrays:
+        b = np.concatenate([arrays["bias"], arrays["bias_n"]])
+    return {"w_x": arrays["weight_ih"], "w_h": arrays["weight_hh"], "b": b}
 
 
 def _supported_options(lstm: RNN) -> OptionValues:
-    return {"use_bias": (True, False)}
+    return {"cell": ("lstm", "gru"), "use_bias": (True, False)}
 
 
 EQUINOX = WeightFormat("equinox", _to_arrays, _from_arrays, _supported_options)

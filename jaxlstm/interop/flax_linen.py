@@ -1,13 +1,16 @@
-"""Flax linen: `LSTMCell` and `OptimizedLSTMCell`, as a cell, in `RNN`, in `Bidirectional`, and stacked."""
+"""Flax linen: `LSTMCell`, `OptimizedLSTMCell` and `GRUCell`, as a cell, in `RNN`, in `Bidirectional`, and stacked."""
 
 from typing import Any
 
 from jaxlstm.interop import cell_discovery, conversion
-from jaxlstm.interop.flax_cells import CELL_PATTERN, cell_path, per_gate_format
+from jaxlstm.interop.flax_cells import CELL_PATTERNS, cell_path, format_name, gru_per_gate_format, lstm_per_gate_format
 from jaxlstm.params import Params
 from jaxlstm.rnn import RNN
 
-LINEN = per_gate_format("flax linen", ("ii", "if", "ig", "io"))  # of both cells
+FORMATS = {
+    "lstm": lstm_per_gate_format("flax linen", forget_layer="if"),  # of both cells
+    "gru": gru_per_gate_format("flax linen"),
+}
 
 
 def from_flax_linen(lstm: RNN, variables: Any) -> Params:
@@ -26,16 +29,17 @@ def from_flax_linen(lstm: RNN, variables: Any) -> Params:
       Parameters in ``param_dtype``.
 
     Raises:
-      ValueError: naming the cause, if the LSTM has an option that the cells do not have (no bias, a projection,
+      ValueError: naming the cause, if the network has an option that the cells do not have (no bias, a projection,
         peepholes, coupled gates, layer normalization, a learned state), if the number of cells is not the number of
         layers times directions, or if an array is missing, unexpected or of the wrong shape.
       TypeError: naming the array, if ``param_dtype`` cannot represent its dtype exactly.
     """
-    return cell_discovery.params_from_cells(lstm, LINEN, cell_discovery.arrays_by_path(variables), CELL_PATTERN)
+    cell, arrays = format_name(lstm), cell_discovery.arrays_by_path(variables)
+    return cell_discovery.params_from_cells(lstm, FORMATS[cell], arrays, CELL_PATTERNS[cell])
 
 
 def to_flax_linen(lstm: RNN, params: Params) -> dict[str, Any]:
-    """Returns variables for ``apply`` of an `RNN` of either cell, or of a `Bidirectional` for two directions.
+    """Returns variables for ``apply`` of an `RNN` of these cells, or of a `Bidirectional` for two directions.
 
     Several layers are named ``layers_0``, ``layers_1`` and so on, as in `nn.Sequential`.
 
@@ -48,4 +52,5 @@ def to_flax_linen(lstm: RNN, params: Params) -> dict[str, Any]:
         layer_path = f"layers_{layer}/" if lstm.num_layers > 1 else ""
         return f"params/{layer_path}{cell_path(lstm, direction)}{name}"
 
-    return cell_discovery.nest_by_path(conversion.arrays_from_params(lstm, LINEN, params, full_path))
+    arrays = conversion.arrays_from_params(lstm, FORMATS[format_name(lstm)], params, full_path)
+    return cell_discovery.nest_by_path(arrays)

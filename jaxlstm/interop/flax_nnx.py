@@ -1,4 +1,4 @@
-"""Flax nnx: `LSTMCell` and `OptimizedLSTMCell`, as a cell, in `RNN`, in `Bidirectional`, and stacked."""
+"""Flax nnx: `LSTMCell`, `OptimizedLSTMCell` and `GRUCell`, as a cell, in `RNN`, in `Bidirectional`, and stacked."""
 
 import sys
 from typing import Any
@@ -9,13 +9,24 @@ import numpy as np
 
 from jaxlstm import validation
 from jaxlstm.interop import cell_discovery, conversion
-from jaxlstm.interop.flax_cells import CELL_PATTERN, cell_path, per_gate_format, stacked_format
+from jaxlstm.interop.flax_cells import (
+    CELL_PATTERNS,
+    cell_path,
+    format_name,
+    gru_stacked_format,
+    lstm_per_gate_format,
+    lstm_stacked_format,
+)
 from jaxlstm.params import Params
 from jaxlstm.rnn import RNN
 
+# By cell, the formats of the classes of Flax that compute it; the first is the default.
 FORMATS = {
-    "LSTMCell": per_gate_format("flax nnx", ("ii", "if_", "ig", "io")),
-    "OptimizedLSTMCell": stacked_format("flax nnx"),
+    "lstm": {
+        "LSTMCell": lstm_per_gate_format("flax nnx", forget_layer="if_"),
+        "OptimizedLSTMCell": lstm_stacked_format("flax nnx"),
+    },
+    "gru": {"GRUCell": gru_stacked_format("flax nnx")},
 }
 
 
@@ -35,7 +46,7 @@ def from_flax_nnx(lstm: RNN, module: Any) -> Params:
       Parameters in ``param_dtype``.
 
     Raises:
-      ValueError: naming the cause, if the LSTM has an option that the cells do not have (no bias, a projection,
+      ValueError: naming the cause, if the network has an option that the cells do not have (no bias, a projection,
         peepholes, coupled gates, layer normalization, a learned state), if a cell has other activations than the
         LSTM's (a state or dictionary does not tell), if the number of cells is not the number of layers times
         directions, or if an array is missing, unexpected or of the wrong shape.
@@ -47,9 +58,10 @@ def from_flax_nnx(lstm: RNN, module: Any) -> Params:
         for path, array in cell_discovery.arrays_by_path(module).items()
         if "rngs" not in path.split("/")  # a cell with keep_rngs=True stores its random streams beside its weights
     }
-    is_optimized = any("dense_i/" in path for path in arrays)
-    weight_format = FORMATS["OptimizedLSTMCell" if is_optimized else "LSTMCell"]
-    return cell_discovery.params_from_cells(lstm, weight_format, arrays, CELL_PATTERN)
+    cell = format_name(lstm)
+    has_stacked_gates = any("dense_i/" in path for path in arrays)
+    weight_format = list(FORMATS[cell].values())[-1 if has_stacked_gates else 0]
+    return cell_discovery.params_from_cells(lstm, weight_format, arrays, CELL_PATTERNS[cell])
 
 
 def _check_activations(module: Any) -> None:
@@ -59,7 +71,7 @@ def _check_activations(module: Any) -> None:
     from flax import nnx
 
     for path, node in nnx.iter_graph(module):
-        if not isinstance(node, nnx.LSTMCell | nnx.OptimizedLSTMCell):
+        if not isinstance(node, nnx.LSTMCell | nnx.OptimizedLSTMCell | nnx.GRUCell):
             continue
         for name, expected in (("gate_fn", jax.nn.sigmoid), ("activation_fn", jnp.tanh)):
             received = getattr(node, name)
@@ -77,7 +89,7 @@ def _same_function(received: Any, expected: Any) -> bool:
     return received is expected or np.allclose(received(x), expected(x), atol=1e-5)
 
 
-def to_flax_nnx(lstm: RNN, params: Params, cell: str = "LSTMCell") -> Any:
+def to_flax_nnx(lstm: RNN, params: Params, cell: str | None = None) -> Any:
     """Returns the state of an `RNN`, or for two directions of a `Bidirectional`, for `nnx.update`.
 
         nnx.update(rnn, to_flax_nnx(lstm, params, cell="OptimizedLSTMCell"))
@@ -85,8 +97,9 @@ def to_flax_nnx(lstm: RNN, params: Params, cell: str = "LSTMCell") -> Any:
     Args:
       lstm: the configuration.
       params: its parameters.
-      cell: class of the module's cells, ``"LSTMCell"`` or ``"OptimizedLSTMCell"``; their parameters have different
-        names. `nnx.update` does not report a wrong class: it adds unknown names to the module.
+      cell: class of the module's cells, ``"LSTMCell"`` (if None) or ``"OptimizedLSTMCell"``; their parameters have
+        different names. `nnx.update` does not report a wrong class: it adds unknown names to the module. For a GRU it
+        is ``"GRUCell"``, which has no bias that the reset gate multiplies: that part of ``b`` must be zero.
 
     Returns:
       Nested dictionaries of JAX arrays; for several layers a list of one per layer.
@@ -95,7 +108,8 @@ def to_flax_nnx(lstm: RNN, params: Params, cell: str = "LSTMCell") -> Any:
       ValueError, TypeError: if the LSTM has an option that the cells do not have, or ``params`` are of another
         configuration.
     """
-    weight_format = FORMATS[validation.choice("cell", cell, FORMATS)]
+    formats = FORMATS[format_name(lstm)]
+    weight_format = formats[validation.choice("cell", next(iter(formats)) if cell is None else cell, formats)]
     arrays = conversion.arrays_from_params(
         lstm, weight_format, params, lambda layer, direction, name: f"{layer}/{cell_path(lstm, direction)}{name}"
     )

@@ -1,4 +1,7 @@
-"""Haiku: the parameters of `hk.LSTM`, and of `hk.VanillaRNN` for ``cell="rnn"`` with ``activation="relu"``."""
+"""Haiku: the parameters of `hk.LSTM`, and of `hk.VanillaRNN` for ``cell="rnn"`` with ``activation="relu"``.
+
+`hk.GRU` has no equivalent here: it applies its reset gate before the product with ``W_h``.
+"""
 
 import re
 from collections.abc import Mapping
@@ -45,6 +48,7 @@ def from_haiku(lstm: RNN, params: Mapping[str, Mapping[str, Any]], name: str | N
         times directions, or if an array is missing, unexpected or of the wrong shape.
       TypeError: naming the array, if ``param_dtype`` cannot represent its dtype exactly.
     """
+    _refuse_gru(lstm)
     arrays = cell_discovery.arrays_by_path(params)
     name = re.escape(_module_name(lstm, name))
     if _is_vanilla(lstm):
@@ -75,6 +79,7 @@ def to_haiku(lstm: RNN, params: Params, name: str | None = None) -> dict[str, di
       ValueError, TypeError: if the LSTM has an option that the modules do not have, or ``params`` are of another
         configuration.
     """
+    _refuse_gru(lstm)
     first_name = _module_name(lstm, name)
     weight_format, layer_name = (VANILLA, "") if _is_vanilla(lstm) else (HAIKU, "linear/")
 
@@ -89,19 +94,27 @@ def to_haiku(lstm: RNN, params: Params, name: str | None = None) -> dict[str, di
     return modules
 
 
+def _refuse_gru(lstm: Any) -> None:
+    if getattr(lstm, "cell", None) == "gru":
+        raise ValueError(
+            "haiku weights do not support cell='gru': hk.GRU applies its reset gate before the product with W_h, "
+            "jaxlstm.GRU after it"
+        )
+
+
 def _add_to_forget_gate(b: np.ndarray | Array, value: float) -> np.ndarray:
     slabs = split_gates(b, GATES)
     return stack_gates({**slabs, "f": slabs["f"] + np.asarray(value, b.dtype)}, GATES)
 
 
-def _to_arrays(weights: Weights) -> dict[str, Any]:
+def _to_arrays(lstm: RNN, weights: Weights) -> dict[str, Any]:
     assert weights.b is not None
     w = np.concatenate([weights.w_x, weights.w_h], axis=1)
     b = _add_to_forget_gate(weights.b, -HAIKU_FORGET_BIAS)
     return {"w": reorder_gates(w, GATES, HAIKU_GATES).T, "b": reorder_gates(b, GATES, HAIKU_GATES)}
 
 
-def _from_arrays(arrays: Mapping[str, Any]) -> dict[str, Any]:
+def _from_arrays(lstm: RNN, arrays: Mapping[str, Any]) -> dict[str, Any]:
     w = reorder_gates(arrays["w"].T, HAIKU_GATES, GATES)
     b = reorder_gates(arrays["b"], HAIKU_GATES, GATES)
     hidden_size = w.shape[0] // len(GATES)
@@ -117,7 +130,7 @@ def _module_name(lstm: Any, name: str | None) -> str:
     return name if name is not None else "vanilla_rnn" if _is_vanilla(lstm) else "lstm"
 
 
-def _to_vanilla_arrays(weights: Weights) -> dict[str, Any]:
+def _to_vanilla_arrays(lstm: RNN, weights: Weights) -> dict[str, Any]:
     assert weights.b is not None
     return {
         "linear/w": weights.w_x.T,
@@ -127,11 +140,11 @@ def _to_vanilla_arrays(weights: Weights) -> dict[str, Any]:
     }
 
 
-def _to_single_bias_arrays(weights: Weights) -> dict[str, Any]:
-    return {**_to_vanilla_arrays(weights), "linear_1/b": None}
+def _to_single_bias_arrays(lstm: RNN, weights: Weights) -> dict[str, Any]:
+    return {**_to_vanilla_arrays(lstm, weights), "linear_1/b": None}
 
 
-def _from_vanilla_arrays(arrays: Mapping[str, Any]) -> dict[str, Any]:
+def _from_vanilla_arrays(lstm: RNN, arrays: Mapping[str, Any]) -> dict[str, Any]:
     b, second_b = arrays["linear/b"], arrays.get("linear_1/b")
     return {
         "w_x": arrays["linear/w"].T,

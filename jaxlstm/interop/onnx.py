@@ -1,11 +1,13 @@
-"""ONNX: a network as a model of ONNX's LSTM or RNN operators, and its parameters from such a model.
+"""ONNX: a network as a model of ONNX's LSTM, GRU or RNN operators, and its parameters from such a model.
 
-The operators stack gates in the order i, o, f, c and peepholes in the order i, o, f. They add two biases.
+LSTM operators stack gates in the order i, o, f, c and peepholes in the order i, o, f; GRU operators stack gates in the
+order z, r, h. They add two biases. A GRU operator must have ``linear_before_reset=1``: it applies the reset gate after
+the product with ``R``.
 ``cell="cifg"`` is written with an input gate whose weights are minus the forget gate's, because ``1 - sigmoid(z) =
 sigmoid(-z)``. The attribute `input_forget` of the operator is not used: the specification does not say which of the two
 gates it replaces.
 
-Source: https://onnx.ai/onnx/operators/onnx__LSTM.html and onnx__RNN.html, version 14 of both.
+Source: https://onnx.ai/onnx/operators/onnx__LSTM.html, onnx__GRU.html and onnx__RNN.html, version 14 of each.
 """
 
 import importlib
@@ -19,13 +21,32 @@ from jax import Array
 from jaxlstm import validation
 from jaxlstm.errors import optional_package
 from jaxlstm.interop import conversion
-from jaxlstm.interop.conversion import GATES, OptionValues, WeightFormat, add_biases, position_name, reorder_gates
+from jaxlstm.interop.conversion import (
+    GATES,
+    GRU_GATES,
+    OptionValues,
+    WeightFormat,
+    add_biases,
+    join_biases,
+    position_name,
+    reorder_gates,
+    split_bias,
+)
 from jaxlstm.interop.onnx_graph import ONNX_DOMAINS, check_sequence_inputs, check_stack, read_graph
 from jaxlstm.params import Params, Weights
 from jaxlstm.rnn import RNN
 
 OPSET, IR_VERSION = 17, 8  # of 2022: supported by every runtime in use, and with today's versions of the operators
-OPERATOR_INPUTS = ("X", "W", "R", "B", "sequence_lens", "initial_h", "initial_c", "P")  # by position; RNN has six
+OPERATOR_INPUTS = (
+    "X",
+    "W",
+    "R",
+    "B",
+    "sequence_lens",
+    "initial_h",
+    "initial_c",
+    "P",
+)  # by position; GRU and RNN have six
 WEIGHT_INPUTS = ("W", "R", "B", "P")
 
 OperatorArrays = dict[str, np.ndarray]  # weights of one operator by input name, each (D, ...)
@@ -46,11 +67,13 @@ OPERATORS = {
     "lstm": Operator("LSTM", GATES, "iofg"),
     "peephole": Operator("LSTM", GATES, "iofg", "ifo", "iof"),
     "cifg": Operator("LSTM", GATES, "iofg", has_coupled_gates=True),
+    "gru": Operator("GRU", GRU_GATES, "urn"),
     "rnn": Operator("RNN", "h", "h"),
 }
 # Attributes that change neither the weights nor, with the supported activations, the equations.
 WITHOUT_EFFECT = ("activation_alpha", "activation_beta", "layout")
-DEFAULT_ACTIVATIONS = {"LSTM": ["Sigmoid", "Tanh", "Tanh"], "RNN": ["Tanh"]}  # of the operators, for one direction
+# Of the operators, for one direction.
+DEFAULT_ACTIVATIONS = {"LSTM": ["Sigmoid", "Tanh", "Tanh"], "GRU": ["Sigmoid", "Tanh"], "RNN": ["Tanh"]}
 
 
 def to_onnx(lstm: RNN, params: Params, *, with_state: bool = False, with_lengths: bool = False) -> Any:
@@ -85,7 +108,7 @@ def to_onnx(lstm: RNN, params: Params, *, with_state: bool = False, with_lengths
       ImportError: if onnx is not installed: ``pip install 'jaxlstm[onnx]'``.
     """
     onnx = _import_onnx("to_onnx")
-    conversion.check_supported(lstm, FORMATS["lstm"])
+    conversion.check_supported(lstm, ONNX)
     _check_arithmetic(lstm)
     with_state, with_lengths = validation.flag("with_state", with_state), validation.flag("with_lengths", with_lengths)
     helper = onnx.helper
@@ -108,7 +131,7 @@ def to_onnx(lstm: RNN, params: Params, *, with_state: bool = False, with_lengths
 
 
 def from_onnx(lstm: RNN, model: Any) -> Params:
-    """Returns the parameters of the LSTM or RNN operators in an ONNX model.
+    """Returns the parameters of the LSTM, GRU or RNN operators in an ONNX model.
 
     Operators before the first layer and after the last one are ignored; between two layers only the shape may change.
     Lengths and an initial state that come from inputs of the model are ignored too: they are arguments of a call.
@@ -130,7 +153,7 @@ def from_onnx(lstm: RNN, model: Any) -> Params:
       ImportError: if onnx is not installed: ``pip install 'jaxlstm[onnx]'``.
     """
     onnx = _import_onnx("from_onnx")
-    conversion.check_supported(lstm, FORMATS["lstm"])
+    conversion.check_supported(lstm, ONNX)
     op_type = OPERATORS[str(lstm.cell)].op_type
     if not isinstance(model, onnx.ModelProto):
         raise TypeError(f"model must be an onnx.ModelProto, got {validation.describe(model)}")
@@ -167,7 +190,7 @@ def operators_from_params(lstm: RNN, params: Params) -> list[OperatorArrays]:
     Raises:
       ValueError, TypeError: for an option that the operator does not support, or parameters of another configuration.
     """
-    arrays = conversion.arrays_from_params(lstm, _weight_format(lstm), params, position_name)
+    arrays = conversion.arrays_from_params(lstm, ONNX, params, position_name)
     operators = []
     for n in range(lstm.num_layers):
         names = [name for name in WEIGHT_INPUTS if position_name(n, 0, name) in arrays]
@@ -191,7 +214,7 @@ def params_from_operators(lstm: RNN, operators: Sequence[Mapping[str, np.ndarray
                     f"ONNX weight '{name} of layer {n}' must have shape [{lstm.num_directions}, ...], got {received}"
                 )
             arrays |= {position_name(n, d, name): array[d] for d in range(lstm.num_directions)}
-    return conversion.params_from_arrays(lstm, _weight_format(lstm), arrays, position_name)
+    return conversion.params_from_arrays(lstm, ONNX, arrays, position_name)
 
 
 def _import_onnx(purpose: str) -> Any:
@@ -199,56 +222,57 @@ def _import_onnx(purpose: str) -> Any:
         return importlib.import_module("onnx")
 
 
-def _weight_format(lstm: RNN) -> WeightFormat:
-    """Returns the format of one direction of an operator, or raises for options that it does not support."""
-    conversion.check_supported(lstm, FORMATS["lstm"])
-    return FORMATS[str(lstm.cell)]
+def _to_operator_gates(operator: Operator, array: np.ndarray | Array) -> np.ndarray:
+    if operator.has_coupled_gates:
+        forget_gate = np.split(array, 3)[0]
+        array = np.concatenate([-forget_gate, array])
+    return reorder_gates(array, operator.gates, operator.operator_gates)
 
 
-def _operator_format(operator: Operator) -> WeightFormat:
-    """Returns the format of one direction of an operator."""
+def _from_operator_gates(operator: Operator, array: np.ndarray) -> np.ndarray:
+    array = reorder_gates(array, operator.operator_gates, operator.gates)
+    if not operator.has_coupled_gates:
+        return array
+    input_gate, forget_gate, *_ = np.split(array, 4)
+    if not np.array_equal(input_gate, -forget_gate):
+        raise ValueError("cell='cifg' needs ONNX input gate weights equal to minus the forget gate weights")
+    return array[len(input_gate) :]
 
-    def to_operator_gates(array: np.ndarray | Array) -> np.ndarray:
-        if operator.has_coupled_gates:
-            forget_gate = np.split(array, 3)[0]
-            array = np.concatenate([-forget_gate, array])
-        return reorder_gates(array, operator.gates, operator.operator_gates)
 
-    def from_operator_gates(array: np.ndarray) -> np.ndarray:
-        array = reorder_gates(array, operator.operator_gates, operator.gates)
-        if not operator.has_coupled_gates:
-            return array
-        input_gate, forget_gate, *_ = np.split(array, 4)
-        if not np.array_equal(input_gate, -forget_gate):
-            raise ValueError("cell='cifg' needs ONNX input gate weights equal to minus the forget gate weights")
-        return array[len(input_gate) :]
+def _to_arrays(lstm: RNN, weights: Weights) -> dict[str, Any]:
+    operator = OPERATORS[str(lstm.cell)]
+    arrays: dict[str, Any] = {
+        "W": _to_operator_gates(operator, weights.w_x),
+        "R": _to_operator_gates(operator, weights.w_h),
+    }
+    if weights.b is not None:
+        biases = split_bias(lstm.resolved_cell, weights.b)
+        arrays["B"] = np.concatenate([_to_operator_gates(operator, b) for b in biases])
+    if weights.w_c is not None:
+        arrays["P"] = reorder_gates(weights.w_c, operator.peepholes, operator.operator_peepholes).reshape(-1)
+    return arrays
 
-    def to_arrays(weights: Weights) -> dict[str, Any]:
-        arrays: dict[str, Any] = {"W": to_operator_gates(weights.w_x), "R": to_operator_gates(weights.w_h)}
-        if weights.b is not None:
-            b = to_operator_gates(weights.b)
-            arrays["B"] = np.concatenate([b, np.zeros_like(b)])
-        if weights.w_c is not None:
-            arrays["P"] = reorder_gates(weights.w_c, operator.peepholes, operator.operator_peepholes).reshape(-1)
-        return arrays
 
-    def from_arrays(arrays: Mapping[str, Any]) -> dict[str, Any]:
-        weights = {"w_x": from_operator_gates(arrays["W"]), "w_h": from_operator_gates(arrays["R"])}
-        if "B" in arrays:
-            weights["b"] = from_operator_gates(add_biases(*np.split(arrays["B"], 2)))
-        if "P" in arrays:
-            peepholes = arrays["P"].reshape(len(operator.peepholes), -1)
-            weights["w_c"] = reorder_gates(peepholes, operator.operator_peepholes, operator.peepholes)
-        return weights
-
-    return WeightFormat("ONNX", to_arrays, from_arrays, _supported_options)
+def _from_arrays(lstm: RNN, arrays: Mapping[str, Any]) -> dict[str, Any]:
+    cell, operator = lstm.resolved_cell, OPERATORS[str(lstm.cell)]
+    weights = {"w_x": _from_operator_gates(operator, arrays["W"]), "w_h": _from_operator_gates(operator, arrays["R"])}
+    if "B" in arrays:
+        b_x, b_h = np.split(arrays["B"], 2)
+        if cell.reads_x_and_h:
+            weights["b"] = _from_operator_gates(operator, add_biases(b_x, b_h))
+        else:
+            weights["b"] = join_biases(cell, *(_from_operator_gates(operator, b) for b in (b_x, b_h)))
+    if "P" in arrays:
+        peepholes = arrays["P"].reshape(len(operator.peepholes), -1)
+        weights["w_c"] = reorder_gates(peepholes, operator.operator_peepholes, operator.peepholes)
+    return weights
 
 
 def _supported_options(lstm: RNN) -> OptionValues:
     return {"cell": tuple(OPERATORS), "use_bias": (True, False)}
 
 
-FORMATS = {cell: _operator_format(operator) for cell, operator in OPERATORS.items()}
+ONNX = WeightFormat("ONNX", _to_arrays, _from_arrays, _supported_options)
 
 
 def _check_arithmetic(lstm: RNN) -> None:
@@ -267,10 +291,11 @@ def _check_arithmetic(lstm: RNN) -> None:
 
 def _attributes(lstm: RNN) -> dict[str, Any]:
     """Returns the attributes of the operator of one layer."""
-    activations = DEFAULT_ACTIVATIONS["LSTM"]
+    activations = DEFAULT_ACTIVATIONS[OPERATORS[str(lstm.cell)].op_type]
     if lstm.cell == "rnn":
         activations = [(lstm.activation or "tanh").capitalize()]
-    return {
+    attributes = {"linear_before_reset": 1} if lstm.cell == "gru" else {}
+    return attributes | {
         "hidden_size": lstm.hidden_size,
         "direction": "bidirectional" if lstm.bidirectional else "forward",
         "activations": activations * lstm.num_directions,
@@ -285,6 +310,8 @@ def _check_attributes(lstm: RNN, label: str, attributes: Mapping[str, Any]) -> N
         "direction": "forward",
         "activations": DEFAULT_ACTIVATIONS[op_type] * lstm.num_directions,
     }
+    if "linear_before_reset" in expected:
+        defaults["linear_before_reset"] = 0
     received = {name: _decode(value) for name, value in attributes.items()}
     if isinstance(received.get("activations"), list):
         received["activations"] = [str(name).capitalize() for name in received["activations"]]  # ONNX ignores case

@@ -19,7 +19,7 @@ ONNX_DOMAINS = ("", "ai.onnx")  # of the operators that the specification define
 SHAPE_OPERATORS = ("Transpose", "Reshape", "Squeeze", "Unsqueeze", "Identity", "Dropout")
 # Operators whose output contains values of their first input only.
 COPYING_OPERATORS = (*SHAPE_OPERATORS, "Cast", "Concat", "Expand", "Slice", "Split", "Tile")
-SEQUENCE_INPUTS = {"sequence_lens": 4, "initial_h": 5, "initial_c": 6}  # position in the inputs of LSTM and RNN
+SEQUENCE_INPUTS = {"sequence_lens": 4, "initial_h": 5, "initial_c": 6}  # position in the inputs of LSTM, GRU and RNN
 CONSTANT_DTYPES = {"value_int": np.int64, "value_ints": np.int64, "value_float": np.float32, "value_floats": np.float32}
 
 Axes = tuple[str, ...]

@@ -70,6 +70,16 @@ class NnxApi:
         cell.dense_h.bias[...] = weights.b
         return nnx.RNN(cell)
 
+    def flax_gru(self):
+        """Returns Flax's GRU cell with random weights in its `RNN`, and the same weights as parameters."""
+        cell = nnx.GRUCell(
+            INPUT, HIDDEN, param_dtype=jnp.float64, bias_init=nnx.initializers.normal(), rngs=nnx.Rngs(0)
+        )
+        slabs = np.split(cell.dense_i.bias[...], 3)
+        b = np.concatenate([*slabs, np.zeros(HIDDEN)])  # no bias of the candidate's part that reads h
+        weights = jaxlstm.Weights(cell.dense_i.kernel[...].T, cell.dense_h.kernel[...].T, jnp.asarray(b))
+        return nnx.RNN(cell), jaxlstm.Params((jaxlstm.Layer(weights),))
+
     def bidirectional(self, forward, backward):
         return nnx.Bidirectional(forward, backward)
 
@@ -126,6 +136,18 @@ class LinenApi:
             cell_params[f"h{gate}"] = {"kernel": weights.w_h[rows].T, "bias": weights.b[rows]}
         module = nn.RNN(nn.OptimizedLSTMCell(HIDDEN, param_dtype=jnp.float64))
         return BoundModule(module, {"params": {"cell": cell_params}})
+
+    def flax_gru(self):
+        module = nn.RNN(nn.GRUCell(HIDDEN, param_dtype=jnp.float64, bias_init=nn.initializers.normal()))
+        variables = jax.jit(module.init)(jax.random.key(0), INPUTS)
+        dense = variables["params"]["cell"]
+
+        def stack(names, array):
+            return jnp.concatenate([dense[name][array].T for name in names])
+
+        w_x, w_h = stack(("ir", "iz", "in"), "kernel"), stack(("hr", "hz", "hn"), "kernel")
+        weights = jaxlstm.Weights(w_x, w_h, stack(("ir", "iz", "in", "hn"), "bias"))
+        return BoundModule(module, variables), jaxlstm.Params((jaxlstm.Layer(weights),))
 
     def bidirectional(self, forward, backward):
         module = nn.Bidirectional(forward.module.clone(), backward.module.clone())
@@ -284,12 +306,45 @@ def test_network_step_matches_lstm_step(api):
 
 
 @both_apis
-def test_cell_without_cell_state_carries_h(api):
-    lstm = jaxlstm.LSTM(INPUT, HIDDEN, cell="rnn", param_dtype="float64")
+@pytest.mark.parametrize("cell", ["rnn", "gru", "slstm", "minlstm", "mingru", "indrnn", "paralstm"])
+def test_every_cell_runs_in_flax_rnn(api, cell):
+    lstm = jaxlstm.RNN(INPUT, HIDDEN, cell=cell, param_dtype="float64")
     params = random_params(lstm)
-    ys, state = lstm(params, XS)
-    actual = api.jitted_apply(api.rnn_of_cell(lstm, params), INPUTS, return_carry=True)
-    assert_close(actual, (state.h[0], batch_major(ys)))
+    ys, state = lstm(params, XS, lengths=LENGTHS)
+    carry, outputs = api.jitted_apply(api.rnn_of_cell(lstm, params), INPUTS, seq_lengths=LENGTHS, return_carry=True)
+    h, c = jax.tree.map(lambda a: a[0], state)
+    expected = h if c is None else (c, h)
+    assert jax.tree.structure(carry) == jax.tree.structure(expected)
+    assert_close(carry, expected)
+    is_valid = (np.arange(STEPS) < LENGTHS[:, None])[..., None]  # Flax does not zero the padding
+    assert_close(jnp.where(is_valid, outputs, 0), batch_major(ys))
+
+
+@both_apis
+@pytest.mark.parametrize("reverse", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_gru_cell_in_flax_rnn_matches_flax_gru_cell(api, reverse):
+    gru = jaxlstm.GRU(INPUT, HIDDEN, param_dtype="float64")
+    flax_module, params = api.flax_gru()
+    options = {"initial_carry": random_state(gru).h[0], "seq_lengths": LENGTHS, "return_carry": True}
+    options |= {"reverse": reverse, "keep_order": reverse}
+    expected = api.jitted_apply(flax_module, INPUTS, **options)
+    assert_close(api.jitted_apply(api.rnn_of_cell(gru, params), INPUTS, **options), expected)
+
+
+@both_apis
+def test_network_takes_static_features_and_cell_refuses_them(api):
+    lstm = jaxlstm.RNN(INPUT, HIDDEN, cell="ea", static_size=2, param_dtype="float64")
+    params = random_params(lstm)
+    static = np.random.default_rng(4).standard_normal((BATCH, 2))
+    module = jaxlstm.flax.LSTM(lstm, params=params)
+    if isinstance(api, LinenApi):
+        module = BoundModule(jaxlstm.flax.linen.LSTM(lstm), {"params": {"lstm": params}})
+    ys, _ = lstm(params, XS, static=static)
+    assert_equal(api.apply(module, INPUTS, static=static), batch_major(ys))
+    with pytest.raises(ValueError, match=r"^static must have shape \[3, 2\] with cell='ea', got none"):
+        api.apply(module, INPUTS)
+    with pytest.raises(ValueError, match=r"^LSTMCell takes no static features, which cell='ea' reads; use LSTM"):
+        api.rnn_of_cell(lstm, params)
 
 
 @both_apis

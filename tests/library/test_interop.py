@@ -33,7 +33,8 @@ RECORDED_CASES = [
 LIVE_CASES = [name for name in interop_cases.CASES if name not in RECORDED_CASES]
 # One case of each library and cell in the default tier; the others are slow.
 DEFAULT_CASES = (
-    "haiku both deep", "equinox both deep", "keras both deep", "keras rnn", "linen both deep", "nnx both",
+    "haiku both deep", "equinox both deep", "equinox gru both deep", "keras both deep", "keras gru both deep",
+    "keras rnn", "linen both deep", "linen gru both deep", "nnx both", "nnx gru both deep",
 )  # fmt: skip
 
 
@@ -90,7 +91,7 @@ class Conversions(NamedTuple):
 def conversions(name):
     library, options, arguments = interop_cases.CASES[name]
     lstm = jaxlstm.LSTM(interop_cases.INPUT, interop_cases.HIDDEN, param_dtype=jnp.float64, **options)
-    cell_class = {"cell": arguments["cell"]} if library == "flax_nnx" else {}
+    cell_class = {"cell": arguments["cell_class"]} if library == "flax_nnx" else {}
     return Conversions(
         lstm,
         lambda weights: from_framework(library, lstm, weights),
@@ -98,12 +99,20 @@ def conversions(name):
     )
 
 
+def num_biases(name):
+    """Returns the number of biases that the library of a case adds up."""
+    library, options, _ = interop_cases.CASES[name]
+    is_keras_gru = library == "keras" and options.get("cell") == "gru"
+    return 2 if name == "haiku rnn" or library == "cudnn" or (is_keras_gru and options.get("use_bias", True)) else 1
+
+
 class EquinoxCell(NamedTuple):
-    """Stands in for `equinox.nn.LSTMCell`, which `from_equinox` recognizes by the names of its arrays."""
+    """Stands in for `LSTMCell` and `GRUCell` of Equinox, which `from_equinox` recognizes by the names of its arrays."""
 
     weight_ih: np.ndarray
     weight_hh: np.ndarray
     bias: np.ndarray | None = None
+    bias_n: np.ndarray | None = None
 
 
 def load_recorded(name):
@@ -139,15 +148,16 @@ def compute(name):
 @pytest.mark.parametrize("name", mark_slow(RECORDED_CASES))
 def test_lstm_matches_recorded_library(name):
     lstm, to_params, _ = conversions(name)
-    assert_parity(lstm, to_params, *load_recorded(name), num_biases=2 if name == "haiku rnn" else 1)
+    assert_parity(lstm, to_params, *load_recorded(name), num_biases=num_biases(name))
 
 
 @pytest.mark.parametrize("name", mark_slow(LIVE_CASES))
 def test_lstm_matches_installed_library(name):
     lstm, to_params, _ = conversions(name)
     computed = compute(name)
-    num_biases = 2 if name.startswith("cudnn") else 1
-    assert_parity(lstm, to_params, computed.weights, computed.weight_gradient, computed.arrays, num_biases)
+    weights, gradient, arrays = computed.weights, computed.weight_gradient, computed.arrays
+    without_bias = ("n_h",) if name.startswith("nnx gru") else ()
+    assert_parity(lstm, to_params, weights, gradient, arrays, num_biases(name), without_bias=without_bias)
 
 
 @pytest.mark.parametrize("name", mark_slow(LIVE_CASES))
@@ -157,7 +167,8 @@ def test_installed_library_accepts_converted_weights(name):
     weights = to_weights(to_params(computed.weights))
     assert jax.tree.structure(weights) == jax.tree.structure(computed.weights)
     arrays = computed.arrays
-    assert_close(computed.rerun(weights), ({"h": arrays["h"], "c": arrays["c"]}, arrays["ys"]))
+    state = {key: arrays[key] for key in ("h", "c") if key in arrays}
+    assert_close(computed.rerun(weights), (state, arrays["ys"]))
 
 
 @pytest.mark.parametrize(
@@ -165,7 +176,7 @@ def test_installed_library_accepts_converted_weights(name):
     [
         pytest.param(n, marks=[needs("equinox")] if n.startswith("equinox") else [])
         for n in RECORDED_CASES
-        if n != "haiku rnn"  # its two biases are added
+        if num_biases(n) == 1  # two biases are added
     ],
 )
 def test_recorded_weights_round_trip(name):
@@ -241,6 +252,13 @@ def params_with_special_values(lstm, name):
         ("torch", {"cell": "rnn", "activation": "relu", "bidirectional": True}),
         ("torch", {"cell": "rnn", "use_bias": False}),
         ("keras", {"use_bias": False, "bidirectional": True}),
+        ("torch", {"cell": "gru", "bidirectional": True}),
+        ("torch", {"cell": "gru", "use_bias": False}),
+        ("keras", {"cell": "gru", "num_layers": 2}),
+        ("keras", {"cell": "gru", "use_bias": False}),
+        ("flax_linen", {"cell": "gru", "num_layers": 2, "bidirectional": True}),
+        pytest.param("equinox", {"cell": "gru", "num_layers": 2, "bidirectional": True}, marks=needs("equinox")),
+        pytest.param("equinox", {"cell": "gru", "use_bias": False}, marks=needs("equinox")),
         ("keras", {"cell": "rnn", "activation": "sigmoid", "num_layers": 2}),
         ("haiku", {"cell": "rnn", "activation": "relu", "num_layers": 2, "bidirectional": True}),
         pytest.param("equinox", {"use_bias": False, "num_layers": 2}, marks=needs("equinox")),
@@ -329,7 +347,7 @@ def test_from_torch_finds_lstm_by_prefix():
         assert_bitwise_equal(interop.from_torch(lstm, model), params)
         assert_bitwise_equal(interop.from_torch(lstm, model, prefix=prefix), params)
     two = {f"{prefix}.{name}": array for prefix in ("encoder.lstm", "decoder") for name, array in state_dict.items()}
-    message = "state_dict has 2 LSTMs; choose one with prefix=: 'encoder.lstm.', 'decoder.'"
+    message = "state_dict has 2 recurrent modules; choose one with prefix=: 'encoder.lstm.', 'decoder.'"
     with pytest.raises(ValueError, match=re.escape(message)):
         interop.from_torch(lstm, two)
     assert_bitwise_equal(interop.from_torch(lstm, two, prefix="decoder"), params)
@@ -442,6 +460,16 @@ def test_from_flax_nnx_refuses_other_activations():
                 interop.from_flax_nnx(lstm, module)
 
 
+def test_from_flax_nnx_refuses_other_activations_of_a_gru():
+    from flax import nnx
+
+    gru = jaxlstm.GRU(3, 4, param_dtype=jnp.float64)
+    options = {"param_dtype": jnp.float64, "rngs": nnx.Rngs(0)}
+    interop.from_flax_nnx(gru, nnx.GRUCell(3, 4, **options))
+    with pytest.raises(ValueError, match="flax nnx cell 'GRUCell' has activation_fn=relu, expected tanh"):
+        interop.from_flax_nnx(gru, nnx.GRUCell(3, 4, activation_fn=nnx.relu, **options))
+
+
 def test_from_haiku_takes_a_single_bias_of_vanilla_rnn():
     lstm = jaxlstm.LSTM(3, 4, cell="rnn", activation="relu")
     params = float32_params(lstm)
@@ -484,6 +512,9 @@ def test_from_framework_accepts_weights_of_the_error_cases():
         ("cell", "peephole", FRAMEWORKS),
         ("cell", "cifg", FRAMEWORKS),
         ("cell", "rnn", ("flax_nnx", "flax_linen", "equinox", "cudnn")),
+        ("cell", "gru", ("haiku", "cudnn")),
+        *[("cell", cell, FRAMEWORKS) for cell in ("slstm", "minlstm", "mingru", "indrnn", "paralstm")],
+        ("heads", 2, FRAMEWORKS),
         ("layer_norm", True, FRAMEWORKS),
         ("learned_state", True, FRAMEWORKS),
         ("proj_size", 2, FRAMEWORKS[1:]),
@@ -516,6 +547,105 @@ def test_torch_rejects_user_defined_cell():
         interop.to_torch(lstm, float32_params(lstm))
 
 
+GRU = jaxlstm.GRU(3, 4)
+GRU_WEIGHTS = {name: to_framework(name, GRU, float32_params(GRU)) for name in ("torch", "keras", "flax_linen")}
+
+
+def nnx_gru_params():
+    """Random parameters without the bias that nnx's GRUCell does not have."""
+    (layer,) = float32_params(GRU).layers
+    weights = layer.forward
+    return jaxlstm.Params((jaxlstm.Layer(weights._replace(b=weights.b.at[-GRU.hidden_size :].set(0.0))),))
+
+
+GRU_WEIGHTS["flax_nnx"] = interop.to_flax_nnx(GRU, nnx_gru_params())
+b_r, b_z, b_n, b_h = np.split(np.arange(16, dtype=np.float32), 4)
+GRU_WEIGHTS["equinox"] = EquinoxCell(
+    GRU_WEIGHTS["torch"]["weight_ih_l0"], GRU_WEIGHTS["torch"]["weight_hh_l0"], np.concatenate([b_r, b_z, b_n]), b_h
+)
+
+
+@pytest.mark.parametrize(
+    ("name", "lstm_message", "gru_message"),
+    [
+        ("torch", "'weight_ih_l0' must have shape [16, 3], got [12, 3]", "must have shape [12, 3], got [16, 3]"),
+        (
+            "keras",
+            "'kernel of layer 0, forward' must have shape [3, 16], got [3, 12]",
+            "'kernel of layer 0, forward' must have shape [3, 12], got [3, 16]",
+        ),
+        ("flax_linen", "one stack of 1 cell", "one stack of 1 cell"),
+        ("flax_nnx", "dense_h/bias' of shape [16] is missing", "dense_i/bias' of shape [12] is missing"),
+        ("equinox", "'bias_n' is not part of this network", "'bias_n' of shape [4] is missing"),
+    ],
+)
+def test_weights_of_another_cell_are_refused_in_one_line(name, lstm_message, gru_message):
+    assert from_framework(name, GRU, GRU_WEIGHTS[name]).layers[0].forward.b.shape == (16,)
+    for lstm, weights, message in ((SINGLE, GRU_WEIGHTS, lstm_message), (GRU, WEIGHTS, gru_message)):
+        with pytest.raises(ValueError, match=re.escape(message)) as raised:
+            from_framework(name, lstm, weights[name])
+        assert "\n" not in str(raised.value)
+    with pytest.raises(ValueError, match="must have shape"):
+        to_framework(name, GRU, PARAMS)
+    with pytest.raises(ValueError, match="must have shape"):
+        to_framework(name, SINGLE, nnx_gru_params())
+
+
+def test_from_keras_refuses_a_gru_with_its_reset_gate_before_the_product():
+    """With ``reset_after=False`` there is one bias."""
+    kernel, recurrent_kernel, biases = GRU_WEIGHTS["keras"]
+    message = (
+        "keras weight 'bias of layer 0, forward' of shape [12] is of a GRU with reset_after=False, whose reset gate is "
+        "applied before the product with W_h; expected reset_after=True"
+    )
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        interop.from_keras(GRU, [kernel, recurrent_kernel, biases[0]])
+
+
+def test_haiku_says_why_it_refuses_a_gru():
+    message = (
+        "haiku weights do not support cell='gru': hk.GRU applies its reset gate before the product with W_h, "
+        "jaxlstm.GRU after it"
+    )
+    gru = {"w_i": np.zeros((3, 12)), "w_h": np.zeros((4, 12)), "b": np.zeros(12)}
+    for convert, value in ((interop.to_haiku, float32_params(GRU)), (interop.from_haiku, {"gru": gru})):
+        with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+            convert(GRU, value)
+    with pytest.raises(ValueError, match=r"one stack of 1 cell .*; found none$"):
+        interop.from_haiku(SINGLE, {"gru": gru})
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_flax_nnx_gru_round_trips_without_the_bias_that_it_does_not_have(dtype):
+    lstm = jaxlstm.GRU(3, 4, param_dtype=dtype)
+    params = jax.tree.map(lambda a: a.astype(dtype), nnx_gru_params())
+    assert_bitwise_equal(interop.from_flax_nnx(lstm, interop.to_flax_nnx(lstm, params)), params)
+    (layer,) = params.layers
+    b = layer.forward.b.at[-1].set(0.5)
+    message = (
+        "flax nnx GRUCell has no bias that its reset gate multiplies; expected zeros for gate n_h, the last 4 values "
+        "of b, got values up to 0.5"
+    )
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        interop.to_flax_nnx(lstm, jaxlstm.Params((jaxlstm.Layer(layer.forward._replace(b=b)),)))
+    with pytest.raises(ValueError, match=r"^cell must be one of 'GRUCell'; got 'LSTMCell'$"):
+        interop.to_flax_nnx(lstm, params, cell="LSTMCell")
+
+
+@needs("torch")
+def test_from_torch_reads_a_gru_cell_of_installed_torch():
+    import torch
+
+    cell = torch.nn.GRUCell(3, 4)
+    x, h = torch.randn(2, 3), torch.randn(2, 4)
+    params = interop.from_torch(GRU, cell.state_dict())
+    new_state, _ = GRU.step(params, jaxlstm.State(h.numpy()[None], None), x.numpy())
+    np.testing.assert_allclose(new_state.h[0], cell(x, h).detach().numpy(), rtol=1e-5, atol=1e-6)
+    names = {name.removesuffix("_l0"): torch.from_numpy(a) for name, a in interop.to_torch(GRU, params).items()}
+    cell.load_state_dict(names)
+    assert_bitwise_equal(interop.from_torch(GRU, cell.state_dict()), params)
+
+
 def test_haiku_names_unsupported_activation_of_rnn():
     lstm = jaxlstm.LSTM(3, 4, cell="rnn")  # hk.VanillaRNN has relu
     with pytest.raises(ValueError, match="haiku weights do not support activation=None"):
@@ -532,7 +662,7 @@ def test_from_torch_takes_an_lstm_cell():
     assert_bitwise_equal(interop.from_torch(SINGLE, with_prefix("decoder.cell.", cell)), PARAMS)
     with pytest.raises(ValueError, match=r"weight 'weight_ih' is of a cell, .*; expected weights for num_layers=2"):
         interop.from_torch(jaxlstm.LSTM(3, 4, num_layers=2), cell)
-    with pytest.raises(ValueError, match=r"state_dict has 2 LSTMs; choose one with prefix=: 'a\.', 'b\.'"):
+    with pytest.raises(ValueError, match=r"state_dict has 2 recurrent modules; choose one with prefix=: 'a\.', 'b\.'"):
         interop.from_torch(SINGLE, with_prefix("a.", cell) | with_prefix("b.", TORCH))
 
 
@@ -567,7 +697,7 @@ def test_from_torch_names_the_tensors_of_weight_norm(weight, names):
     message = f"torch weight '{weight}' is computed from '{first}', '{second}': remove the weight norm"
     with pytest.raises(ValueError, match=re.escape(message)):
         interop.from_torch(SINGLE, state_dict)
-    with pytest.raises(ValueError, match="state_dict has 2 LSTMs"):
+    with pytest.raises(ValueError, match="state_dict has 2 recurrent modules"):
         interop.from_torch(SINGLE, with_prefix("encoder.", state_dict) | with_prefix("decoder.", TORCH))
 
 
@@ -747,7 +877,7 @@ def test_conversion_copies_memory(name):
 
 
 def test_interop_imports_no_framework():
-    frameworks = ("torch", "keras", "flax", "haiku", "equinox", "onnx", "safetensors")
+    frameworks = ("torch", "keras", "flax", "haiku", "equinox", "onnx", "safetensors", "xlstm")
     code = f"import sys, jaxlstm.interop; print([name for name in {frameworks} if name in sys.modules])"
     assert run_python("-c", code).strip() == "[]"
 
@@ -832,7 +962,9 @@ def test_load_safetensors_reads_only_arrays_of_the_lstm(tmp_path, monkeypatch):
     save_file({**tensors, "embed.weight": np.zeros((7, 3), np.float32)}, path)
     assert_bitwise_equal(interop.load_safetensors(SINGLE, path, prefix="decoder"), PARAMS)
     assert sorted(names_read) == sorted(f"decoder.{name}" for name in TORCH)
-    with pytest.raises(ValueError, match=r"state_dict has 2 LSTMs; choose one with prefix=: '\w+\.', '\w+\.'"):
+    with pytest.raises(
+        ValueError, match=r"state_dict has 2 recurrent modules; choose one with prefix=: '\w+\.', '\w+\.'"
+    ):
         interop.load_safetensors(SINGLE, path)
 
 

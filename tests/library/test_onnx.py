@@ -18,8 +18,8 @@ from jaxlstm.interop import from_onnx, to_onnx
 from jaxlstm.interop.onnx import operators_from_params, params_from_operators
 
 RECORDED = np.load(onnx_cases.RECORDED)
-# Live cases of the default tier: all inputs, the coupled gates and the RNN operator.
-DEFAULT_LIVE_CASES = ("everything", "cifg", "rnn relu")
+# Live cases of the default tier: all inputs, the coupled gates, the GRU operator and the RNN operator.
+DEFAULT_LIVE_CASES = ("everything", "cifg", "gru", "rnn relu")
 
 
 def needs(*packages):
@@ -70,7 +70,11 @@ def test_operator_weights_match_recorded_runtime(name):
                 first, second = np.split(array, 2, axis=1)
                 assert np.all(first)
                 assert np.all(second)
-                expected = np.concatenate([first + second, 0 * second], axis=1)
+                summed = 2 * lstm.hidden_size if lstm.cell == "gru" else None  # not the two biases of the candidate
+                expected = np.concatenate([first, 0 * second], axis=1)
+                expected[:, :summed][:, : first.shape[1]] += second[:, :summed]
+                if summed:
+                    expected[:, first.shape[1] + summed :] = second[:, summed:]
             np.testing.assert_array_equal(written[key], expected)
     assert_outputs_match(lstm, params, arrays, arrays)
 
@@ -131,21 +135,24 @@ def test_float64_model_round_trips_and_float32_rejects_it():
 
 @pytest.mark.slow
 @needs("onnx", "torch")
-def test_from_onnx_reads_model_exported_by_torch():
+@pytest.mark.parametrize("cell", ["lstm", "gru"])
+def test_from_onnx_reads_model_exported_by_torch(cell):
     import onnx
     import torch
 
     torch.manual_seed(0)
-    module = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.LSTM(4, 5, num_layers=2, bidirectional=True))
+    module_class = torch.nn.GRU if cell == "gru" else torch.nn.LSTM
+    module = torch.nn.Sequential(torch.nn.Linear(3, 4), module_class(4, 5, num_layers=2, bidirectional=True))
     file = io.BytesIO()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         torch.onnx.export(module, (torch.randn(6, 2, 3),), file, dynamo=False)
-    lstm = jaxlstm.LSTM(4, 5, num_layers=2, bidirectional=True)
+    lstm = jaxlstm.LSTM(4, 5, num_layers=2, bidirectional=True, cell=cell)
     params = from_onnx(lstm, onnx.load_from_string(file.getvalue()))
     xs = torch.randn(6, 2, 4)
-    ys, (h, c) = module[1](xs)
-    expected = {key: value.detach().numpy() for key, value in {"ys": ys, "h": h, "c": c}.items()}
+    ys, state = module[1](xs)
+    results = {"ys": ys, "h": state} if cell == "gru" else {"ys": ys, "h": state[0], "c": state[1]}
+    expected = {key: value.detach().numpy() for key, value in results.items()}
     assert_outputs_match(lstm, params, {"xs": xs.numpy()}, expected)
 
 
@@ -215,6 +222,7 @@ def network(**options):
     [
         ({"num_layers": 1}, "num_layers=1, but the model has 2 LSTM operators"),
         ({"cell": "rnn"}, "num_layers=2, but the model has 0 RNN operators"),
+        ({"cell": "gru"}, "num_layers=2, but the model has 0 GRU operators"),
         ({"input_size": 5}, r"ONNX weight 'W of layer 0, forward' must have shape \[16, 5\], got \[16, 3\]"),
         ({"bidirectional": True}, "direction must be 'bidirectional' for this configuration, got 'forward'"),
         ({"use_bias": False}, r"'B of layer 0, forward' is not part of this network, got float32\[32\]"),
@@ -257,6 +265,32 @@ def test_from_onnx_rejects_unsupported_models():
     attribute = next(a for a in node.attribute if a.name == "activations")
     attribute.strings[1] = b"relu"
     assert_rejected(other_activation, "activations must be .*, got .'Sigmoid', 'Relu', 'Tanh'.")
+
+
+@needs("onnx")
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("linear_before_reset", 0, "linear_before_reset must be 1 for this configuration, got 0"),
+        ("linear_before_reset", None, "linear_before_reset must be 1 for this configuration, got 0"),
+        (
+            "activations",
+            ["Sigmoid", "Relu"],
+            r"activations must be \['Sigmoid', 'Tanh'\] for this configuration, got .*",
+        ),
+    ],
+)
+def test_from_onnx_rejects_other_equations_of_a_gru(name, value, message):
+    import onnx
+
+    lstm = network(cell="gru")
+    model = to_onnx(lstm, random_params(lstm))
+    node = next(node for node in model.graph.node if node.op_type == "GRU")
+    kept = [attribute for attribute in node.attribute if attribute.name != name]
+    del node.attribute[:]
+    node.attribute.extend([*kept, *([] if value is None else [onnx.helper.make_attribute(name, value)])])
+    with pytest.raises(ValueError, match=f"^GRU operator 0: {message}$"):
+        from_onnx(lstm, model)
 
 
 def stack(**options):

@@ -12,8 +12,8 @@ import jaxlstm
 from jaxlstm.interop import from_torch
 
 RECORDED = np.load(torch_cases.RECORDED)
-# Cases of the default tier: layers, directions, a projection and lengths; both modules; with and without bias.
-DEFAULT_CASES = ("no bias", "packed everything", "rnn relu packed")
+# Cases of the default tier: layers, directions, a projection and lengths; every module; with and without bias.
+DEFAULT_CASES = ("no bias", "packed everything", "rnn relu packed", "gru")
 needs_torch = pytest.mark.skipif(importlib.util.find_spec("torch") is None, reason="torch is not installed")
 
 
@@ -23,7 +23,9 @@ def load_recorded(name):
 
 def assert_parity_with_torch(name, arrays, implementation):
     case = torch_cases.CASES[name]
-    cell_options = {"cell": "rnn", "activation": case["nonlinearity"]} if "nonlinearity" in case else {}
+    cell_options = {"cell": case.get("module", "LSTM").lower()}
+    if "nonlinearity" in case:
+        cell_options = {"cell": "rnn", "activation": case["nonlinearity"]}
     lstm = jaxlstm.LSTM(
         torch_cases.INPUT,
         torch_cases.HIDDEN,
