@@ -52,7 +52,7 @@ class LSTM(RNN):
       implementation: the backend of the recurrence: a name in `jaxlstm.recurrence.BACKENDS` or
         `jaxlstm.recurrence.MULTILAYER_BACKENDS`, a backend with options such as `jaxlstm.recurrence.fused.Fused`,
         or None to pick one (`jaxlstm.recurrence.explain` says which and why). A named backend runs or raises. The
-        backends ``"newton"``, ``"pallas"`` and ``"cudnn"`` are experimental.
+        backends ``"associative"``, ``"newton"``, ``"pallas"`` and ``"cudnn"`` are experimental.
 
     Raises:
       ValueError, TypeError: for an option that is out of range, unknown or of the wrong type.

@@ -13,6 +13,7 @@ from jaxlstm.recurrence.fused import Fused
 from jaxlstm.recurrence.layout import ORDERS, LayerSizes, choose_layout
 from jaxlstm.recurrence.scan import Scan
 from jaxlstm.recurrence.selection import TENSOR_PARALLEL, default_backend
+from jaxlstm.recurrence.step import unsupported_form
 from jaxlstm.rnn import RNN
 
 CHUNK_SIZES = (8, 16, 32, 64)  # the range of the measured rules in `jaxlstm.recurrence.layout`
@@ -74,6 +75,7 @@ def list_candidates(lstm: RNN, xs_shape: tuple[int, ...], *, training: bool, exp
     own: list[Implementation] = [] if lstm.implementation in (None, name) else [lstm.implementation]
     concatenated = [Scan(concatenate=True)] if platform == "cpu" and not lstm.layer_norm else []
     kernels: list[Implementation] = ["cudnn"] if platform == "cpu" else ["pallas", "cudnn"]
+    parallel: list[Implementation] = ["associative"]
     newton: list[Implementation] = ["newton", load(OPTION_CLASSES["Newton"])(mode="diagonal")]
     excluded = {"tensor_parallel": TENSOR_PARALLEL}
     if platform == "cpu":
@@ -82,8 +84,8 @@ def list_candidates(lstm: RNN, xs_shape: tuple[int, ...], *, training: bool, exp
         excluded[str(Scan(concatenate=True))] = "not with layer normalization"
     if not experimental:
         excluded |= dict.fromkeys(EXPERIMENTAL, "experimental")
-        kernels, newton = [], []
-    early: list[Implementation] = kernels if platform == "cpu" else [*kernels, *newton]
+        kernels, newton, parallel = [], [], []
+    early: list[Implementation] = [*kernels, *([] if platform == "cpu" else newton), *parallel]
     late: list[Implementation] = newton if platform == "cpu" else []  # slower on every CPU measured
     unrolled: list[Implementation] = [*fused_options, "scan", *concatenated]
     if platform == "tpu" and experimental:
@@ -106,9 +108,9 @@ def _fused_options(lstm: RNN, xs_shape: tuple[int, ...], *, training: bool) -> t
     """Returns the fused backend in each layout, first the default one, and with all options."""
     sizes = LayerSizes(math.prod(xs_shape[1:-1]), lstm.input_size, lstm.hidden_size)
     layout = choose_layout(sizes, lstm.output_dtype, lstm.state_dtype)
-    hoist_inputs = layout.hoist_inputs or lstm.layer_norm
+    is_hoisted = lstm.layer_norm or lstm.num_heads > 1 or unsupported_form(lstm.resolved_cell) is not None
     orders = _distinct((layout.order, *ORDERS))
-    hoisting = (True,) if lstm.layer_norm else (hoist_inputs, not hoist_inputs)
+    hoisting = (True,) if is_hoisted else (layout.hoist_inputs, not layout.hoist_inputs)  # otherwise it refuses
     chunk_sizes = (layout.chunk_size, *CHUNK_SIZES) if training else (layout.chunk_size,)
     chunk_sizes = _distinct_up_to(_chunk_steps(lstm, xs_shape), chunk_sizes)
     layouts = [Fused(*each, layout.chunk_size) for each in itertools.product(orders, hoisting)]

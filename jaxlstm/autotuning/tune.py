@@ -18,7 +18,7 @@ from jaxlstm.autotuning.tuning import Tuning, device_name
 from jaxlstm.params import Params
 from jaxlstm.rnn import RATES, RNN
 
-MATRICES = ("w_x", "w_h", "w_p")  # of `jaxlstm.params.Weights`
+MATRICES = ("w_x", "w_h", "w_p", "w_s")  # of `jaxlstm.params.Weights`
 
 
 def autotune(lstm: RNN, xs_shape: tuple[int, ...], *, training: bool = True, seconds: float = 20.0) -> Tuning:
@@ -123,11 +123,12 @@ class ProgramArgs(NamedTuple):
     xs: Array  # (T, *batch, I)
     cotangent: Array | None  # (T, *batch, D*P), of the outputs; None without derivatives
     key: Array | None
+    static: Array | None = None  # (*batch, S), for a cell that reads static features
 
     def astype(self, dtype: jnp.dtype) -> "ProgramArgs":
-        """Returns parameters and inputs in another dtype."""
-        params, xs = jax.tree.map(lambda a: a.astype(dtype), (self.params, self.xs))
-        return self._replace(params=params, xs=xs)
+        """Returns parameters, inputs and static features in another dtype."""
+        params, xs, static = jax.tree.map(lambda a: a.astype(dtype), (self.params, self.xs, self.static))
+        return self._replace(params=params, xs=xs, static=static)
 
 
 def _draw_args(lstm: RNN, xs_shape: tuple[int, ...], *, training: bool) -> ProgramArgs:
@@ -147,28 +148,29 @@ def _draw_args(lstm: RNN, xs_shape: tuple[int, ...], *, training: bool) -> Progr
 
     params = jax.tree.map_with_path(draw, lstm.param_shapes())
     xs = normal(xs_shape, lstm.param_dtype)
+    static = None if lstm.static_size is None else normal((*xs_shape[1:-1], lstm.static_size), lstm.param_dtype)
     if not training:
-        return ProgramArgs(params, xs, None, None)
+        return ProgramArgs(params, xs, None, None, static)
     cotangent = normal((*xs_shape[:-1], lstm.num_directions * lstm.output_size), lstm.state_dtype)
     is_regularized = any(getattr(lstm, rate) for rate in RATES)
     key = jax.random.key(0, impl="unsafe_rbg")  # compiles much faster than the default generator
-    return ProgramArgs(params, xs, cotangent, key if is_regularized else None)
+    return ProgramArgs(params, xs, cotangent, key if is_regularized else None, static)
 
 
 def _inference_program(lstm: RNN) -> Any:
     """Returns a compiled call, which computes outputs and final state."""
-    return jax.jit(lambda params, xs, cotangent, key: lstm(params, xs, key=key))
+    return jax.jit(lambda params, xs, cotangent, key, static: lstm(params, xs, key=key, static=static))
 
 
 def _training_program(lstm: RNN) -> Any:
     """Returns a compiled function of outputs, final state, and the gradients of parameters and inputs."""
 
-    def loss(params: Params, xs: Array, cotangent: Array, key: Array | None) -> tuple[Array, Any]:
-        ys, state = lstm(params, xs, key=key)
+    def loss(params: Params, xs: Array, cotangent: Array, key: Any, static: Any) -> tuple[Array, Any]:
+        ys, state = lstm(params, xs, key=key, static=static)
         return (ys.astype(cotangent.dtype) * cotangent).sum(), (ys, state)
 
-    def results(params: Params, xs: Array, cotangent: Array, key: Array | None) -> Any:
-        (_, outputs), gradients = jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)(params, xs, cotangent, key)
+    def results(params: Params, xs: Array, *rest: Any) -> Any:
+        (_, outputs), gradients = jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)(params, xs, *rest)
         return outputs, gradients  # without the loss, a sum in which terms cancel: it says little about errors
 
     return jax.jit(results)

@@ -1,5 +1,7 @@
 """Experimental backends: none has been shown to be faster than the default on the hardware it is meant for.
 
+- `jaxlstm.experimental.associative`: exact and parallel in time, for cells that are affine in their state. Correct on
+  every platform that runs JAX; run on CPUs only.
 - `jaxlstm.experimental.newton`: parallel in time by Newton's method. Correct on every platform that runs JAX; run on
   CPUs only, where it is slower than ``"fused"`` at every measured shape. `jaxlstm.experimental.newton_stats` reports
   its iterations.
@@ -15,12 +17,13 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from jaxlstm.experimental import associative as associative
     from jaxlstm.experimental import cudnn as cudnn
     from jaxlstm.experimental import newton as newton
     from jaxlstm.experimental import newton_stats as newton_stats
     from jaxlstm.experimental import pallas as pallas
 
-__all__ = ["cudnn", "newton", "newton_stats", "pallas"]
+__all__ = ["associative", "cudnn", "newton", "newton_stats", "pallas"]
 
 
 def __getattr__(name: str) -> Any:

@@ -9,7 +9,8 @@ The unknowns are the states ``s_t = (h_t, c_t)`` of all steps. Linearized around
 
 In this form a step whose previous state is exact becomes exact too, for any ``J``. Each iteration therefore solves at
 least one more step, and T iterations solve all. So ``J`` may be approximate: one block per hidden unit (Gonzalez et al.
-2024; Danieli et al. 2025), damped, or ignored if a product of Jacobians overflows.
+2024; Danieli et al. 2025), damped, or ignored if a product of Jacobians overflows. With diagonal recurrent weights a
+block per unit is exact.
 
 The derivative at the solution is another linear recurrence, and so is its transpose. Both are solved by the same
 iterations, so gradients, forward mode and second derivatives are exact. F is `jaxlstm.recurrence.step` and J comes from
@@ -56,7 +57,7 @@ class Newton:
     Args:
       mode: the Jacobian of a step. ``"full"`` is exact, with ``(P + H)^2`` numbers per step and row: few iterations,
         for small H. ``"diagonal"`` is one 2x2 block per hidden unit, ``4 H`` numbers: more iterations, for any H, but
-        not with a projection or layer normalization.
+        not with a projection or layer normalization. It is exact for a cell with diagonal recurrent weights.
       max_iterations: limit of the number of iterations; T are always enough.
       damping: in [0, 1): scales the Jacobian by ``1 - damping``, for networks in which small differences grow.
       tolerance: largest accepted residual of a step, relative to the largest magnitude in the state before or after
@@ -119,7 +120,7 @@ def solve_directions(
     """
     if jax.sharding.get_abstract_mesh().manual_axes:
         raise ValueError("implementation='newton' does not run within jax.shard_map; use 'fused' or 'scan'")
-    require_form("implementation='newton'", cell, directions[0].weights, several_states=False)
+    require_form("implementation='newton'", cell, directions[0].weights, several_states=False, diagonal=True)
     MODES[options.mode].check(directions[0].weights)
     config = NewtonConfig(options, StepConfig(cell, context.rates, context.dtype))
     outputs, states, stats = jax.vmap(partial(_solve_direction, config, context))(tree_stack(directions))

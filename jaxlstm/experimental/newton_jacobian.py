@@ -16,9 +16,8 @@ from jaxtyping import Float
 from jaxlstm.cells import Cell
 from jaxlstm.dropout import RegularizerMasks, RegularizerRates, apply_zoneout
 from jaxlstm.params import State, Weights
-from jaxlstm.primitives.mixed_precision_dot import matvec
 from jaxlstm.recurrence.masking import hold_skipped, restart
-from jaxlstm.recurrence.step import apply_gates, recurrent_step, split_gates
+from jaxlstm.recurrence.step import apply_gates, project_hidden, recurrent_step, split_gates
 
 ModeName = Literal["full", "diagonal"]
 
@@ -123,9 +122,10 @@ def _unit_jacobian(
     accum_dtype = state.h.dtype
     h = restart(inputs.restarts, params.restart_state, state).h
     hidden_size = h.shape[-1]
-    z = split_gates(inputs.z_x + matvec(weights.w_h, h, config.dtype, accum_dtype), cell.num_gates, -1)
-    w_h = weights.w_h.reshape(cell.num_gates, hidden_size, hidden_size).astype(accum_dtype)
-    w_self = jnp.broadcast_to(jnp.diagonal(w_h, axis1=1, axis2=2)[:, None, None], z.shape)  # from a unit to itself
+    z = split_gates(inputs.z_x + project_hidden(weights.w_h, h, config.dtype, accum_dtype), cell.num_gates, -1)
+    w_h = weights.w_h.reshape(cell.num_gates, hidden_size, -1).astype(accum_dtype)
+    w_unit = w_h[..., 0] if w_h.shape[2] == 1 else jnp.diagonal(w_h, axis1=1, axis2=2)  # from a unit to itself
+    w_self = jnp.broadcast_to(w_unit[:, None, None], z.shape)
 
     def step_units(state: State) -> State:
         state = restart(inputs.restarts, params.restart_state, state)

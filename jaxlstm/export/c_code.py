@@ -1,5 +1,6 @@
 """Writes one step of a network as a C99 file without dependencies."""
 
+import math
 import re
 from collections.abc import Sequence
 from typing import Any
@@ -16,7 +17,7 @@ from jaxlstm.export.c_expressions import Block, literal
 from jaxlstm.params import Params, Weights
 from jaxlstm.recurrence.cpu_activations import DENOMINATOR, LIMIT, NUMERATOR
 from jaxlstm.recurrence.gates import evaluate_cell
-from jaxlstm.recurrence.step import EPSILON
+from jaxlstm.recurrence.step import EPSILON, sum_sources
 from jaxlstm.rnn import RNN
 
 Readout = tuple[Float[ArrayLike, "O P"], Float[ArrayLike, "O"] | None]
@@ -29,12 +30,16 @@ def to_c(
 ) -> str:
     """Writes ``lstm.step`` for one sequence as a C99 file, for microcontrollers and other programs without Python.
 
-    The file contains the weights as constants and needs no library, except math.h if the gates of a user-defined cell
-    call one of its functions. It allocates no memory, and it is valid C++. It defines, with ``name`` as prefix::
+    The file contains the weights as constants and needs no library, except math.h if the functions of a cell call one
+    of its functions, as those of sLSTM and minLSTM do. It allocates no memory, and it is valid C++. It defines, with
+    ``name`` as prefix::
 
         typedef struct { ... } lstm_state;
-        void lstm_reset(lstm_state *s);                                 zeros, or the learned initial state
+        void lstm_reset(lstm_state *s);                                 the initial state, or the learned one
         void lstm_step(lstm_state *s, const float *x, float *y);        x[LSTM_INPUT_SIZE], y[LSTM_OUTPUT_SIZE]
+
+    A cell that reads static features gets them at the reset, which stores their product with the weights in the state:
+    ``lstm_reset(lstm_state *s, const float *features)`` with ``features[LSTM_STATIC_SIZE]``.
 
     Every cell is translated from its own equations in `jaxlstm.cells`, by tracing. Numbers are float32 whatever the
     network's dtype, and tanh is the quotient of polynomials of `jaxlstm.recurrence.cpu_activations`, so outputs agree
@@ -115,18 +120,20 @@ def _rounding_error(lstm: RNN, params: Params, num_steps: int = 1000) -> float:
         return jnp.asarray(integers * scale[:, None])
 
     def round_matrices(weights: Weights) -> Weights:
-        w_p = None if weights.w_p is None else rounded(weights.w_p)
-        return weights._replace(w_x=rounded(weights.w_x), w_h=rounded(weights.w_h), w_p=w_p)
+        matrices = {name: getattr(weights, name) for name in ("w_x", "w_h", "w_p", "w_s")}
+        return weights._replace(**{name: rounded(w) for name, w in matrices.items() if w is not None})
 
     lstm = RNN(
         lstm.input_size, lstm.hidden_size, num_layers=lstm.num_layers, cell=lstm.cell, use_bias=lstm.use_bias,
         learned_state=lstm.learned_state, proj_size=lstm.proj_size, layer_norm=lstm.layer_norm,
-        activation=lstm.activation, zoneout_h=lstm.zoneout_h, zoneout_c=lstm.zoneout_c,
+        activation=lstm.activation, zoneout_h=lstm.zoneout_h, zoneout_c=lstm.zoneout_c, heads=lstm.heads,
+        static_size=lstm.static_size,
     )  # fmt: skip
     params = jax.tree.map(lambda a: jnp.asarray(a, jnp.float32), params)
     layers = tuple(layer._replace(forward=round_matrices(layer.forward)) for layer in params.layers)
     xs = np.random.default_rng(0).standard_normal((num_steps, lstm.input_size)).astype(np.float32)
-    exact, approximate = lstm(params, xs)[0], lstm(params._replace(layers=layers), xs)[0]
+    static = None if lstm.static_size is None else xs[0, [0] * lstm.static_size]
+    exact, approximate = (lstm(p, xs, static=static)[0] for p in (params, params._replace(layers=layers)))
     return float(jnp.sqrt(((approximate - exact) ** 2).mean() / (exact**2).mean()))
 
 
@@ -147,68 +154,97 @@ class _Writer:
 
     def add_layer(self, n: int, lstm: RNN, weights: Weights, x: str, size: int) -> None:
         """Adds one step of a layer, from the array ``x`` of ``size`` numbers to the new ``s->h`` of the layer."""
-        cell, units = lstm.resolved_cell, lstm.hidden_size
-        rows = cell.num_gates * units
+        cell, units, norm = lstm.resolved_cell, lstm.hidden_size, weights.norm
         self.add_field(f"h{n}", lstm.output_size)
-        if cell.has_cell_state:
-            self.add_field(f"c{n}", units)
+        for name in cell.initial_values:
+            self.add_field(f"{name}{n}", units)
         self.emit(0, f"{{ /* layer {n} */")
-        z_x = self.add_product(f"w_x{n}", weights.w_x, x, "z")
-        z_h = self.add_product(f"w_h{n}", weights.w_h, f"s->h{n}", "z_h")
-        bias = "" if weights.b is None else f" + {self.add_array(f'b{n}', weights.b)}[r]"
-        if weights.norm is not None:
-            for product, array in ((z_x, "z"), (z_h, "z_h")):
-                if self.int8:
-                    self.emit(1, f"for (r = 0; r < {rows}; ++r) {array}[r] = {product};")
-                self.emit(1, f"{self.name}_normalize({rows}, {array});")
-            z_x = f"z[r] * {self.add_array(f'gain_x{n}', weights.norm.x)}[r]"
-            z_h = f"z_h[r] * {self.add_array(f'gain_h{n}', weights.norm.h)}[r]"
-        self.emit(1, f"for (r = 0; r < {rows}; ++r) z[r] = {z_x} + {z_h}{bias};")
-        self.num_operations += 2 * rows
-        self.add_gates(n, lstm, cell, weights)
+        products = {"z_x": self.add_product(f"w_x{n}", weights.w_x, x, "z_x")}
+        if weights.w_h is not None:
+            args = (f"w_h{n}", weights.w_h, f"s->h{n}", "z_h")
+            is_dense = weights.w_h.shape[1] == lstm.output_size
+            products["z_h"] = self.add_product(*args) if is_dense else self.add_block_product(*args, units)
+        if norm is not None:
+            for array, gain in (("z_x", norm.x), ("z_h", norm.h)):
+                if gain is not None:
+                    if self.int8:
+                        self.emit(1, f"for (r = 0; r < {gain.size}; ++r) {array}[r] = {products[array]};")
+                    self.emit(1, f"{self.name}_normalize({gain.size}, {array});")
+                    products[array] = f"({array}[r] * {self.add_array(f'gain{array[1:]}{n}', gain)}[r])"
+        if weights.w_s is not None:
+            products["z_s"] = f"s->z_s{n}[r]"
+            self.add_static(n, weights.w_s)
+        if weights.b is not None:
+            products["b"] = f"{self.add_array(f'b{n}', weights.b)}[r]"
+        rows = {"z_x": cell.slabs_reading("x"), "z_h": cell.slabs_reading("h"), "z_s": cell.slabs_reading("static")}
+        pre_activations = [
+            [products[source].replace("[r]", f"[{slab * units} + j]" if slab else "[j]") for slab in range(len(slabs))]
+            if source in products
+            else None
+            for source, slabs in {**rows, "b": range(cell.num_gates)}.items()
+        ]
+        self.add_gates(n, lstm, cell, weights, pre_activations)
         self.emit(0, "}")
 
-    def add_gates(self, n: int, lstm: RNN, cell: Cell, weights: Weights) -> None:
-        """Adds the elementwise part of a layer."""
+    def add_gates(
+        self, n: int, lstm: RNN, cell: Cell, weights: Weights, pre_activations: Sequence[list[str] | None]
+    ) -> None:
+        """Adds the elementwise part of a layer, from the numbers of the sources of each gate, as in `sum_sources`."""
         units, norm = lstm.hidden_size, weights.norm
-        z = [f"z[{gate * units} + j]" if gate else "z[j]" for gate in range(cell.num_gates)]
-        c = [f"s->c{n}[j]"] if cell.has_cell_state else None
+        states = [f"s->{name}{n}[j]" for name in cell.initial_values]
+        h = f"s->h{n}[j]"
         peepholes = None
         if weights.w_c is not None:
             array = self.add_array(f"w_c{n}", weights.w_c)
             peepholes = [f"{array}[{k}][j]" for k in range(len(cell.peepholes))]
+        args = (*pre_activations, states or None, peepholes, [h] if cell.reads_h else None)
 
-        def gates(z: Array, c: Array | None, peepholes: Array | None, **options: Any) -> tuple[Array | None, Array]:
-            return evaluate_cell(cell, z, None if c is None else c[0], peepholes, **options)
+        def gates(
+            z_x: Array, z_h: Array | None, z_s: Array | None, b: Array | None, c: Array | None,
+            peepholes: Array | None, h: Array | None, **options: Any,
+        ) -> list[Array]:  # fmt: skip
+            z = sum_sources(cell, z_x, z_h, z_s, b, axis=-3)
+            named = {} if c is None else dict(zip(cell.initial_values, c))
+            old_h = None if h is None else h[0]
+            c, new_h = evaluate_cell(cell, z, cell.pack_states(named), peepholes, h=old_h, **options)
+            return [*cell.states_by_name(c).values(), new_h]
 
-        h, old_h = f"s->h{n}[j]", f"s->h{n}[j]"
         output = "u[j]" if weights.w_p is not None else None
         if output:
             self.emit(1, f"float u[{units}];")
 
-        def store_h(value: str) -> str:
-            return f"{output} = {value};" if output else f"{h} = {_mixed(lstm.zoneout_h, value, old_h)};"
+        def store(values: Sequence[str]) -> list[str]:
+            """Returns the statements that store the new states and the output."""
+            *new_states, y = values
+            lines = [f"{c} = {_mixed(lstm.zoneout_c, new, c)};" for c, new in zip(states, new_states)]
+            return [*lines, f"{output} = {y};" if output else f"{h} = {_mixed(lstm.zoneout_h, y, h)};"]
 
         if norm is None or norm.c is None:
-            block = Block(lambda *args: [a for a in gates(*args) if a is not None], z, c, peepholes)
-            stores = [store_h(block.results[-1])]
-            if c is not None:
-                stores.insert(0, f"{c[0]} = {_mixed(lstm.zoneout_c, block.results[0], c[0])};")
-            self.add_loop(units, block, stores)
+            block = Block(gates, *args)
+            self.add_loop(units, block, store(block.results))
         else:
-            assert c is not None
             self.emit(1, f"float new_c[{units}], normalized_c[{units}];")
-            block = Block(lambda *args: gates(*args)[0], z, c, peepholes)
+            block = Block(lambda *args: gates(*args)[0], *args)
             self.add_loop(units, block, [f"new_c[j] = normalized_c[j] = {block.results[0]};"])
             self.emit(1, f"{self.name}_normalize({units}, normalized_c);")
             shift = "" if norm.b_c is None else f" + {self.add_array(f'shift_c{n}', norm.b_c)}[j]"
             normalized = [f"(normalized_c[j] * {self.add_array(f'gain_c{n}', norm.c)}[j]{shift})"]
-            block = Block(lambda z, c, w, u: gates(z, c, w, normalize=lambda _: u[0])[1], z, c, peepholes, normalized)
-            stores = [store_h(block.results[0]), f"{c[0]} = {_mixed(lstm.zoneout_c, 'new_c[j]', c[0])};"]
-            self.add_loop(units, block, stores)
+            block = Block(lambda u, *args: gates(*args, normalize=lambda _: u[0])[1], normalized, *args)
+            self.add_loop(units, block, store(["new_c[j]", block.results[0]]))
         if weights.w_p is not None:
             product = self.add_product(f"w_p{n}", weights.w_p, "u", "p").replace("[r]", "[j]")
-            self.emit(1, f"for (j = 0; j < {lstm.output_size}; ++j) {h} = {_mixed(lstm.zoneout_h, product, old_h)};")
+            self.emit(1, f"for (j = 0; j < {lstm.output_size}; ++j) {h} = {_mixed(lstm.zoneout_h, product, h)};")
+
+    def add_static(self, n: int, w_s: Array) -> None:
+        """Adds the product with the static features to the reset, and its result to the state."""
+        self.add_field(f"z_s{n}", len(w_s))
+        step, self.step = self.step, []
+        self.emit(0, "{ /* static features */")
+        product = self.add_product(f"w_s{n}", w_s, "features", "p")
+        self.emit(1, f"for (r = 0; r < {len(w_s)}; ++r) s->z_s{n}[r] = {product};")
+        self.emit(0, "}")
+        self.reset += self.step
+        self.step = step
 
     def add_loop(self, units: int, block: Block, stores: Sequence[str]) -> None:
         """Adds a loop over units."""
@@ -243,7 +279,7 @@ class _Writer:
         expression = f"{result}[r]"
         if self.int8:
             w, scale = _quantized(w)
-            expression += f" * {self.add_array(label + '_scale', scale)}[r]"
+            expression = f"({expression} * {self.add_array(label + '_scale', scale)}[r])"
         array = self.add_array(label, w.T)
         whole = columns - columns % 4
         self.emit(1, f"float {result}[{rows}] = {{0}};")
@@ -257,6 +293,35 @@ class _Writer:
             self.emit(2, f"for (r = 0; r < {rows}; ++r) {result}[r] += {terms};")
             self.emit(1, "}")
         self.num_operations += 2 * rows * columns
+        return expression
+
+    def add_block_product(self, label: str, w: Any, vector: str, result: str, units: int) -> str:
+        """Adds a product with a block-diagonal or diagonal ``W_h``; returns the expression of row ``r`` of the result.
+
+        The numbers that multiply one number of h are stored together: those of its block, gate by gate.
+        """
+        w = np.asarray(w, np.float32)
+        rows, block = w.shape
+        expression = f"{result}[r]"
+        if self.int8 and block > 1:  # the rows of a diagonal matrix have one number each
+            w, scale = _quantized(w)
+            expression = f"({expression} * {self.add_array(label + '_scale', scale)}[r])"
+        num_gates = rows // units
+        w = w.reshape(num_gates, units // block, block, block).transpose(1, 3, 0, 2).reshape(units, num_gates * block)
+        array = self.add_array(label, w)
+        terms = [
+            (f"{gate * units} + " if gate else "", f"{gate * block} + " if gate else "") for gate in range(num_gates)
+        ]
+        self.emit(1, f"float {result}[{rows}] = {{0}};")
+        self.emit(1, f"for (k = 0; k < {units}; ++k) {{")
+        self.emit(2, f"const float v = {vector}[k];")
+        self.emit(2, f"float *const p = {result} + k / {block} * {block};")
+        self.emit(2, f"for (r = 0; r < {block}; ++r) {{")
+        for to, start in terms:
+            self.emit(3, f"p[{to}r] += {array}[k][{start}r] * v;")
+        self.emit(2, "}")
+        self.emit(1, "}")
+        self.num_operations += 2 * rows * block
         return expression
 
     def add_array(self, label: str, a: Any) -> str:
@@ -278,14 +343,22 @@ class _Writer:
         self.num_state_floats += size
 
     def add_reset(self, lstm: RNN, params: Params) -> None:
-        """Adds the initial state: zeros, or the learned one."""
+        """Adds the initial state: the values of the cell, or the learned state."""
+        cell, learned = lstm.resolved_cell, params.state
         for n in range(lstm.num_layers):
-            for field in ("h", "c") if lstm.resolved_cell.has_cell_state else ("h",):
-                value = "0.0f"
-                size = lstm.output_size if field == "h" else lstm.hidden_size
-                if params.state is not None:
-                    value = self.add_array(f"initial_{field}{n}", getattr(params.state, field)[n]) + "[j]"
-                self.reset.append(f"    for (j = 0; j < {size}; ++j) s->{field}{n}[j] = {value};")
+            values = {"h": 0.0, **cell.initial_values}
+            arrays = {} if learned is None else {"h": learned.h, **cell.states_by_name(learned.c)}
+            for name, number in values.items():
+                size = lstm.output_size if name == "h" else lstm.hidden_size
+                value = self.infinite_literal(number) if math.isinf(number) else literal(number)
+                if name in arrays:
+                    value = self.add_array(f"initial_{name}{n}", arrays[name][n]) + "[j]"
+                self.reset.append(f"    for (j = 0; j < {size}; ++j) s->{name}{n}[j] = {value};")
+
+    def infinite_literal(self, number: float) -> str:
+        """Returns the C expression of an infinity, from math.h."""
+        self.needs_math_h = True
+        return "HUGE_VALF" if number > 0 else "-HUGE_VALF"
 
     def emit(self, depth: int, line: str) -> None:
         """Adds a line to the body of the step."""
@@ -294,7 +367,8 @@ class _Writer:
     def text(self, lstm: RNN, output_size: int, error: float | None) -> str:
         """Returns the whole file."""
         name, upper, step = self.name, self.name.upper(), "\n".join(self.step)
-        declared = [v for v in "jkr" if re.search(rf"\bfor \({v} = ", step)]
+        reset, features = "\n".join(self.reset), "" if lstm.static_size is None else ", const float *features"
+        declared = [[v for v in "jkr" if re.search(rf"\bfor \({v} = ", body)] for body in (reset, step)]
         functions = [
             text.replace("NAME", name) for function, text in _FUNCTIONS.items() if f"{name}_{function}(" in step
         ]
@@ -316,6 +390,7 @@ class _Writer:
             "",
             f"#define {upper}_INPUT_SIZE {lstm.input_size}",
             f"#define {upper}_OUTPUT_SIZE {output_size}",
+            *([] if lstm.static_size is None else [f"#define {upper}_STATIC_SIZE {lstm.static_size}"]),
             "",
             "typedef struct {",
             *self.fields,
@@ -324,7 +399,7 @@ class _Writer:
             "#ifdef __cplusplus",
             'extern "C" {',
             "#endif",
-            f"void {name}_reset({name}_state *s);                         /* call before the first step */",
+            f"void {name}_reset({name}_state *s{features});                         /* call before the first step */",
             f"void {name}_step({name}_state *s, const float *x, float *y);",
             "#ifdef __cplusplus",
             "}",
@@ -333,15 +408,15 @@ class _Writer:
             *self.constants,
             "",
             *functions,
-            f"void {name}_reset({name}_state *s)",
+            f"void {name}_reset({name}_state *s{features})",
             "{",
-            "    int j;",
-            *self.reset,
+            f"    int {', '.join(declared[0])};",
+            reset,
             "}",
             "",
             f"void {name}_step({name}_state *s, const float *x, float *y)",
             "{",
-            f"    int {', '.join(declared)};",
+            f"    int {', '.join(declared[1])};",
             step,
             "}",
             "",

@@ -91,7 +91,9 @@ class Block:
         shapes = [None if names is None else jax.ShapeDtypeStruct((len(names), 1, 1), np.float32) for names in args]
         names = [names for names in args if names is not None]
         numbers = eval_numbers(jax.make_jaxpr(function)(*shapes), names, constant=self._constant, apply=self._apply)
-        self.results = [name for each in numbers for name in each]
+        operands = {name for each in names for name in each}
+        results = [name for each in numbers for name in each]
+        self.results = [self._define(name, [name]) if name in operands else name for name in results]
         needed = self._needed()
         self.lines = [line for name, (line, _, _) in self._definitions.items() if name in needed]
         self.needs_math_h = any(self._definitions[name][2] for name in needed)
@@ -122,9 +124,15 @@ class Block:
             raise ValueError(
                 f"to_c needs an elementwise cell of arithmetic and functions of math.h, got the operation {name!r}"
             )
+        return self._define(expression, operands, is_float=is_float, needs_math_h=name in _MATH_H)
+
+    def _define(
+        self, expression: str, operands: list[str], *, is_float: bool = True, needs_math_h: bool = False
+    ) -> str:
+        """Defines a variable; returns its name. A result is one, so that storing another result does not change it."""
         variable = f"t{len(self._definitions)}"
         line = f"const {'float' if is_float else 'int'} {variable} = {expression};"
-        self._definitions[variable] = line, operands, name in _MATH_H
+        self._definitions[variable] = line, operands, needs_math_h
         return variable
 
     def _needed(self) -> set[str]:

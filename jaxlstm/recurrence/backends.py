@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from jaxlstm.recurrence.context import Backend
 
-ImplementationName = Literal["scan", "fused", "tensor_parallel", "newton", "pallas", "cudnn"]
+ImplementationName = Literal["scan", "fused", "tensor_parallel", "associative", "newton", "pallas", "cudnn"]
 Implementation = ImplementationName | Backend  # a name, or a hashable callable such as a backend with options
 
 # "module:function"; the signature is in `jaxlstm.recurrence.context`.
@@ -16,6 +16,7 @@ BACKENDS = {
     "scan": "jaxlstm.recurrence.scan:run",
     "fused": "jaxlstm.recurrence.fused:run",
     "tensor_parallel": "jaxlstm.recurrence.tensor_parallel:run",
+    "associative": "jaxlstm.experimental.associative:run",
     "newton": "jaxlstm.experimental.newton:run",
     "pallas": "jaxlstm.experimental.pallas.api:run",
 }
@@ -29,7 +30,7 @@ OPTION_CLASSES = {
     "Newton": "jaxlstm.experimental.newton:Newton",
 }
 NAMES = (*BACKENDS, *MULTILAYER_BACKENDS)
-EXPERIMENTAL = ("newton", "pallas", "cudnn")  # not shown to pay off on the hardware they are for
+EXPERIMENTAL = ("associative", "newton", "pallas", "cudnn")  # not shown to pay off on the hardware they are for
 
 
 def get_backend(implementation: Implementation) -> Backend:

@@ -24,6 +24,7 @@ class PlatformDefault(NamedTuple):
 CPU = "on a 2-core CPU"
 UNMEASURED = "not measured on this platform"
 NEVER_RUN = {  # hardware that an experimental backend was not run on
+    "associative": "experimental: not measured on this platform",
     "newton": "experimental: not measured on this platform",
     "pallas": "experimental: never run on this hardware; its numbers were checked in an interpreter",
     "cudnn": "experimental: never run on a GPU",

@@ -38,18 +38,21 @@ def hidden_size(cell: Cell, weights: Weights) -> int:
     return weights.w_x.shape[0] // len(cell.slabs_reading("x"))
 
 
-def unsupported_form(cell: Cell, weights: Weights | None = None, *, several_states: bool = True) -> str | None:
+def unsupported_form(
+    cell: Cell, weights: Weights | None = None, *, several_states: bool = True, diagonal: bool = False
+) -> str | None:
     """Says what keeps a backend from running a cell if it can compute ``W_x x + W_h h`` alone; None for nothing.
 
     Args:
       cell: the cell.
       weights: weights of a direction, which tell whether ``W_h`` is dense; None to go by the cell.
       several_states: whether the backend supports states other than one named c, and functions that take h.
+      diagonal: whether the backend supports a diagonal ``W_h``.
     """
     if not cell.reads_x_and_h:
         return "a cell with gates that do not read both x and h, and nothing else"
     is_dense = cell.recurrent == "dense" if weights is None else has_dense_recurrence(cell, weights)
-    if not is_dense:
+    if not is_dense and not (diagonal and cell.recurrent == "diagonal"):
         return "recurrent weights that are not dense"
     if not several_states and (cell.reads_h or len(cell.initial_values) > 1):
         return "a cell whose functions take h, or with several states"
@@ -62,9 +65,11 @@ def has_dense_recurrence(cell: Cell, weights: Weights) -> bool:
     return weights.w_h is not None and weights.w_h.shape[1] == output_size
 
 
-def require_form(name: str, cell: Cell, weights: Weights | None = None, *, several_states: bool = True) -> None:
+def require_form(
+    name: str, cell: Cell, weights: Weights | None = None, *, several_states: bool = True, diagonal: bool = False
+) -> None:
     """Raises a ValueError for a cell with an `unsupported_form`; ``name`` says what does not support it."""
-    lacks = unsupported_form(cell, weights, several_states=several_states)
+    lacks = unsupported_form(cell, weights, several_states=several_states, diagonal=diagonal)
     if lacks is not None:
         raise ValueError(f"{name} does not support {lacks}")
 

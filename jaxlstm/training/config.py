@@ -10,6 +10,7 @@ from typing import Any, Literal, get_type_hints
 from jaxlstm import checksum
 from jaxlstm.cells import CellName
 from jaxlstm.json_types import check_entries
+from jaxlstm.recurrence.backends import ImplementationName
 from jaxlstm.training.data import text
 from jaxlstm.training.data.formal_languages import LanguageName
 from jaxlstm.training.optimizer import DEFAULT_PEAK
@@ -85,11 +86,11 @@ class Options:
         "float32", "Dtype of matrix products; parameters, sums and state stay float32."
     )
 
-    implementation: Literal["auto", "scan", "fused", "tensor_parallel", "newton", "pallas", "cudnn"] | None = _option(
+    implementation: Literal["auto", ImplementationName] | None = _option(
         None,
-        "Backend of the training step; newton, pallas and cudnn are experimental. auto measures which is the fastest, "
-        "for 20 seconds or a twentieth of --max-seconds, before the first step. Default: auto on GPUs and TPUs, fused "
-        "on CPUs.",
+        "Backend of the training step; associative, newton, pallas and cudnn are experimental. auto measures which is "
+        "the fastest, for 20 seconds or a twentieth of --max-seconds, before the first step. Default: auto on GPUs and "
+        "TPUs, fused on CPUs.",
     )
 
     # Regularization.

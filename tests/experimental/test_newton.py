@@ -45,6 +45,12 @@ def test_newton_diagonal_mode_equals_oracle(configuration, monkeypatch):
     parity.check_outputs_and_gradients(configuration, "everything", DIAGONAL)
 
 
+@pytest.mark.parametrize("options", [Newton("full"), Newton("diagonal")])
+@pytest.mark.parametrize("configuration", ["indrnn", "paralstm"])
+def test_newton_of_diagonal_cells_equals_oracle(configuration, options):
+    parity.check_outputs_and_gradients(configuration, "everything", options)
+
+
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 @pytest.mark.parametrize("configuration", ["one layer", "two layers bidirectional projection", "rnn"])
 def test_newton_narrow_dtypes_equal_oracle(configuration, dtype):
@@ -117,6 +123,28 @@ def test_newton_converges_in_few_iterations():
         assert 0 < stats.residual[0] <= 32 * np.finfo(np.float64).eps
     assert 3 <= full.iterations[0] <= 7
     assert full.iterations[0] < diagonal.iterations[0] < NUM_STEPS
+
+
+@pytest.mark.parametrize("cell", ["indrnn", "paralstm"])
+def test_newton_diagonal_mode_is_exact_for_diagonal_cells(cell):
+    """The blocks are the whole Jacobian: as few iterations as in full mode, and the trajectory of scan."""
+    network = jaxlstm.RNN(2, 4, cell=cell, param_dtype=jnp.float64)
+    rng = np.random.default_rng(0)
+    params, xs = cases.random_params(network, rng), rng.standard_normal((NUM_STEPS, 3, 2))
+    full, diagonal = (replace(network, implementation=Newton(mode)) for mode in ("full", "diagonal"))
+    (full_stats,), (stats,) = (newton_stats(each, params, xs) for each in (full, diagonal))
+    assert stats.sequential_steps.tolist() == [0]
+    assert 2 <= stats.iterations[0] <= 8
+    assert stats.iterations == full_stats.iterations
+    parity.assert_close(
+        diagonal(params, xs), replace(network, implementation="scan")(params, xs), np.float64, NUM_STEPS
+    )
+
+
+def test_newton_refuses_heads():
+    network = jaxlstm.LSTM(2, 4, heads=2, implementation="newton")
+    with pytest.raises(ValueError, match="implementation='newton' does not support recurrent weights that are not den"):
+        jax.eval_shape(network, network.init(jax.random.key(0)), jnp.zeros((5, 2, 2), jnp.float32))
 
 
 def test_newton_looser_tolerance_takes_fewer_iterations():

@@ -28,6 +28,7 @@ SHARED_BY_BACKENDS = {"masking", "context", "step", "chunked_scan"}
 RECURRENCE_BACKENDS = {"scan", "fused", "tensor_parallel"}
 BACKENDS = [
     *(PACKAGE / "recurrence" / f"{name}.py" for name in sorted(RECURRENCE_BACKENDS)),
+    PACKAGE / "experimental" / "associative.py",
     PACKAGE / "experimental" / "cudnn.py",
     PACKAGE / "experimental" / "newton.py",
     *sorted((PACKAGE / "experimental" / "pallas").glob("*.py")),

@@ -233,7 +233,7 @@ def test_candidates_begin_with_the_default_and_have_no_duplicates():
     layout = choose_layout(LayerSizes(4, 3, 5), jnp.dtype("float32"), jnp.dtype("float32"))
     assert explain(lstm, (100, 4, 3)).name == "fused"
     assert groups.always == ((Fused(layout.order, layout.hoist_inputs, layout.chunk_size), 1), ("scan", 1))
-    assert len(candidates) == len(set(candidates)) == 4 * 4 * 3 + 2 * 3 + 3
+    assert len(candidates) == len(set(candidates)) == 4 * 4 * 3 + 2 * 3 + 4
     assert Scan(concatenate=True) in [each.implementation for each in groups.seeds]
     assert groups.others[-1].implementation == Newton("diagonal")  # slow on a CPU, so it comes last
     assert "interpreter" in groups.excluded["pallas"]
@@ -268,6 +268,15 @@ def test_candidates_leave_out_options_without_effect():
     assert groups.excluded["newton"] == "experimental"
 
 
+@pytest.mark.parametrize(("cell", "options"), [("gru", {}), ("lstm", {"heads": 5}), ("ea", {"static_size": 2})])
+def test_candidates_of_every_cell_begin_with_a_default_that_runs(cell, options):
+    """At this shape the layout of an LSTM multiplies x and h together, which these cells cannot."""
+    assert not choose_layout(LayerSizes(4, 3, 5), jnp.dtype("float32"), jnp.dtype("float32")).hoist_inputs
+    groups, candidates = all_candidates(jaxlstm.RNN(3, 5, cell=cell, **options))
+    assert isinstance(groups.always[0].implementation, Fused)
+    assert all(each.implementation.hoist_inputs for each in candidates if isinstance(each.implementation, Fused))
+
+
 def test_candidates_contain_the_backend_of_the_network():
     groups, _ = all_candidates(jaxlstm.LSTM(3, 5, implementation=Newton(damping=0.5)))
     assert groups.always[1] == (Newton(damping=0.5), 1)
@@ -283,6 +292,38 @@ def test_candidates_on_gpu_try_kernels_early(monkeypatch):
     monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
     _, candidates = all_candidates(jaxlstm.LSTM(3, 5))
     assert [each.unroll for each in candidates if each.implementation == "pallas"] == [1, 2, 4]
+
+
+@pytest.mark.parametrize(("cell", "options"), [("gru", {}), ("ea", {"static_size": 2}), ("mingru", {})])
+def test_autotune_of_every_cell_chooses_a_backend_that_runs(cell, options):
+    """The default and the reference are timed, so none of them refuses the cell."""
+    network = jaxlstm.RNN(3, 4, cell=cell, **options)
+    result = jaxlstm.autotune(network, SHAPE, seconds=0.1)
+    timed = {trial.candidate: trial for trial in result.table if trial.runs}
+    assert "scan" in timed
+    assert [trial.candidate.startswith("Fused") for trial in timed.values() if trial.is_default] == [True]
+    static = {"static": jnp.ones((2, 2))} if options else {}
+    ys, _ = result.lstm(network.init(jax.random.key(0)), jnp.ones(SHAPE), **static)
+    assert ys.shape == (6, 2, 4)
+
+
+@pytest.mark.parametrize(
+    ("implementation", "cell", "reason"),
+    [
+        ("associative", "gru", "refused: implementation='associative' does not support a cell that is not declared"),
+        ("cudnn", "gru", "refused: "),
+        (Scan(concatenate=True), "gru", "refused: Scan(concatenate=True) does not support a cell with gates that do"),
+        ("newton", "mingru", "refused: implementation='newton' does not support a cell with gates that do not read"),
+    ],
+    ids=["associative", "cudnn", "concatenated scan", "newton"],
+)
+def test_autotune_reports_backend_that_refuses_the_cell(implementation, cell, reason):
+    """The backend of the network is always tried."""
+    network = jaxlstm.RNN(3, 4, cell=cell, implementation=implementation)
+    result = jaxlstm.autotune(network, SHAPE, training=False, seconds=0.1)
+    (trial,) = [trial for trial in result.table if trial.candidate == str(Candidate(implementation, 1))]
+    assert trial.note.startswith(reason)
+    assert result.table[0].note == "chosen"
 
 
 def test_relative_error_is_the_largest_of_all_arrays():

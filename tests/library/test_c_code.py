@@ -22,7 +22,13 @@ int main(void)
 {
     net_state s;
     float x[NET_INPUT_SIZE], y[NET_OUTPUT_SIZE];
+#ifdef NET_STATIC_SIZE
+    float features[NET_STATIC_SIZE];
+    if (fread(features, sizeof features[0], NET_STATIC_SIZE, stdin) != NET_STATIC_SIZE) return 1;
+    net_reset(&s, features);
+#else
     net_reset(&s);
+#endif
     while (fread(x, sizeof x[0], NET_INPUT_SIZE, stdin) == NET_INPUT_SIZE) {
         net_step(&s, x, y);
         fwrite(y, sizeof y[0], NET_OUTPUT_SIZE, stdout);
@@ -50,6 +56,14 @@ UNUSUAL_CELL = jaxlstm.Cell(
     output=unusual_output,
 )
 
+# Two states that take each other's place, neither of which is computed.
+SWAPPED_CELL = jaxlstm.Cell(
+    gates={"a": jnp.tanh, "b": None},
+    update=lambda c, n: (n, c),
+    output=lambda a, b, c, n, h: a * c / (2.0 + jnp.abs(b)) - 0.1 * n + 0.2 * h,
+    reads={"b": ("x",)},
+    state={"c": 0.5, "n": -1.5},
+)
 
 NETWORKS = {
     "lstm": {},
@@ -64,8 +78,20 @@ NETWORKS = {
     "rnn relu": {"cell": "rnn", "activation": "relu"},
     "rnn sigmoid layer norm": {"cell": "rnn", "activation": "sigmoid", "layer_norm": True, "use_bias": False},
     "layer norm": {"layer_norm": True},
+    "gru": {"cell": "gru", "num_layers": 2},
+    "gru layer norm": {"cell": "gru", "layer_norm": True, "learned_state": True, "zoneout_h": 0.2},
+    "gru heads": {"cell": "gru", "heads": 2, "use_bias": False, "hidden_size": 6},
+    "slstm": {"cell": "slstm", "proj_size": 3, "num_layers": 2},
+    "slstm heads": {"cell": "slstm", "heads": 2, "hidden_size": 6},
+    "minlstm": {"cell": "minlstm", "num_layers": 2, "zoneout_h": 0.2},
+    "mingru": {"cell": "mingru", "layer_norm": True, "learned_state": True},
+    "indrnn": {"cell": "indrnn"},
+    "paralstm": {"cell": "paralstm", "learned_state": True, "num_layers": 2, "zoneout_c": 0.2},
+    "paralstm layer norm": {"cell": "paralstm", "layer_norm": True, "hidden_size": 7},
+    "ea": {"cell": "ea", "static_size": 2, "num_layers": 2, "proj_size": 3},
+    "user-defined states": {"cell": SWAPPED_CELL, "learned_state": True, "heads": 5},
 }  # fmt: skip
-IN_DEFAULT_TIER = ("lstm", "all options", "user-defined cell")
+IN_DEFAULT_TIER = ("lstm", "all options", "user-defined cell", "gru", "slstm heads", "ea")
 every_network = pytest.mark.parametrize(
     "name", [name if name in IN_DEFAULT_TIER else pytest.param(name, marks=pytest.mark.slow) for name in NETWORKS]
 )
@@ -74,19 +100,20 @@ needs_compiler = pytest.mark.skipif(shutil.which("gcc") is None, reason="no C co
 
 def make(name, **options):
     """Makes a network in float32 with biases, peepholes, gains and learned states that differ from their start."""
-    lstm = jaxlstm.LSTM(I, H, **{**NETWORKS[name], **options})
+    lstm = jaxlstm.LSTM(I, **{"hidden_size": H, **NETWORKS[name], **options})
     noise = cases.random_params(lstm, np.random.default_rng(len(name)), np.float32)
     return lstm, jax.tree.map(lambda a, b: a + 0.3 * b, lstm.init(jax.random.key(0)), noise)
 
 
-def run_c(tmp_path, source, xs, output_size, *flags, compiler="gcc", main=MAIN):
-    """Compiles a file and runs it over a sequence."""
+def run_c(tmp_path, source, xs, output_size, *flags, compiler="gcc", main=MAIN, static=()):
+    """Compiles a file and runs it over a sequence, after a reset with the static features."""
     (tmp_path / "net.c").write_text(source + main)
     language = ("-x", "c++") if compiler == "g++" else ("-std=c99",)
     command = [compiler, *language, *WARN, *flags, str(tmp_path / "net.c"), "-o", str(tmp_path / "net"), "-lm"]
     compiled = subprocess.run(command, capture_output=True, text=True)
     assert compiled.returncode == 0, compiled.stderr
-    result = subprocess.run([tmp_path / "net"], input=np.asarray(xs, np.float32).tobytes(), capture_output=True)
+    data = b"".join(np.asarray(a, np.float32).tobytes() for a in (static, xs))
+    result = subprocess.run([tmp_path / "net"], input=data, capture_output=True)
     assert result.returncode == 0, result.stderr.decode()
     return np.frombuffer(result.stdout, np.float32).reshape(len(xs), output_size)
 
@@ -94,6 +121,11 @@ def run_c(tmp_path, source, xs, output_size, *flags, compiler="gcc", main=MAIN):
 def inputs(num_steps=1000):
     """A sequence of normal numbers."""
     return np.random.default_rng(1).standard_normal((num_steps, I)).astype(np.float32)
+
+
+def static_of(lstm):
+    """The static features of a network, or no features, as an option of `run_c` and of a call."""
+    return {} if lstm.static_size is None else {"static": np.array([0.8, -1.3], np.float32)}
 
 
 def assert_equal_to_rounding(ys, expected):
@@ -107,8 +139,9 @@ def assert_equal_to_rounding(ys, expected):
 @every_network
 def test_to_c_equals_library(tmp_path, name):
     lstm, params = make(name)
-    ys = run_c(tmp_path, to_c(lstm, params, name="net"), inputs(), lstm.output_size, *SANITIZE)
-    assert_equal_to_rounding(ys, lstm(params, inputs())[0])
+    static = static_of(lstm)
+    ys = run_c(tmp_path, to_c(lstm, params, name="net"), inputs(), lstm.output_size, *SANITIZE, **static)
+    assert_equal_to_rounding(ys, lstm(params, inputs(), **static)[0])
 
 
 @needs_compiler
@@ -118,18 +151,19 @@ def test_to_c_int8_equals_library_with_the_same_weights(tmp_path, name):
     lstm, params = make(name)
 
     def whole(w):
+        if w is None or w.shape[1] == 1:  # a diagonal matrix is not quantized
+            return w
         integers = np.rint(100 * np.asarray(w)).clip(-127, 127)
         integers[:, 0] = 127
         return jnp.asarray(integers / 256, jnp.float32)
 
     layers = []
     for w, _ in params.layers:
-        w_p = None if w.w_p is None else whole(w.w_p)
-        layers.append(jaxlstm.Layer(w._replace(w_x=whole(w.w_x), w_h=whole(w.w_h), w_p=w_p)))
+        layers.append(jaxlstm.Layer(w._replace(**{n: whole(getattr(w, n)) for n in ("w_x", "w_h", "w_p", "w_s")})))
     params = params._replace(layers=tuple(layers))
     source = to_c(lstm, params, name="net", quantize="int8")
-    ys = run_c(tmp_path, source, inputs(100), lstm.output_size, *SANITIZE)
-    assert_equal_to_rounding(ys, lstm(params, inputs(100))[0])
+    ys = run_c(tmp_path, source, inputs(100), lstm.output_size, *SANITIZE, **static_of(lstm))
+    assert_equal_to_rounding(ys, lstm(params, inputs(100), **static_of(lstm))[0])
 
 
 @needs_compiler
@@ -168,6 +202,18 @@ def test_to_c_reset_starts_again(tmp_path):
 
 
 @needs_compiler
+def test_to_c_reset_takes_static_features(tmp_path):
+    """A reset in the middle starts again with other features."""
+    lstm, params = make("ea")
+    other = "{ float f[] = {-0.5f, 2.0f}; if (n++ == 3) net_reset(&s, f); } net_step(&s"
+    main = MAIN.replace("net_state s;", "net_state s; int n = 0;").replace("net_step(&s", other)
+    static = np.array([[0.8, -1.3], [-0.5, 2.0]], np.float32)
+    ys = run_c(tmp_path, to_c(lstm, params, name="net"), inputs(6), 3, main=main, static=static[0])
+    parts = zip((inputs(6)[:3], inputs(6)[3:]), static)
+    assert_equal_to_rounding(ys, np.concatenate([lstm(params, xs, static=features)[0] for xs, features in parts]))
+
+
+@needs_compiler
 def test_to_c_step_passes_nan_on(tmp_path):
     lstm, params = make("all options")
     xs = inputs(3)
@@ -194,8 +240,9 @@ def test_to_c_compiles_elsewhere(tmp_path, name, compiler):
     ).returncode:
         pytest.skip(f"no compiler {compiler} {flags}")
     lstm, params = make(name)
-    ys = run_c(tmp_path, to_c(lstm, params, name="net"), inputs(), lstm.output_size, *flags, compiler=compiler)
-    assert_equal_to_rounding(ys, lstm(params, inputs())[0])
+    static, source = static_of(lstm), to_c(lstm, params, name="net")
+    ys = run_c(tmp_path, source, inputs(), lstm.output_size, *flags, compiler=compiler, **static)
+    assert_equal_to_rounding(ys, lstm(params, inputs(), **static)[0])
 
 
 def test_to_c_header_states_sizes():

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import pytest
 
 import jaxlstm
-import jaxlstm.lstm
+import jaxlstm.rnn
 from jaxlstm import recurrence
 from jaxlstm.recurrence import backends, explain, selection
 
@@ -64,8 +64,9 @@ def test_explain_gives_reason_against_every_other_backend(experimental_backends_
     assert choice.others["scan"].startswith("slower: ")
     assert choice.others["tensor_parallel"] == selection.TENSOR_PARALLEL
     lines = str(choice).splitlines()
-    assert [line.split(":")[0] for line in lines] == ["fused", "scan", "tensor_parallel", "newton", "pallas", "cudnn"]
-    assert [line.split(";")[0].split(": ")[1] for line in lines] == ["chosen", *["not chosen"] * 5]
+    names = ["fused", "scan", "tensor_parallel", "associative", "newton", "pallas", "cudnn"]
+    assert [line.split(":")[0] for line in lines] == names
+    assert [line.split(";")[0].split(": ")[1] for line in lines] == ["chosen", *["not chosen"] * 6]
 
 
 def test_explain_quotes_refusals(experimental_backends_refuse):
