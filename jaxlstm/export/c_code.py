@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import Array
+from jax import Array, lax
 from jaxtyping import ArrayLike, Float
 
 from jaxlstm import validation
@@ -203,7 +203,8 @@ class _Writer:
             z_x: Array, z_h: Array | None, z_s: Array | None, b: Array | None, c: Array | None,
             peepholes: Array | None, h: Array | None, **options: Any,
         ) -> list[Array]:  # fmt: skip
-            z = sum_sources(cell, z_x, z_h, z_s, b, axis=-3)
+            bias = None if b is None else lax.split(b, [1] * cell.num_gates)
+            z = jnp.concatenate(sum_sources(cell, z_x, z_h, z_s, bias, axis=-3))
             named = {} if c is None else dict(zip(cell.initial_values, c))
             old_h = None if h is None else h[0]
             c, new_h = evaluate_cell(cell, z, cell.pack_states(named), peepholes, h=old_h, **options)

@@ -190,7 +190,7 @@ def test_sequence_rejects_unknown_platform():
         export.sequence(*network(), platforms=("cpu", "gpu"))
 
 
-@pytest.mark.parametrize("implementation", ["newton", "cudnn", "pallas", Newton()])
+@pytest.mark.parametrize("implementation", ["associative", "newton", "cudnn", "pallas", Newton()])
 def test_sequence_rejects_implementations_for_fixed_sizes(implementation):
     lstm, params = network()
     lstm = dataclasses.replace(lstm, implementation=implementation)
