@@ -243,6 +243,7 @@ MINLSTM = Cell(
     input_gate="i",
     candidate="g",
 )
+# The same for the GRU (Feng et al. 2024).
 MINGRU = Cell(
     gates={"u": sigmoid, "g": None},
     output=mingru_output,
@@ -250,15 +251,16 @@ MINGRU = Cell(
     affine=True,
     candidate="g",
 )
-# Each unit reads its own h alone (Li et al. 2018); ParaLSTM has coupled gates with peepholes (Danieli et al. 2025).
+# Rectified units, each of which reads its own h alone (Li et al. 2018).
 INDRNN = Cell(gates={"y": relu}, output=rnn_output, recurrent="diagonal")
+# Coupled gates with peepholes; each unit reads its own h alone (Danieli et al. 2025).
 PARALSTM = replace(CIFG, recurrent="diagonal", peepholes=("f", "o"))
 # The input gate reads static features alone (Kratzert et al. 2019).
 EA = replace(LSTM, reads={"i": ("static",)})
 
-CellName = Literal[
-    "lstm", "peephole", "cifg", "rnn", "gru", "slstm", "minlstm", "mingru", "indrnn", "paralstm", "ea"
-]  # the keys of CELLS, and "rnn" with an activation of RNN
+# The keys of CELLS, and "rnn" with an activation of RNN.
+CellName = Literal["lstm", "peephole", "cifg", "rnn", "gru", "slstm", "minlstm", "mingru", "indrnn", "paralstm", "ea"]
+# The cells by name.
 CELLS = {
     "lstm": LSTM,
     "peephole": PEEPHOLE,

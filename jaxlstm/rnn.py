@@ -36,9 +36,11 @@ RATES = (
 class RNN(RecurrentNetwork):
     """A recurrent network of any cell, by default the vanilla one; `jaxlstm.LSTM` documents the options.
 
-    rnn = jaxlstm.RNN(64, 256, cell="slstm", heads=4)
-    params = rnn.init(jax.random.key(0))
-    ys, state = rnn(params, xs)                 # xs (T, *batch, 64), ys (T, *batch, 256)
+        rnn = jaxlstm.RNN(64, 256, cell="slstm", heads=4)
+        params = rnn.init(jax.random.key(0))
+        ys, state = rnn(params, xs)                 # xs (T, *batch, 64), ys (T, *batch, 256)
+
+    `jaxlstm.LSTM` and `jaxlstm.GRU` are this class with another default cell.
     """
 
     _: KW_ONLY
