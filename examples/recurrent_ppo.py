@@ -185,6 +185,7 @@ class Agent:
 
     def __init__(self, config: Config, make_core: Any):
         self.config = config
+        env_params: Any
         self.env, env_params = gymnax.make("MemoryChain-bsuite")
         self.env_params = env_params.replace(memory_length=config.memory_length)
         self.core = make_core(config.hidden_size)
