@@ -37,16 +37,8 @@ from jaxlstm.params import Params, Weights
 from jaxlstm.rnn import RNN
 
 OPSET, IR_VERSION = 17, 8  # of 2022: supported by every runtime in use, and with today's versions of the operators
-OPERATOR_INPUTS = (
-    "X",
-    "W",
-    "R",
-    "B",
-    "sequence_lens",
-    "initial_h",
-    "initial_c",
-    "P",
-)  # by position; GRU and RNN have six
+# By position; GRU and RNN have six.
+OPERATOR_INPUTS = ("X", "W", "R", "B", "sequence_lens", "initial_h", "initial_c", "P")
 WEIGHT_INPUTS = ("W", "R", "B", "P")
 
 OperatorArrays = dict[str, np.ndarray]  # weights of one operator by input name, each (D, ...)

@@ -394,8 +394,9 @@ def _forward_step(
     if weights.norm is not None:
         z, z_h = x, _dot_hidden(config, layout, loop_weights, state.h)
     elif not config.one_product:
-        b = late_bias(config.cell, weights, layout.accum_dtype)
-        if not layout.hoist_inputs:
+        if layout.hoist_inputs:
+            b = late_bias(config.cell, weights, layout.accum_dtype)
+        else:
             x = layout.dot(layout.prepare(weights.w_x), layout.unpack(x))
             b = split_bias(config.cell, weights, layout.accum_dtype)
         z_static = None if direction.z_static is None else layout.from_batch_major(direction.z_static)
