@@ -1,4 +1,4 @@
-"""Strict JAX for every test: float64 available, no silent promotion of dtypes or ranks, shapes checked at run time."""
+"""Strict JAX for every test: float64 available, no silent promotion of dtypes or ranks."""
 
 import gc
 import os
@@ -18,7 +18,6 @@ from jaxtyping import install_import_hook
 # Shapes in signatures are checked where arrays are already validated. `jaxlstm.lstm` is left out: its own errors on
 # wrong input are the ones to be tested.
 CHECKED = ["cells", "dropout", "initializers", "primitives", "recurrence", "experimental", "training"]
-install_import_hook([f"jaxlstm.{name}" for name in CHECKED], "beartype.beartype")
 
 jax.config.update("jax_enable_x64", True)
 jax.config.update("jax_num_cpu_devices", 2)  # tests of sharding use two devices
@@ -27,6 +26,12 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 
 
 gc.set_threshold(50_000, 20, 100)  # tracing makes many objects and few cycles
+
+
+def pytest_configure(config):
+    """Checks shapes and types in calls; not in the default tier, where the checks would take a third of the time."""
+    if config.option.markexpr != "not slow":
+        install_import_hook([f"jaxlstm.{name}" for name in CHECKED], "beartype.beartype")
 
 
 @pytest.fixture(scope="session", autouse=True)

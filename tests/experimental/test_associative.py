@@ -15,6 +15,8 @@ from tolerance import tolerance
 import jaxlstm
 from jaxlstm.cells import Cell, sigmoid
 
+pytestmark = pytest.mark.slow
+
 T, B, INPUT_SIZE, H = 11, 3, 2, 4
 AFFINE = [name for name, options in cases.CONFIGURATIONS.items() if options.get("cell") in ("minlstm", "mingru")]
 # Affine cells of other forms: a state c that h only shows, h and two states that read each other, no state at all.
@@ -88,24 +90,18 @@ def assert_equal_to_scan(name, num_steps=T, *, reverse=False, masked=True):
     ("configuration", "inputs"),
     [
         *((configuration, "everything") for configuration in AFFINE),
-        *(pytest.param(AFFINE[0], inputs, marks=pytest.mark.slow) for inputs in cases.INPUTS if inputs != "everything"),
+        *((AFFINE[0], inputs) for inputs in cases.INPUTS if inputs != "everything"),
     ],
 )
 def test_associative_equals_oracle(configuration, inputs):
     parity.check_outputs_and_gradients(configuration, inputs, "associative")
 
 
-IN_DEFAULT_TIER = ("minlstm regularized", "shown", "coupled")
-
-
-@pytest.mark.parametrize(
-    "name", [name if name in IN_DEFAULT_TIER else pytest.param(name, marks=pytest.mark.slow) for name in NETWORKS]
-)
+@pytest.mark.parametrize("name", NETWORKS)
 def test_associative_equals_scan(name):
     assert_equal_to_scan(name)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", NETWORKS)
 def test_associative_backward_in_time_equals_scan(name):
     assert_equal_to_scan(name, reverse=True)
@@ -113,14 +109,14 @@ def test_associative_backward_in_time_equals_scan(name):
 
 @pytest.mark.parametrize(
     ("name", "num_steps"),
-    [("minlstm regularized", 1), *(pytest.param("coupled", n, marks=pytest.mark.slow) for n in (1, 2))],
+    [("minlstm regularized", 1), ("coupled", 1), ("coupled", 2)],
 )
 def test_associative_of_few_steps_equals_scan(name, num_steps):
     assert_equal_to_scan(name, num_steps)
     assert_equal_to_scan(name, num_steps, masked=False)
 
 
-@pytest.mark.parametrize("name", ["minlstm regularized", pytest.param("coupled", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", ["minlstm regularized", "coupled"])
 def test_associative_vmap_equals_batch(name):
     network, params, xs, state, inputs = make(name)
     del inputs["key"]
@@ -134,7 +130,6 @@ def test_associative_vmap_equals_batch(name):
     parity.assert_close(mapped, run(xs, state, inputs), np.float64, 64)
 
 
-@pytest.mark.slow
 def test_associative_higher_derivatives_equal_oracle():
     parity.check_higher_derivatives("minlstm", "associative")
 

@@ -294,6 +294,7 @@ def test_candidates_on_gpu_try_kernels_early(monkeypatch):
     assert [each.unroll for each in candidates if each.implementation == "pallas"] == [1, 2, 4]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("cell", "options"), [("gru", {}), ("ea", {"static_size": 2}), ("mingru", {})])
 def test_autotune_of_every_cell_chooses_a_backend_that_runs(cell, options):
     """The default and the reference are timed, so none of them refuses the cell."""
@@ -364,6 +365,7 @@ def detached(cell, directions, context):
     return get_backend("scan")(cell, tuple(d._replace(weights=w) for d, w in zip(directions, weights)), context)
 
 
+@pytest.mark.slow
 def test_autotune_checks_gradients_in_training_only():
     lstm = jaxlstm.LSTM(3, 5, implementation=detached)
     for training in (True, False):

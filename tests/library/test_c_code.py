@@ -91,7 +91,7 @@ NETWORKS = {
     "ea": {"cell": "ea", "static_size": 2, "num_layers": 2, "proj_size": 3},
     "user-defined states": {"cell": SWAPPED_CELL, "learned_state": True, "heads": 5},
 }  # fmt: skip
-IN_DEFAULT_TIER = ("lstm", "all options", "user-defined cell", "gru", "slstm heads", "ea")
+IN_DEFAULT_TIER = ("lstm", "user-defined cell", "slstm heads")
 every_network = pytest.mark.parametrize(
     "name", [name if name in IN_DEFAULT_TIER else pytest.param(name, marks=pytest.mark.slow) for name in NETWORKS]
 )
@@ -144,6 +144,7 @@ def test_to_c_equals_library(tmp_path, name):
     assert_equal_to_rounding(ys, lstm(params, inputs(), **static)[0])
 
 
+@pytest.mark.slow
 @needs_compiler
 @every_network
 def test_to_c_int8_equals_library_with_the_same_weights(tmp_path, name):

@@ -150,7 +150,8 @@ def test_convolve_equals_oracle(convolve, spatial, kernel):
     assert_same(convolve(w, x, jnp.float64, jnp.float64), convolutional_oracle.convolve(w, x, len(kernel)))
 
 
-@pytest.mark.parametrize("dtype", [pytest.param(jnp.float32, marks=pytest.mark.slow), jnp.bfloat16])
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_narrow_dtypes_equal_oracle(dtype):
     """Outputs are in ``dtype``, state and gradients in float32, all within the rounding of the operands."""
     name = "2-D peephole bidirectional"
@@ -344,6 +345,7 @@ def test_forward_mode_equals_gradient_of_oracle():
     np.testing.assert_allclose(slope, wanted, rtol=1e-10)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options",
     [{"dropout": 0.4, "variational": True}, {"dropout": 0.4, "input_dropout": 0.3, "output_dropout": 0.2}],

@@ -28,7 +28,8 @@ def test_tanh_of_infinities_nan_and_negative_zero():
     assert jnp.signbit(actual[3])
 
 
-@pytest.mark.parametrize("kinds", ["t", pytest.param("ssts", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("kinds", ["t", "ssts"])
 def test_activate_derivatives_equal_gates_activate(kinds):
     rng = np.random.default_rng(0)
     z, dz, ct = (jnp.asarray(3 * rng.standard_normal((len(kinds), 5)), jnp.float32) for _ in range(3))
@@ -69,8 +70,9 @@ def test_fused_with_threaded_gates_equals_scan(cell):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, **tolerance(jnp.float32, T * B * H)), actual, expected)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(jax.default_backend() != "cpu", reason="the layout differs on other platforms")
-@pytest.mark.parametrize("cell", ["lstm", pytest.param("cifg", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("cell", ["lstm", "cifg"])
 def test_fused_trains_with_threaded_gates_between_two_sizes(cell):
     lstm = jaxlstm.LSTM(INPUT_SIZE, H, cell=cell, implementation="fused")
     params = lstm.init(jax.random.key(0))

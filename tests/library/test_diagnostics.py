@@ -193,9 +193,10 @@ def test_gradient_flow_network_jacobian_equals_jax_jacobian():
                 np.testing.assert_allclose(norms[t, b], np.linalg.norm(matrix, order), **BOUND)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options",
-    [{"bidirectional": True}, pytest.param({"cell": "rnn", "num_layers": 2, "dropout": 0.5}, marks=pytest.mark.slow)],
+    [{"bidirectional": True}, {"cell": "rnn", "num_layers": 2, "dropout": 0.5}],
     ids=str,
 )
 def test_gradient_flow_of_a_layer_equals_the_flow_of_a_network_of_one_layer(options):
@@ -228,6 +229,7 @@ def test_gradient_flow_in_reverse_equals_the_flow_of_the_reversed_sequence():
     assert_close(jax.tree.map(jnp.flipud, flow.layers), expected.layers)
 
 
+@pytest.mark.slow
 def test_gradient_flow_compiles_with_memory_linear_in_time():
     lstm, params = make_network()
 

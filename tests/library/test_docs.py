@@ -110,6 +110,7 @@ def test_docs_navigation_names_existing_pages():
             assert (DOCS / f"{name}.md").exists(), name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("block", BLOCKS)
 def test_docs_python_block_runs(block):
     package, code = BLOCKS[block]

@@ -111,6 +111,7 @@ def test_step_runs_in_user_function_with_symbolic_batch():
     np.testing.assert_allclose(program.call(x), first_output(x), **tolerance(np.float32, 10))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options",
     [{"cell": "peephole"}, pytest.param({"implementation": "scan", "remat": 3}, marks=pytest.mark.slow)],

@@ -199,8 +199,9 @@ def test_network_accepts_any_number_of_batch_axes(api, batch_shape):
     assert_equal(api.apply(api.network(SINGLE, params), np.moveaxis(xs, 0, -2)), jnp.moveaxis(ys, 0, -2))
 
 
+@pytest.mark.slow
 @both_apis
-@pytest.mark.parametrize("lengths", [pytest.param(None, marks=pytest.mark.slow), LENGTHS], ids=["full", "lengths"])
+@pytest.mark.parametrize("lengths", [None, LENGTHS], ids=["full", "lengths"])
 def test_reversed_network_matches_lstm_and_flax(api, lengths):
     params = random_params(SINGLE)
     module = api.network(SINGLE, params, reverse=True, time_major=True)
@@ -320,8 +321,9 @@ def test_every_cell_runs_in_flax_rnn(api, cell):
     assert_close(jnp.where(is_valid, outputs, 0), batch_major(ys))
 
 
+@pytest.mark.slow
 @both_apis
-@pytest.mark.parametrize("reverse", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("reverse", [False, True])
 def test_gru_cell_in_flax_rnn_matches_flax_gru_cell(api, reverse):
     gru = jaxlstm.GRU(INPUT, HIDDEN, param_dtype="float64")
     flax_module, params = api.flax_gru()
@@ -425,6 +427,7 @@ def test_nnx_network_splits_merges_and_trains():
     assert losses[-1] < 0.5 * losses[0]
 
 
+@pytest.mark.slow
 def test_nnx_cell_trains_learned_state():
     lstm = jaxlstm.LSTM(INPUT, HIDDEN, learned_state=True, param_dtype="float64")
     params = random_params(lstm)

@@ -60,8 +60,7 @@ def test_choose_layout_at_the_limits_of_each_rule(sizes, layout, hoist_inputs, c
     "configuration",
     [
         "learned state",
-        "remat",  # its h is wider than x
-        *(pytest.param(name, marks=pytest.mark.slow) for name in ("rnn", "all options of a layer")),
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("remat", "rnn", "all options of a layer")),
     ],
 )
 @pytest.mark.parametrize(
@@ -92,7 +91,8 @@ BFLOAT16_LAYOUTS = [
 ]
 
 
-@pytest.mark.parametrize("configuration", ["one layer", pytest.param("layer norm", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("configuration", ["one layer", "layer norm"])
 @pytest.mark.parametrize(("layout", "options"), BFLOAT16_LAYOUTS)
 def test_fused_bfloat16_in_every_layout_equals_oracle(configuration, layout, options, set_layout):
     assert choose_layout(LayerSizes(64, 3, 512), BFLOAT16, FLOAT32).bitcast

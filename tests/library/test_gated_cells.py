@@ -82,7 +82,7 @@ def test_affine_is_declared_rightly(name):
 
 
 @pytest.mark.parametrize("implementation", ["scan", "fused"])
-@pytest.mark.parametrize("name", ["slstm", "heads"])
+@pytest.mark.parametrize("name", ["slstm", pytest.param("heads", marks=pytest.mark.slow)])
 def test_reset_to_infinite_state_is_exact_and_differentiable(name, implementation):
     """A reset equals a new sequence, and the gradients of both are the same and finite."""
     network = replace(NETWORKS[name], implementation=implementation)

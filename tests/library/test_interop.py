@@ -151,6 +151,7 @@ def test_lstm_matches_recorded_library(name):
     assert_parity(lstm, to_params, *load_recorded(name), num_biases=num_biases(name))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", mark_slow(LIVE_CASES))
 def test_lstm_matches_installed_library(name):
     lstm, to_params, _ = conversions(name)

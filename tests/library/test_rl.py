@@ -156,6 +156,7 @@ def test_burn_in_returns_the_steps_after_it(steps):
     assert_close((ys, state), (expected[steps:], last))
 
 
+@pytest.mark.slow
 def test_burn_in_gradient_stops_before_the_first_step_with_a_loss():
     """The gradient equals the one of a replay that starts from the state after the burn-in as a constant."""
     steps = 7
@@ -293,6 +294,7 @@ def code_of(library):
     return [code for name, code in CODE_BLOCKS if name == library]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("code", code_of(""))
 def test_guide_python_block_runs(code):
     with jax.enable_x64(False):
@@ -332,6 +334,7 @@ def check_core(act, replay):
         rl.check_replay(jnp.stack(logits), replay(obs, early, state0, jnp.asarray(DONES[0]))[1], DONES)
 
 
+@pytest.mark.slow
 def test_guide_nnx_core_replays_its_rollout():
     names: dict = {}
     exec(code_of("nnx")[0], names)
@@ -340,6 +343,7 @@ def test_guide_nnx_core_replays_its_rollout():
         check_core(core.act, core)
 
 
+@pytest.mark.slow
 def test_guide_linen_core_replays_its_rollout():
     names: dict = {}
     exec(code_of("linen")[0], names)

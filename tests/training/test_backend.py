@@ -123,8 +123,8 @@ def test_real_measurement_finds_a_backend():
 @pytest.mark.parametrize(
     "task",
     [
-        *("adding", "forecast"),
-        *(pytest.param(name, marks=pytest.mark.slow) for name in ("charlm", "copy", "wordlm", "digits", "formal")),
+        "adding",
+        *(pytest.param(name, marks=pytest.mark.slow) for name in TASKS if name != "adding"),
     ],
 )
 def test_named_backend_is_of_the_training_step(task, monkeypatch):

@@ -46,11 +46,12 @@ def test_parse_mesh():
             sharding.parse_mesh(wrong)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("mesh", "optimizer"),
     [
-        pytest.param(None, "adamw", marks=pytest.mark.slow),
-        pytest.param("data=2", "asgd", marks=pytest.mark.slow),
+        (None, "adamw"),
+        ("data=2", "asgd"),
         ("model=2", "adamw"),
     ],
 )

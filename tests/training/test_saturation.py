@@ -15,6 +15,7 @@ class Model(NamedTuple):
     lstm: jaxlstm.Params
 
 
+@pytest.mark.slow
 def test_saturation_agrees_with_gate_statistics():
     lstm = jaxlstm.LSTM(3, 4, num_layers=2, bidirectional=True)
     params = jax.tree.map(lambda a: 2 * a, lstm.init(jax.random.key(0)))

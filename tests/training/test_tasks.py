@@ -76,7 +76,7 @@ def test_task_reads_exactly_the_options_that_it_declares(task):
         assert (name in options.__dict__["read"]) == (name not in TASKS[task].UNUSED), name
 
 
-@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("task", [t if t == "adding" else pytest.param(t, marks=pytest.mark.slow) for t in TASKS])
 def test_unused_option_is_rejected_by_name(task):
     values = dict.fromkeys(unused_options(), "0.3") | {"data": "x", "window": "9", "embedding": "7"}
     values |= dict.fromkeys(OPTION_GROUPS["forecasting"], "7") | {"decimal": ",", "language": "even_pairs"}

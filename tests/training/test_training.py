@@ -170,6 +170,7 @@ def test_step_skips_and_counts_non_finite_gradients():
         assert int(state.average.steps) == 2
 
 
+@pytest.mark.slow
 def test_averaging_starts_when_validation_stops_improving():
     m = make_model()
     optimizer = make_optimizer(learning_rate_schedule("asgd", 0.5, 0.0), weight_decay=0.0, clip=1.0, name="asgd")
@@ -231,6 +232,7 @@ def test_activation_regularization_shrinks_outputs_and_is_not_in_the_reported_lo
     assert slow[2] < 0.3 * plain[2]
 
 
+@pytest.mark.slow
 def test_embedding_dropout_drops_all_occurrences_of_a_token():
     vocabulary, rate = 400, 0.3
     m = LanguageModel(vocabulary, jaxlstm.LSTM(8, 8, proj_size=8), tied=True, embedding_dropout=rate)
