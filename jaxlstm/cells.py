@@ -50,7 +50,7 @@ class Cell:
       affine: whether the new state and h are affine functions of the old ones, given the input.
       forget_gate: the gate whose bias starts at ``forget_bias``; None for a cell without a forget gate.
       forget_bias: initial bias of the forget gate, or ``"power_law"``: `jaxlstm.initializers.power_law_forget_bias`.
-      input_gate: the gate whose bias chrono initialization sets to minus that of the forget gate; None for none.
+      input_gate: the gate whose bias chrono initialization sets to minus the forget gate's; None for none.
       candidate: the gate that recurrent dropout drops; None if it cannot.
       peepholes: the gates that read the cell state through a weight per unit, added to z: those of ``update`` the old
         state, the others the new one.

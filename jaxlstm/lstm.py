@@ -26,7 +26,7 @@ class LSTM(RNN):
         class with another default.
       use_bias: whether ``z`` has a bias.
       learned_state: whether the initial state is trained; resets then restart from it.
-      forget_bias: initial bias of the forget gate; None for that of the cell: 1 for the LSTM (Gers et al. 2000;
+      forget_bias: initial bias of the forget gate; None for the default of the cell: 1 for the LSTM (Gers et al. 2000;
         Jozefowicz et al. 2015), a power law for ``"slstm"``.
       chrono: longest expected dependency, in steps: draws the initial biases of forget and input gate accordingly
         (Tallec & Ollivier 2018).

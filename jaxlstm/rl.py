@@ -82,7 +82,7 @@ def replay(
 
     Args:
       lstm: the network of the policy; not bidirectional.
-      params: its parameters, those of the rollout or newer ones.
+      params: its parameters, used in the rollout or newer.
       xs: inputs of the network ``(T, *batch, I)``, in the order of the rollout.
       dones: whether the transition of step t ended the episode ``(T, *batch)``.
       state0: the state that the rollout started from, before any reset at step 0.

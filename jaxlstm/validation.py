@@ -398,7 +398,7 @@ def inputs(name: str, xs: Any, feature_shape: tuple[int, ...], leading: str) -> 
 
 
 def params(value: Any, expected: Params, widest: jnp.dtype) -> None:
-    """Checks parameters: the expected tree and shapes, and no dtype wider than that of sums.
+    """Checks parameters: the expected tree and shapes, and no dtype wider than the one sums are computed in.
 
     ``expected`` holds a `jax.ShapeDtypeStruct` for each array.
     """

@@ -1,4 +1,4 @@
-"""Comparison of a candidate's results with those of the reference backend."""
+"""Comparison of a candidate's results with the reference backend's."""
 
 import math
 from typing import Any

@@ -19,7 +19,7 @@ FIGURES = DOCS / "figures"
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 LSTM = (DOCS / "lstm.md").read_text(encoding="utf-8")
 PAGES = [*DOCS.glob("*.md"), *DOCS.glob("api/*.md"), *DOCS.glob("api/notes/*.md"), *DOCS.glob("notebooks/*.md")]
-# Blocks by page and number; tests/library/test_porting.py runs those of porting.md, the site those of the notebooks.
+# Blocks by page and number; tests/library/test_porting.py runs the ones in porting.md, the site the notebooks.
 BLOCK = re.compile(r"^( *)```python *(\w*)\n(.*?)^ *```", re.DOTALL | re.MULTILINE)
 BLOCKS = {
     f"{page.stem}-{n}": (package, inspect.cleandoc(code))

@@ -207,7 +207,7 @@ def test_hangup_is_caught_unless_ignored():
 
 @pytest.fixture
 def default_sigint():
-    """Makes subprocesses receive SIGINT, which those of a shell's background job ignore."""
+    """Makes subprocesses receive SIGINT, which the subprocesses of a shell's background job ignore."""
     handler = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, handler)

@@ -153,7 +153,7 @@ def read_table(text: str, delimiter: str | None = None, decimal: str = ".") -> T
 def is_header(cells: list[str]) -> bool:
     """Returns whether the first row names the columns: it has neither a date nor numbers only.
 
-    Numbers after a blank first cell are names too, as those of a data frame with an unnamed index.
+    Numbers after a blank first cell are names too, as in a data frame with an unnamed index.
     """
     is_number = [re.fullmatch(NUMBER.replace(r"\.", "[.,]"), cell) is not None for cell in cells]
     has_date = any(is_date(cell) for cell, number in zip(cells, is_number) if cell and not number)
