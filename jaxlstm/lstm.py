@@ -47,6 +47,10 @@ class LSTM(RNN):
       zoneout_h: rate at which units of h keep their old value: at random with a key, in expectation without (Krueger et
         al. 2017).
       zoneout_c: the same for c.
+      recurrent_gradient_clip: limit of the gradient with respect to the h that a step reads, per number, in every step
+        of backpropagation through time (Pöppel, Beck & Hochreiter 2024); None for no limit. The gradient of c is not
+        clipped, and forward mode is exact. One exploding sequence then does not scale down the gradient of the others,
+        as a limit of the global norm does.
       heads: number of blocks of a block-diagonal ``W_h``: a unit reads the h of its own block alone.
       static_size: S, number of static features, for a cell that reads them such as ``"ea"``.
       implementation: the backend of the recurrence: a name in `jaxlstm.recurrence.BACKENDS` or

@@ -12,11 +12,12 @@ from jax import Array
 from jaxlstm import cells, initializers, validation
 from jaxlstm.cells import Cell, CellName
 from jaxlstm.dropout import RegularizerRates, draw_masks, dropout_mask, regularizer_key
-from jaxlstm.network import NO_MASKS, CallArgs, RecurrentNetwork
+from jaxlstm.network import NO_MASKS, NO_RATES, CallArgs, RecurrentNetwork
 from jaxlstm.params import Layer, Norm, State, Weights
+from jaxlstm.primitives.clip_cotangent import clip_cotangent
 from jaxlstm.recurrence import masking
 from jaxlstm.recurrence.backends import MULTILAYER_BACKENDS, NAMES, Implementation, get_backend, load
-from jaxlstm.recurrence.context import Direction, LayerInputs, Results
+from jaxlstm.recurrence.context import Direction, LayerInputs, Results, ScanContext
 from jaxlstm.recurrence.selection import default_backend
 from jaxlstm.recurrence.step import project_inputs, project_static, recurrent_step
 
@@ -52,6 +53,7 @@ class RNN(RecurrentNetwork):
     weight_drop: float = 0.0
     zoneout_h: float = 0.0
     zoneout_c: float = 0.0
+    recurrent_gradient_clip: float | None = None
     heads: int = 1
     static_size: int | None = None
     implementation: Implementation | None = None
@@ -70,6 +72,9 @@ class RNN(RecurrentNetwork):
             self._set("static_size", validation.positive_int("static_size", self.static_size))
         for name in ("recurrent_dropout", "weight_drop", "zoneout_h", "zoneout_c"):
             self._set(name, validation.rate(name, getattr(self, name)))
+        if self.recurrent_gradient_clip is not None:
+            clip = validation.positive_number("recurrent_gradient_clip", self.recurrent_gradient_clip)
+            self._set("recurrent_gradient_clip", clip)
         if self.implementation is not None and not callable(self.implementation):
             validation.choice("implementation", self.implementation, NAMES)
         self._check_cell_options()
@@ -222,6 +227,10 @@ class RNN(RecurrentNetwork):
         ]
         return Layer(*dropped)
 
+    def scan_context(self, rates: RegularizerRates = NO_RATES) -> ScanContext:
+        """Returns the options of a backend."""
+        return super().scan_context(rates)._replace(gradient_clip=self.recurrent_gradient_clip)
+
     def run_directions(self, directions: tuple[Direction, ...]) -> Results:
         """Runs the directions of a layer by the backend."""
         backend = get_backend(self.implementation or default_backend(jax.default_backend()))
@@ -231,4 +240,5 @@ class RNN(RecurrentNetwork):
         """Takes one step of one layer without regularizers: from its input and the state to the new state."""
         cell, dtype, rates = self.resolved_cell, self.output_dtype, self.regularizer_rates
         z_x = project_inputs(weights, x, dtype, self.state_dtype)
+        state = state._replace(h=clip_cotangent(state.h, self.recurrent_gradient_clip))
         return recurrent_step(cell, weights, z_x, state, dtype, rates, NO_MASKS, z_static=z_static)

@@ -105,6 +105,14 @@ def number(name: str, value: Any) -> float:
     return number
 
 
+def positive_number(name: str, value: Any) -> float:
+    """Returns ``value`` as a finite float above zero."""
+    result = number(name, value)
+    if result <= 0:
+        raise ValueError(f"{name} must be above 0, got {value}")
+    return result
+
+
 def _float(name: str, value: Any, expected: str) -> float:
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
     if isinstance(value, np.generic | np.ndarray | Array) and not isinstance(value, Tracer):

@@ -29,7 +29,7 @@ from jaxlstm.cells import Cell
 from jaxlstm.params import State
 from jaxlstm.primitives.pytrees import tree_index
 from jaxlstm.recurrence.chunked_scan import scan_in_chunks
-from jaxlstm.recurrence.context import Direction, Results, ScanContext
+from jaxlstm.recurrence.context import Direction, Results, ScanContext, refuse_gradient_clip
 from jaxlstm.recurrence.masking import hold_skipped, restart, shift_state
 from jaxlstm.recurrence.step import project_inputs, recurrent_step
 
@@ -46,6 +46,7 @@ def run(cell: Cell, directions: tuple[Direction, ...], context: ScanContext) -> 
     lacks = _unsupported(cell, directions[0])
     if lacks is not None:
         raise ValueError(f"implementation='associative' does not support {lacks}; use 'scan' or 'fused'")
+    refuse_gradient_clip("implementation='associative'", context)
     results = [_solve_direction(cell, direction, context) for direction in directions]
     return [outputs for outputs, _ in results], [state for _, state in results]
 

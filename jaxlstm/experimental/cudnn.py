@@ -98,6 +98,7 @@ def check_supported(cell: Cell, layer: Layer, dtype: jnp.dtype, inputs: LayerInp
         "zoneout": rates.zoneout_h != 0 or rates.zoneout_c != 0,
         "recurrent dropout": inputs.masks.candidate_mask is not None,
         "remat": context.remat is not None,
+        "recurrent_gradient_clip": context.gradient_clip is not None,
         "resets": inputs.resets is not None,
         "a mask; use lengths": inputs.step_mask is not None and inputs.lengths is None,
     }

@@ -42,7 +42,7 @@ from jaxlstm.experimental.newton_jacobian import (
 from jaxlstm.params import State
 from jaxlstm.primitives.pytrees import tree_flip, tree_index, tree_stack
 from jaxlstm.recurrence.chunked_scan import scan_in_chunks
-from jaxlstm.recurrence.context import Direction, Results, ScanContext
+from jaxlstm.recurrence.context import Direction, Results, ScanContext, refuse_gradient_clip
 from jaxlstm.recurrence.masking import shift_state
 from jaxlstm.recurrence.step import project_inputs, require_form
 
@@ -82,9 +82,7 @@ class Newton:
         object.__setattr__(self, "max_iterations", validation.positive_int("max_iterations", self.max_iterations))
         object.__setattr__(self, "damping", validation.rate("damping", self.damping))
         if self.tolerance is not None:
-            object.__setattr__(self, "tolerance", validation.number("tolerance", self.tolerance))
-            if self.tolerance <= 0:
-                raise ValueError(f"tolerance must be above 0, got {self.tolerance}")
+            object.__setattr__(self, "tolerance", validation.positive_number("tolerance", self.tolerance))
 
     def __call__(self, cell: Cell, directions: tuple[Direction, ...], context: ScanContext) -> Results:
         """Runs the directions of a layer side by side; see `jaxlstm.recurrence.context`.
@@ -120,6 +118,7 @@ def solve_directions(
     """
     if jax.sharding.get_abstract_mesh().manual_axes:
         raise ValueError("implementation='newton' does not run within jax.shard_map; use 'fused' or 'scan'")
+    refuse_gradient_clip("implementation='newton'", context)
     require_form("implementation='newton'", cell, directions[0].weights, several_states=False, diagonal=True)
     MODES[options.mode].check(directions[0].weights)
     config = NewtonConfig(options, StepConfig(cell, context.rates, context.dtype))

@@ -12,6 +12,7 @@ from jax.export import is_symbolic_dim
 from jaxlstm.cells import Cell
 from jaxlstm.dropout import RegularizerMasks
 from jaxlstm.params import State
+from jaxlstm.primitives.clip_cotangent import clip_cotangent
 from jaxlstm.recurrence.context import Direction, Results, ScanContext
 from jaxlstm.recurrence.masking import hold_skipped, restart
 from jaxlstm.recurrence.step import project_inputs, recurrent_step
@@ -82,7 +83,8 @@ def _scan_direction(fns: ScanFns, direction: Direction, context: ScanContext) ->
     def scan_step(state: State, inputs_t: Any) -> tuple[State, Any]:
         z_x, step_mask, restarts, masks = inputs_t
         state = restart(restarts, direction.restart_state, state)
-        new_state, outputs = fns.step(z_x, state, masks)
+        clipped = state._replace(h=clip_cotangent(state.h, context.gradient_clip))
+        new_state, outputs = fns.step(z_x, clipped, masks)
         return hold_skipped(step_mask, new_state, state), outputs
 
     def scan(state: State, steps: Any) -> tuple[State, Any]:

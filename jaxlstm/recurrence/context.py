@@ -30,6 +30,15 @@ class ScanContext(NamedTuple):
     accum_dtype: jnp.dtype  # of sums and of the state
     unroll: int = 1  # steps per iteration of the compiled loop
     remat: int | None = None  # steps per chunk whose intermediates are recomputed in the backward pass
+    gradient_clip: float | None = None  # largest gradient of the h that a step reads, per number; None for no limit
+
+
+def refuse_gradient_clip(name: str, context: ScanContext) -> None:
+    """Raises a ValueError if gradients are to be clipped inside the recurrence, which ``name`` does not do."""
+    if context.gradient_clip is not None:
+        raise ValueError(
+            f"{name} does not support recurrent_gradient_clip={context.gradient_clip}; use 'scan' or 'fused'"
+        )
 
 
 class LayerInputs(NamedTuple):

@@ -35,6 +35,7 @@ from jaxlstm.cells import Cell
 from jaxlstm.dropout import RegularizerMasks, RegularizerRates, apply_zoneout
 from jaxlstm.params import Size, State, Weights
 from jaxlstm.primitives.batch_folding import SHARED, foldable_call
+from jaxlstm.primitives.clip_cotangent import clip_cotangent
 from jaxlstm.recurrence import chunked_scan, cpu_activations, gate_derivatives
 from jaxlstm.recurrence.context import Direction, Results, ScanContext
 from jaxlstm.recurrence.gate_derivatives import GateJacobian
@@ -120,6 +121,7 @@ class FusedConfig(NamedTuple):
     cell: Cell
     rates: RegularizerRates
     unroll: int
+    gradient_clip: float | None
     sizes: LayerSizes  # before sequences are folded into the batch
     dtype: jnp.dtype  # of the operands of matrix products, and of outputs
     accum_dtype: jnp.dtype  # of sums and of the state
@@ -233,6 +235,7 @@ def _run(options: Fused, cell: Cell, directions: tuple[Direction, ...], context:
         cell,
         context.rates,
         context.unroll,
+        context.gradient_clip,
         sizes=LayerSizes(*directions[0].xs.shape[1:], hidden_size=hidden_size(cell, weights)),
         dtype=jnp.dtype(context.dtype),
         accum_dtype=context.accum_dtype,
@@ -412,7 +415,7 @@ def _forward_step(
     old_h = state.h if config.cell.reads_h else None
     c, cell_output = _apply_gates(config, layout, activate, masks.regularizer, elementwise, z, z_h, state.c, old_h)
     h = cell_output if weights.w_p is None else layout.dot(layout.prepare(weights.w_p), cell_output)
-    new_state = _finish_step(config, layout, masks, State(h, c), state)
+    new_state = _finish_step(config, layout, masks, State(h, c), state, state)
     residuals = Residuals(z, z_h, state.c, old_h, None if weights.w_p is None else cell_output) if save else None
     y = layout.to_batch_major(new_state.h)
     return new_state, layout.pack(y) if layout.bitcast else y, residuals
@@ -448,11 +451,16 @@ def _apply_gates(
     return apply_gates(cell, weights, z, z_h, c, candidate_mask, config.rates, axis, activate=activate, h=h)
 
 
-def _finish_step(config: FusedConfig, layout: Layout, masks: StepMasks, new_state: State, state: State) -> State:
-    """Applies zoneout and holds the state of skipped rows; linear in the states, so it serves tangents too."""
+def _finish_step(
+    config: FusedConfig, layout: Layout, masks: StepMasks, new_state: State, old_state: State, held_state: State
+) -> State:
+    """Applies zoneout to ``old_state`` and holds ``held_state`` in skipped rows; linear in all, so it serves tangents.
+
+    The two differ only for a tangent, whose gradient is clipped in the steps that are taken.
+    """
     regularizer = jax.tree.map(layout.from_batch_major, masks.regularizer)
-    new_state = apply_zoneout(config.rates, regularizer, new_state, state)
-    return hold_skipped(masks.step_mask, new_state, state, layout.expand_batch)
+    new_state = apply_zoneout(config.rates, regularizer, new_state, old_state)
+    return hold_skipped(masks.step_mask, new_state, held_state, layout.expand_batch)
 
 
 def _add_bias(layout: Layout, b: Array | None, z: Array) -> Array:
@@ -649,7 +657,8 @@ def _tangent_step(
     """Returns the tangent of the state after a step; ``w_h`` is from `_tangent_weights`."""
     direction, tangents = linearized.direction, linearized.tangents
     (masks, primals, hoisted), weights = inputs_t, direction.weights
-    d_state = restart(masks.restarts, tangents.restart_state, d_state, layout.expand_batch, layout.expand_units)
+    d_held = restart(masks.restarts, tangents.restart_state, d_state, layout.expand_batch, layout.expand_units)
+    d_state = d_held._replace(h=clip_cotangent(d_held.h, config.gradient_clip))
     dz, dz_h = hoisted.z, None
     if config.dense:
         dz_h = layout.dot_for_vjp(w_h, d_state.h)
@@ -673,4 +682,4 @@ def _tangent_step(
         dh = layout.dot(layout.prepare(weights.w_p), dh)
     if hoisted.h is not None:
         dh = dh + hoisted.h
-    return _finish_step(config, layout, masks, State(dh, dc), d_state)
+    return _finish_step(config, layout, masks, State(dh, dc), d_state, d_held)

@@ -47,7 +47,7 @@ from jaxlstm.experimental.pallas.step import (
 from jaxlstm.params import State
 from jaxlstm.primitives.pytrees import tree_index
 from jaxlstm.recurrence.chunked_scan import scan_in_chunks
-from jaxlstm.recurrence.context import Direction, Results, ScanContext
+from jaxlstm.recurrence.context import Direction, Results, ScanContext, refuse_gradient_clip
 from jaxlstm.recurrence.step import project_inputs, require_form, split_gates
 
 
@@ -66,6 +66,7 @@ def run(cell: Cell, directions: tuple[Direction, ...], context: ScanContext) -> 
             "implementation='pallas' runs on single devices, got inputs on a mesh with the explicit axes "
             f"{explicit_axes}; call it within jax.shard_map(..., check_vma=False)"
         )
+    refuse_gradient_clip("implementation='pallas'", context)
     require_form("implementation='pallas'", cell, directions[0].weights, several_states=False)
     results = [_run_direction(cell, direction, context) for direction in directions]
     return [outputs for outputs, _ in results], [state for _, state in results]
