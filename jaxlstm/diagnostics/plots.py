@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 COLORMAP = "cividis"  # its lightness increases with the value
+SIGNED_COLORMAP = "PuOr_r"  # white at zero; negative numbers violet, positive ones orange
 LINES = (("#D55E00", "--"), ("#56B4E9", "-."), ("#0072B2", "-"), ("#000000", ":"), ("#009E73", "-"))  # Okabe & Ito 2008
 GATE_LABELS = {"i": "input gate i", "f": "forget gate f", "g": "candidate g", "o": "output gate o"}
 SYMBOLS = {"\n": "↵", "\t": "⇥", " ": "·"}
@@ -54,18 +55,24 @@ def draw_gates(values: DirectionTrace, text: str, *, units: Sequence[int] | None
     ranking = np.argsort(-panels.get("f", panels["h"]).mean(0), kind="stable")
     evenly = np.linspace(0, len(ranking) - 1, min(40, len(ranking))).round().astype(int)
     chosen = ranking[evenly] if units is None else np.array(units, int)
-    figure = _new_figure(max(5.0, 0.13 * len(text) + 2), 1.75 * len(panels) + 0.4)
+    figure = _new_figure(max(5.0, 0.105 * len(text) + 1.5), 1.5 * len(panels) + 0.4)
     grid = figure.subplots(len(panels), 1, squeeze=False, sharex=True)[:, 0]
     for axes, (name, a) in zip(grid, panels.items()):
         high = max(1.0, float(np.abs(a).max()))  # above 1 without an activation
         low = -high if name in ("c", "h") or a.min() < 0 else 0
-        image = axes.imshow(a[:, chosen].T, aspect="auto", cmap=COLORMAP, vmin=low, vmax=high, interpolation="nearest")
+        colors = SIGNED_COLORMAP if low < 0 else COLORMAP
+        image = axes.imshow(a[:, chosen].T, aspect="auto", cmap=colors, vmin=low, vmax=high, interpolation="nearest")
         axes.set_ylabel({"c": "tanh(c)", "h": "output h"}.get(name, literal(GATE_LABELS.get(name, name))))
         axes.set_yticks([])
         figure.colorbar(image, ax=axes, pad=0.01, ticks=[low, (low + high) / 2, high])
         axes.tick_params(axis="x", length=0)
     _label_characters(grid[-1], text)
-    grid[0].set_title(f"{len(chosen)} of {panels['h'].shape[1]} units, one row each", fontsize=10)
+    order = (
+        ""
+        if units is not None
+        else f", evenly chosen, in descending order of the mean of {'f' if 'f' in panels else 'h'}"
+    )
+    grid[0].set_title(f"{len(chosen)} of {panels['h'].shape[1]} units, one row each{order}", fontsize=10)
     return figure
 
 
@@ -142,14 +149,15 @@ def draw_eigenvalues(lstm: RNN, params: Params, *, layer: int = 0, direction: in
             raise ValueError(f"{name} must be one of 0 to {count - 1}, got {number}")
     matrices = _recurrent_matrices(lstm.resolved_cell, params.layers[layer].directions[direction])
     figure = _new_figure(2.6 * len(matrices) + 0.4, 3.0)
+    figure.set_layout_engine("compressed")  # for panels of equal aspect; otherwise their titles are cut
     angles = np.linspace(0, 2 * np.pi, 200)
     panels = figure.subplots(1, len(matrices), squeeze=False, sharex=True, sharey=True)[0]
     for axes, (name, matrix) in zip(panels, matrices.items()):
         values = np.linalg.eigvals(matrix)
         axes.plot(np.cos(angles), np.sin(angles), color="0.6", linewidth=0.8)
         axes.scatter(np.real(values), np.imag(values), s=8, color=LINES[2][0], alpha=0.7, linewidths=0)
-        axes.set(title=f"{name}: largest {np.abs(values).max():.2f}", xlabel="real", aspect="equal")
-        axes.title.set_fontsize(9)
+        axes.set(xlabel="real", aspect="equal")
+        axes.set_title(f"{name}: largest {np.abs(values).max():.2f}", fontsize=9)
     figure.supylabel("imaginary", fontsize=10)
     return figure
 
@@ -195,4 +203,4 @@ def _wrap(text: str, width: int) -> list[range]:
 def _label_characters(axes: "Axes", text: str) -> None:
     """Labels the time axis with the characters of a text."""
     axes.set_xticks(range(len(text)), [SYMBOLS.get(character, character) for character in text])
-    axes.tick_params(axis="x", length=0, labelsize=8, labelfontfamily="monospace")
+    axes.tick_params(axis="x", length=0, labelsize=9, labelfontfamily="monospace")

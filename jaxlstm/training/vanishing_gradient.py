@@ -1,5 +1,6 @@
 """Compares a vanilla RNN with LSTMs on the adding task: learning curves and gradient norms through time."""
 
+import itertools
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, NamedTuple
@@ -16,7 +17,8 @@ from jaxlstm.lstm import LSTM
 from jaxlstm.params import Params
 from jaxlstm.training.data import synthetic
 
-CHUNK = 50  # updates per compiled loop; their mean error is one point of a learning curve
+CHUNK = 50  # most updates per compiled loop; their mean error is one point of a learning curve
+MIN_POINTS = 20  # of a learning curve, if there are as many updates
 
 
 class AdderParams(NamedTuple):
@@ -83,7 +85,7 @@ def train_network(
     Args:
       lstm: the network.
       steps: length of a sequence, T.
-      updates: number of updates; rounded up to a multiple of `CHUNK`.
+      updates: number of updates.
       batch_size: sequences per update.
       learning_rate: learning rate of Adam; gradients are clipped to a global norm of 1.
       seed: seed of weights and data; every network trains on the same data.
@@ -94,23 +96,28 @@ def train_network(
     params: Any = params_before  # the types of Optax do not include NamedTuples
     rng = np.random.default_rng(seed)
     opt_state: Any = optimizer.init(params)
-    errors = []
-    num_chunks = -(-updates // CHUNK)
-    for chunk in range(num_chunks):
-        batches = [synthetic.adding(rng, steps, batch_size) for _ in range(CHUNK)]
+    errors, ends = [], chunk_ends(updates)
+    for start, end in itertools.pairwise((0, *ends)):
+        batches = [synthetic.adding(rng, steps, batch_size) for _ in range(end - start)]
         stacked = synthetic.AddingBatch(*map(np.stack, zip(*batches)))
         params, opt_state, error = _train_chunk(lstm, optimizer, params, opt_state, stacked)
         errors.append(float(error))
-        on_progress((chunk + 1) * CHUNK, errors[-1])
+        on_progress(end, errors[-1])
     probe = synthetic.adding(np.random.default_rng(seed + 1), steps, 32)
     return TrainingResult(
         gradient_norms_before=gradient_norms(lstm, params_before, probe),
         gradient_norms_after=gradient_norms(lstm, params, probe),
-        updates=CHUNK * np.arange(1, num_chunks + 1),
+        updates=np.array(ends),
         errors=np.array(errors),
         params_before=params_before,
         params_after=params,
     )
+
+
+def chunk_ends(updates: int) -> list[int]:
+    """Returns the number of updates after each compiled loop: the points of a learning curve."""
+    size = max(1, min(CHUNK, updates // MIN_POINTS))
+    return [*range(size, updates, size), updates]
 
 
 @partial(jax.jit, static_argnums=(0, 1))

@@ -26,7 +26,8 @@ def draw_vanishing(results: Mapping[str, TrainingResult], *, title: str = "") ->
     draw_norms(after, {name: result.gradient_norms_after for name, result in results.items()}, title="after training")
     after.set_ylabel("")
     for (color, style), (name, result) in zip(cycle(LINES), results.items()):
-        learning.semilogy(result.updates, result.errors, style, color=color, label=literal(name))
+        marker = "." if len(result.updates) == 1 else ""
+        learning.semilogy(result.updates, result.errors, style, color=color, marker=marker, label=literal(name))
     learning.axhline(ADDING_BASELINE, color="0.4", linewidth=0.8)
     right, below = learning.get_xlim()[1], ADDING_BASELINE * 0.85
     learning.text(right, below, "always answering 1 ", ha="right", va="top", fontsize=8)

@@ -22,11 +22,19 @@ def train_all(hidden_size, **options):
     }
 
 
+@pytest.mark.parametrize(
+    ("updates", "ends"),
+    [(1, [1]), (20, list(range(1, 21))), (45, [*range(2, 45, 2), 45]), (1_620, [*range(50, 1_601, 50), 1_620])],
+)
+def test_learning_curve_ends_at_the_last_update(updates, ends):
+    assert vanishing_gradient.chunk_ends(updates) == ends
+
+
 @pytest.mark.slow
 def test_figure_and_summary_show_the_results_of_training():
     results = train_all(4, steps=12, updates=60, batch_size=4)
     for result in results.values():
-        assert result.updates.tolist() == [50, 100]
+        assert result.updates.tolist() == list(range(3, 61, 3))
         assert result.gradient_norms_before.shape == result.gradient_norms_after.shape == (12,)
         assert (result.gradient_norms_before > 0).all()
         assert not np.allclose(result.gradient_norms_before, result.gradient_norms_after)
@@ -41,7 +49,7 @@ def test_figure_and_summary_show_the_results_of_training():
         np.testing.assert_array_equal(line.get_xdata(), result.updates)
         np.testing.assert_array_equal(line.get_ydata(), result.errors)
     summary = vanishing_gradient.format_summary(results, 12)
-    assert "After 100 updates on the adding task over 12 steps" in summary
+    assert "After 60 updates on the adding task over 12 steps" in summary
     assert f"vanilla RNN: mean squared error {results['vanilla RNN'].errors[-1]:.4f}" in summary
 
 
