@@ -14,6 +14,7 @@ step a backend takes the state after `jaxlstm.recurrence.masking.restart`, and h
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jax import Array
 
@@ -70,3 +71,6 @@ class Direction(NamedTuple):
 # Outputs and final state of each direction. Outputs are arrays (T, B, P), or trees of arrays for diagnostics.
 Results = tuple[Sequence[Any], Sequence[State]]
 Backend = Callable[[Cell, tuple[Direction, ...], ScanContext], Results]
+
+only_traced = jax.make_user_context(default_value=False)
+"""Context manager for calls that are traced and never run: within ``only_traced(True)`` no backend runs a check."""

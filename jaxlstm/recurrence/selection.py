@@ -7,6 +7,7 @@ import jax
 
 from jaxlstm import validation
 from jaxlstm.recurrence.backends import EXPERIMENTAL, NAMES, ImplementationName
+from jaxlstm.recurrence.context import only_traced
 
 
 class PlatformDefault(NamedTuple):
@@ -106,4 +107,5 @@ def explain(lstm: Any, xs_shape: tuple[int, ...]) -> BackendChoice:
 def _trace(lstm: Any, name: str, xs_shape: tuple[int, ...]) -> None:
     lstm = validation.replace_quietly(lstm, implementation=name)
     params = jax.eval_shape(lstm.init, jax.random.key(0))
-    jax.eval_shape(lstm, params, jax.ShapeDtypeStruct(xs_shape, lstm.param_dtype))
+    with only_traced(True):
+        jax.eval_shape(lstm, params, jax.ShapeDtypeStruct(xs_shape, lstm.param_dtype))

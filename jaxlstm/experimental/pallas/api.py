@@ -24,6 +24,8 @@ mode, reverse mode and higher derivatives from the two. With ``remat`` there are
 `jax.checkpoint` drops the rule of the solve under a second derivative, and JAX cannot differentiate the bare kernel.
 
 On several devices each device runs its own kernel, within ``jax.shard_map(..., check_vma=False)``.
+
+On a TPU or GPU each kernel is compared with `scan` at a small size before it runs for the first time (`probe`).
 """
 
 from functools import partial
@@ -34,7 +36,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from jaxlstm.cells import Cell
-from jaxlstm.experimental.pallas import mosaic_gpu_sm90, mosaic_tpu, target
+from jaxlstm.experimental.pallas import mosaic_gpu_sm90, mosaic_tpu, probe, target
 from jaxlstm.experimental.pallas.step import (
     DifferentiableInputs,
     KernelConfig,
@@ -59,7 +61,17 @@ def run(cell: Cell, directions: tuple[Direction, ...], context: ScanContext) -> 
     Raises:
       ValueError: without a TPU or a Hopper GPU, on a mesh with explicit axes, for a dtype or an option that the kernel
         does not support, or for weights that do not fit on the chip.
+      RuntimeError: if the kernel does not agree with `scan` on this device.
     """
+    return _run(cell, directions, context, checked=True)
+
+
+def run_unchecked(cell: Cell, directions: tuple[Direction, ...], context: ScanContext) -> Results:
+    """Runs like `run`, without a comparison with `scan`."""
+    return _run(cell, directions, context, checked=False)
+
+
+def _run(cell: Cell, directions: tuple[Direction, ...], context: ScanContext, *, checked: bool) -> Results:
     explicit_axes = jax.typeof(directions[0].xs).sharding.mesh.explicit_axes
     if explicit_axes:
         raise ValueError(
@@ -68,11 +80,11 @@ def run(cell: Cell, directions: tuple[Direction, ...], context: ScanContext) -> 
         )
     refuse_gradient_clip("implementation='pallas'", context)
     require_form("implementation='pallas'", cell, directions[0].weights, several_states=False)
-    results = [_run_direction(cell, direction, context) for direction in directions]
+    results = [_run_direction(cell, direction, context, checked=checked) for direction in directions]
     return [outputs for outputs, _ in results], [state for _, state in results]
 
 
-def _run_direction(cell: Cell, direction: Direction, context: ScanContext) -> tuple[Array, State]:
+def _run_direction(cell: Cell, direction: Direction, context: ScanContext, *, checked: bool) -> tuple[Array, State]:
     """Returns the outputs ``(T, B, P)`` of one direction, in ``dtype``, and its final state."""
     weights = to_kernel_layout(cell, direction.weights)
     step_mask, restarts = jax.tree.map(lambda a: a[..., None], (direction.step_mask, direction.restarts))
@@ -81,6 +93,8 @@ def _run_direction(cell: Cell, direction: Direction, context: ScanContext) -> tu
     config = KernelConfig(cell, context.rates, context.dtype, context.accum_dtype, block_steps=context.unroll)
     configure = mosaic_gpu_sm90.configure if target.is_gpu() else mosaic_tpu.configure
     config = configure(config, weights, masks, direction.xs.shape[1])
+    if checked:
+        probe.require_correct(run_unchecked, config.weights_sharing, config.dtype)
 
     def scan(state: State, steps: tuple[Array, StepMasks]) -> tuple[State, Array]:
         xs, masks = steps

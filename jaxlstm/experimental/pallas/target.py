@@ -21,6 +21,11 @@ class GpuTarget(NamedTuple):
     num_sms: int = 132  # streaming multiprocessors: 132 in an H100 SXM, 114 in an H100 PCIe
 
 
+def runs_here() -> bool:
+    """Returns whether kernels are compiled for, and run on, the TPU or GPU that JAX runs on."""
+    return kernel_target.value is None
+
+
 def is_gpu() -> bool:
     """Returns whether kernels are compiled for a GPU."""
     target = kernel_target.value
