@@ -70,8 +70,8 @@ def test_correct_kernel_is_checked_once_per_dtype(checks):
 
 def test_wrong_kernel_raises_once_checked_and_names_the_remedy(wrong_kernel):
     message = (
-        r"^implementation='pallas' was not run: its kernel in bfloat16 for this cpu differs from 'scan' at a small size "
-        r"by \d.\de-\d\d of the largest number, expected at most 4.4e-02; use implementation='fused', which runs "
+        r"^implementation='pallas' was not run: its kernel in bfloat16 for this cpu differs from 'scan' at a small "
+        r"size by \d.\de-\d\d of the largest number, expected at most 4.4e-02; use implementation='fused', which runs "
     )
     for _ in range(2):
         with pytest.raises(RuntimeError, match=message) as raised:
