@@ -4,6 +4,7 @@ import argparse
 import atexit
 import contextlib
 import dataclasses
+import difflib
 import logging
 import signal
 import sys
@@ -45,7 +46,28 @@ DESCRIPTION = """Train a recurrent network, by default a character language mode
 {command} --data tinyshakespeare --max-seconds 600
 {command} --resume runs/NAME                resume after a stop, a crash or a power cut
 {command} --sample runs/NAME --prompt "The " --length 500 --temperature 0.8
+{command} --task NAME --help            the options of another task: {tasks}
 """
+KNOWN_ELSEWHERE = {  # what other programs call an option
+    "lr": "learning_rate",
+    "wd": "weight_decay",
+    "epochs": "max_steps",
+    "iterations": "max_steps",
+    "steps": "max_steps",
+    "hidden_size": "hidden",
+    "units": "hidden",
+    "bptt": "window",
+    "seq_len": "window",
+    "sequence_length": "window",
+    "emsize": "embedding",
+    "grad_clip": "clip",
+    "max_grad_norm": "clip",
+    "model": "cell",
+    "backend": "implementation",
+    "output_dir": "run_dir",
+    "checkpoint": "resume",
+    "generate": "sample",
+}
 
 
 def train_main(arguments: Sequence[str], prog: str = "jaxlstm train") -> None:
@@ -122,6 +144,7 @@ def parse(arguments: Sequence[str], prog: str = "train.py") -> Options:
     early = _parse_early(arguments)
     configured = early.resume if early.resume and not lacks_config(early.resume) else None
     defaults = config.load_config(configured, "--resume")[0] if configured else _task_defaults(early)
+    _check_flags(arguments, defaults.task)
     options = _parse_groups(arguments, defaults, prog)
     if configured and (mismatches := config.differences(config.to_json(options), config.to_json(defaults))):
         raise ValueError(f"--resume {early.resume} continues with the options of that run: {mismatches[0]}")
@@ -129,11 +152,30 @@ def parse(arguments: Sequence[str], prog: str = "train.py") -> Options:
         raise ValueError(
             f"--resume {early.resume} continues in that folder and cannot be combined with --run-dir {options.run_dir}"
         )
-    for name in TASKS[options.task].UNUSED:
-        if (value := getattr(options, name)) != getattr(defaults, name):
-            raise ValueError(f"--task {options.task} does not use {config.flag(name)}, got {value}")
     _check_encoding(options)
     return options
+
+
+def _check_flags(arguments: Sequence[str], task: str) -> None:
+    """Checks the names of the options on a command line.
+
+    Raises:
+      ValueError: names an option that does not exist, with the one probably meant, or that the task does not use.
+    """
+    names = [field.name for field in dataclasses.fields(Options)]
+    for argument, following in zip(arguments, (*arguments[1:], "")):
+        text, _, value = argument.partition("=")
+        if not text.startswith("--") or " " in text or text in ("--", "--help"):
+            continue
+        name = text[2:].replace("-", "_").removeprefix("no_")
+        if name in TASKS[task].UNUSED:
+            received = value or ("" if following.startswith("--") else following)
+            raise ValueError(f"--task {task} does not use {text}" + (f", got {received}" if received else ""))
+        if name not in names:
+            longer = [known for known in names if known.startswith(name)]
+            near = KNOWN_ELSEWHERE.get(name) or next(iter(longer or difflib.get_close_matches(name, names, 1)), None)
+            hint = "" if near is None else f"; did you mean {config.flag(near)}?"
+            raise ValueError(f"unknown option {text}{hint} (--help lists the options)")
 
 
 def _check_encoding(options: Options) -> None:
@@ -179,7 +221,7 @@ def _parse_groups(arguments: Sequence[str], defaults: Options, prog: str) -> Opt
     groups: dict[str, Any] = {}
     default: dict[str, Any] = {}
     for group, fields in config.groups().items():
-        typed = [(f.name, _annotation(f, getattr(defaults, f.name)), f.default) for f in fields]
+        typed = [(f.name, _annotation(f, getattr(defaults, f.name), defaults.task), f.default) for f in fields]
         groups[group] = dataclasses.make_dataclass(group, typed, frozen=True)
         groups[group].__doc__ = ""  # tyro would show the generated signature
         default[group] = groups[group](**{f.name: getattr(defaults, f.name) for f in fields})
@@ -189,7 +231,7 @@ def _parse_groups(arguments: Sequence[str], defaults: Options, prog: str) -> Opt
         command_line,
         config=(tyro.conf.OmitArgPrefixes,),
         prog=prog,
-        description=help_text(DESCRIPTION.format(command=command)),
+        description=help_text(DESCRIPTION.format(command=command, tasks=", ".join(TASKS))),
         args=list(arguments),
         default=command_line(**default),
     )
@@ -199,20 +241,18 @@ def _parse_groups(arguments: Sequence[str], defaults: Options, prog: str) -> Opt
     return Options(**values)
 
 
-def _annotation(field: dataclasses.Field[Any], default: Any) -> Any:
-    """Returns the type of an option with its help, which ends with the tasks if only some use it."""
+def _annotation(field: dataclasses.Field[Any], default: Any, task: str) -> Any:
+    """Returns the type of an option with its help; an option that the task does not use has no help."""
     hint: Any = get_type_hints(Options)[field.name]
     text = field.metadata["help"]
-    tasks = [name for name, module in TASKS.items() if field.name not in module.UNUSED]
-    if len(tasks) < len(TASKS):
-        text += f" Tasks: {', '.join(tasks)}."
     shown_default = "" if default is None else f"(default: {str(default).strip() or repr(default)})"
     metavar = None
     if field.default is None:
         optional_type = next(t for t in get_args(hint) if t is not type(None))
         choices = get_args(optional_type)  # of a Literal
         metavar = f"{{{','.join(choices)}}}" if choices else optional_type.__name__.upper()
-    return Annotated[hint, tyro.conf.arg(help=text, metavar=metavar, help_behavior_hint=shown_default)]
+    shown = Annotated[hint, tyro.conf.arg(help=text, metavar=metavar, help_behavior_hint=shown_default)]
+    return tyro.conf.Suppress[shown] if field.name in TASKS[task].UNUSED else shown
 
 
 def help_text(text: str) -> str:

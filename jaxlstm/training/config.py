@@ -70,7 +70,7 @@ class Options:
 
     # Model.
     cell: CellName = _option(
-        "lstm", "Cell: LSTM, with peepholes, with coupled input and forget gates (CIFG), or vanilla RNN."
+        "lstm", "Cell of the network: LSTM, its forms with peepholes or coupled gates (cifg), GRU and others."
     )
     hidden: int = _option(512, "Hidden size of each layer.", "size")
     layers: int = _option(1, "Number of layers.", "layers")
@@ -93,27 +93,7 @@ class Options:
         "TPUs, fused on CPUs.",
     )
 
-    # Regularization.
-    dropout: float = _option(0.4, "Dropout rate of each layer's outputs, in [0, 1).", "fraction")
-    input_dropout: float = _option(
-        0.0, "Dropout rate of the first layer's inputs, one mask per window, in [0, 1).", "fraction"
-    )
-    embedding_dropout: float = _option(
-        0.0, "Rate at which whole embeddings are dropped, one mask per window, in [0, 1).", "fraction"
-    )
-    variational: bool = _option(False, "Use one mask per window for --dropout too.")
-    recurrent_dropout: float = _option(0.0, "Dropout rate of the cell candidates, in [0, 1).", "fraction")
-    weight_drop: float = _option(0.0, "Dropout rate of the recurrent weights, in [0, 1).", "fraction")
-    zoneout_h: float = _option(0.0, "Zoneout rate of the outputs, in [0, 1).", "fraction")
-    zoneout_c: float = _option(0.0, "Zoneout rate of the cell states, in [0, 1).", "fraction")
-    activation_regularization: float = _option(
-        0.0, "Weight of activation regularization, the mean squared output; AWD-LSTM uses 2.", "non-negative"
-    )
-    temporal_activation_regularization: float = _option(
-        0.0, "Weight of the mean squared change of the output per step; AWD-LSTM uses 1.", "non-negative"
-    )
-
-    # Optimization.
+    # Training.
     max_steps: int | None = _option(
         None, "Limit of the run in steps (updates). Default: 1,200 without --max-seconds, else none.", "positive"
     )
@@ -137,6 +117,26 @@ class Options:
         10, "Consecutive steps with a non-finite loss or gradient, each skipped, before the run fails.", "positive"
     )
     seed: int = _option(0, "Seed of initial weights, dropout and data order.", "non-negative")
+
+    # Regularization.
+    dropout: float = _option(0.4, "Dropout rate of each layer's outputs, in [0, 1).", "fraction")
+    input_dropout: float = _option(
+        0.0, "Dropout rate of the first layer's inputs, one mask per window, in [0, 1).", "fraction"
+    )
+    embedding_dropout: float = _option(
+        0.0, "Rate at which whole embeddings are dropped, one mask per window, in [0, 1).", "fraction"
+    )
+    variational: bool = _option(False, "Use one mask per window for --dropout too.")
+    recurrent_dropout: float = _option(0.0, "Dropout rate of the cell candidates, in [0, 1).", "fraction")
+    weight_drop: float = _option(0.0, "Dropout rate of the recurrent weights, in [0, 1).", "fraction")
+    zoneout_h: float = _option(0.0, "Zoneout rate of the outputs, in [0, 1).", "fraction")
+    zoneout_c: float = _option(0.0, "Zoneout rate of the cell states, in [0, 1).", "fraction")
+    activation_regularization: float = _option(
+        0.0, "Weight of activation regularization, the mean squared output; AWD-LSTM uses 2.", "non-negative"
+    )
+    temporal_activation_regularization: float = _option(
+        0.0, "Weight of the mean squared change of the output per step; AWD-LSTM uses 1.", "non-negative"
+    )
 
     # Run and output.
     run_dir: Path | None = _option(None, "Run directory, new or empty. Default: runs/ and the current time.")
@@ -195,12 +195,11 @@ class Options:
 
 # `--help` shows the options in groups: the first option of each, in the order of `Options`.
 FIRST_OF_GROUP = {
-    "task": "task",
+    "task": "data",
     "cell": "model",
-    "dropout": "regularization",
-    "max_steps": "optimization",
+    "max_steps": "training",
     "run_dir": "run",
-    "mesh": "device",
+    "mesh": "devices",
     "sample": "sampling",
 }
 CHANGEABLE_ON_RESUME = (

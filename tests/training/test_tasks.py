@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import re
 import typing
 
 import numpy as np
@@ -54,7 +55,7 @@ def test_regularization_of_activations_has_names_of_its_own():
     """`jaxlstm.LSTM` calls the nonlinearity ``activation``."""
     options = parse(["--activation-regularization", "2", "--temporal-activation-regularization", "1"])
     assert (options.activation_regularization, options.temporal_activation_regularization) == (2.0, 1.0)
-    with pytest.raises(SystemExit):
+    with pytest.raises(ValueError, match="unknown option --activation; did you mean --activation-regularization"):
         parse(["--activation", "2"])
 
 
@@ -76,14 +77,36 @@ def test_task_reads_exactly_the_options_that_it_declares(task):
         assert (name in options.__dict__["read"]) == (name not in TASKS[task].UNUSED), name
 
 
-@pytest.mark.parametrize("task", [t if t == "adding" else pytest.param(t, marks=pytest.mark.slow) for t in TASKS])
+@pytest.mark.parametrize("task", TASKS)
 def test_unused_option_is_rejected_by_name(task):
     values = dict.fromkeys(unused_options(), "0.3") | {"data": "x", "window": "9", "embedding": "7"}
     values |= dict.fromkeys(OPTION_GROUPS["forecasting"], "7") | {"decimal": ",", "language": "even_pairs"}
     for name in TASKS[task].UNUSED:
         option = f"--{name.replace('_', '-')}"
-        with pytest.raises(ValueError, match=f"--task {task} does not use {option}, got "):
+        with pytest.raises(
+            ValueError, match=f"--task {task} does not use {option}{'' if name == 'tied' else ', got '}"
+        ):
             parse(["--task", task, option, *([] if name == "tied" else [values[name]])])
+
+
+@pytest.mark.parametrize(
+    ("option", "meant"),
+    [
+        ("--lr", "; did you mean --learning-rate?"),
+        ("--batch-size=4", "; did you mean --batch?"),
+        ("--hidden-size", "; did you mean --hidden?"),
+        ("--no-layernorm", "; did you mean --layer-norm?"),
+        ("--qqq", ""),
+    ],
+)
+def test_unknown_option_is_named_with_the_one_meant(option, meant):
+    message = f"unknown option {option.partition('=')[0]}{meant} (--help lists the options)"
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        parse([option, "3"])
+
+
+def test_every_option_belongs_to_a_task():
+    assert all(any(name not in module.UNUSED for module in TASKS.values()) for name in unused_options())
 
 
 @pytest.mark.parametrize("name", ["charlm", "wordlm"])
