@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from jaxlstm.params import Params as Params
     from jaxlstm.params import State as State
     from jaxlstm.params import Weights as Weights
+    from jaxlstm.residual import ResidualStack as ResidualStack
     from jaxlstm.rnn import RNN as RNN
 
 __version__ = "0.1.0"
@@ -47,6 +48,7 @@ _MODULES = {  # by name: the module that defines it
     "Layer": "params",
     "Norm": "params",
     "Params": "params",
+    "ResidualStack": "residual",
     "State": "params",
     "Tuning": "autotuning",
     "Weights": "params",
@@ -76,6 +78,7 @@ __all__ = [
     "Layer",
     "Norm",
     "Params",
+    "ResidualStack",
     "State",
     "Tuning",
     "Weights",

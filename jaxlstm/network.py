@@ -19,7 +19,7 @@ from jaxtyping import Bool, Float, Int
 from jaxlstm import initializers, validation
 from jaxlstm.cells import CELLS, Cell, CellName
 from jaxlstm.dropout import RegularizerMasks, RegularizerRates, dropout, regularizer_key
-from jaxlstm.params import Layer, Norm, Params, State, Weights, output_dtype, state_dtype
+from jaxlstm.params import Layer, Norm, Params, Residual, State, Weights, output_dtype, state_dtype
 from jaxlstm.primitives.pytrees import tree_concatenate, tree_index, tree_stack
 from jaxlstm.recurrence import masking
 from jaxlstm.recurrence.context import Direction, LayerInputs, Results, ScanContext
@@ -42,6 +42,7 @@ class CallArgs(NamedTuple):
 
 # (layer, xs, state, inputs, reverse) -> (ys, new state): one layer over time
 RunLayer = Callable[[Layer, Array, State, LayerInputs, bool], tuple[Any, State]]
+StepLayer = Callable[[int, Array], State]  # (index of the layer, x) -> new state of the layer
 
 
 @dataclass(frozen=True, repr=False)
@@ -91,7 +92,8 @@ class RecurrentNetwork(ABC):
         else:
             validation.choice("cell", self.cell, self.cell_names)
         self._check_forget_gate()
-        validation.warn_unused_dropout(self.dropout, self.num_layers, self.variational)
+        if not self.residual:
+            validation.warn_unused_dropout(self.dropout, self.num_layers, self.variational)
 
     def _set(self, name: str, value: Any) -> None:
         """Normalizes a field once, so that equal configurations compare equal."""
@@ -147,6 +149,16 @@ class RecurrentNetwork(ABC):
         return self.hidden_size
 
     @property
+    def residual(self) -> bool:
+        """Whether layers add to their inputs; False but for a `jaxlstm.ResidualStack`."""
+        return False
+
+    @property
+    def layer_input_sizes(self) -> tuple[int, ...]:
+        """Input size of each layer."""
+        return (self.input_size, *[self.num_directions * self.output_size] * (self.num_layers - 1))
+
+    @property
     def num_directions(self) -> int:
         """D."""
         return 2 if self.bidirectional else 1
@@ -173,6 +185,10 @@ class RecurrentNetwork(ABC):
     @abstractmethod
     def weight_shapes(self, input_size: int) -> Weights:
         """Returns the shape and dtype of the weights of one direction of a layer with this input size."""
+
+    def residual_shapes(self) -> Residual | None:
+        """Returns the shape and dtype of the parameters around the layers; None for a network without them."""
+        return None
 
     def param_shape(self, *shape: int) -> Any:
         """Returns a parameter's shape and dtype, a `jax.ShapeDtypeStruct`."""
@@ -437,21 +453,47 @@ class RecurrentNetwork(ABC):
         Returns:
           outputs of the last layer, and the final state of all layers.
         """
-        xs, key = args.xs, args.key
+        key = args.key
         state, inputs = self.prepare_layers(args)
-        ys = self.drop_inputs(key, xs)
+        ys = self.drop_inputs(key, args.xs)
         last = []
-        for n, layer in enumerate(args.params.layers):
+        for n in range(self.num_layers):
             if n > 0:
                 between = None if key is None else jax.random.fold_in(key, n)
                 ys = dropout(between, self.dropout, ys, over_time=not self.variational)
-            rows = slice(n * self.num_directions, (n + 1) * self.num_directions)
-            layer_inputs = inputs._replace(restart_state=tree_index(inputs.restart_state, rows))
-            layer, layer_inputs = self.regularize_layer(n, layer, layer_inputs, ys, key)
-            layer_inputs = layer_inputs._replace(z_static=self.project_static(layer, args.static))
-            ys, new_state = run_layer(layer, ys, tree_index(state, rows), layer_inputs, reverse)
+            ys, new_state = self.scan_layer(n, args, ys, state, inputs, reverse, run_layer)
             last.append(new_state)
         return self.drop_outputs(key, ys), tree_concatenate(last)
+
+    def scan_layer(
+        self,
+        n: int,
+        args: CallArgs,
+        xs: Array,
+        state: State,
+        inputs: LayerInputs,
+        reverse: bool,
+        run_layer: RunLayer,
+    ) -> tuple[Any, State]:
+        """Runs layer ``n``.
+
+        Args:
+          n: index of the layer.
+          args: from `check_call`.
+          xs: inputs of the layer.
+          state: initial state of all layers, from `prepare_layers`.
+          inputs: masks of all layers, from `prepare_layers`.
+          reverse: whether time runs backward.
+          run_layer: runs one layer over time.
+
+        Returns:
+          outputs of the layer, and its final state.
+        """
+        rows = slice(n * self.num_directions, (n + 1) * self.num_directions)
+        inputs = inputs._replace(restart_state=tree_index(inputs.restart_state, rows))
+        layer, inputs = self.regularize_layer(n, args.params.layers[n], inputs, xs, args.key)
+        inputs = inputs._replace(z_static=self.project_static(layer, args.static))
+        return run_layer(layer, xs, tree_index(state, rows), inputs, reverse)
 
     def drop_inputs(self, key: Array | None, xs: Array) -> Array:
         """Returns the inputs of the first layer: cast to ``dtype``, with ``input_dropout``."""
@@ -540,16 +582,36 @@ class RecurrentNetwork(ABC):
     def _step(
         self, params: Params, state: State, x: Array, reset: Array | None, static: Array | None
     ) -> tuple[State, Array]:
+        return self.step_layers(params, x, partial(self.step_layer, params, state, reset, static))
+
+    def step_layers(self, params: Params, x: Array, step_layer: StepLayer) -> tuple[State, Array]:
+        """Takes one step of all layers.
+
+        Args:
+          params: parameters.
+          x: input of the step.
+          step_layer: takes one step of one layer; `step_layer` with the other arguments of the step.
+
+        Returns:
+          the new state, and the output.
+        """
+        del params
         y = x.astype(self.output_dtype)
         new_states = []
-        for n, layer in enumerate(params.layers):
-            layer_state = tree_index(state, n)
-            if reset is not None:
-                layer_state = masking.restart(reset, tree_index(self._restart_state(params), n), layer_state)
-            z_static = tree_index(self.project_static(layer, static), 0)
-            new_states.append(self.layer_step(layer.forward, y, layer_state, z_static))
+        for n in range(self.num_layers):
+            new_states.append(step_layer(n, y))
             y = new_states[-1].h.astype(self.output_dtype)
         return tree_stack(new_states), y
+
+    def step_layer(
+        self, params: Params, state: State, reset: Array | None, static: Array | None, n: int, x: Array
+    ) -> State:
+        """Takes one step of layer ``n`` from its input and the state of all layers; returns its new state."""
+        layer, layer_state = params.layers[n], tree_index(state, n)
+        if reset is not None:
+            layer_state = masking.restart(reset, tree_index(self._restart_state(params), n), layer_state)
+        z_static = tree_index(self.project_static(layer, static), 0)
+        return self.layer_step(layer.forward, x, layer_state, z_static)
 
     def scan_context(self, rates: RegularizerRates = NO_RATES) -> ScanContext:
         """Returns the options of a backend."""
@@ -566,11 +628,9 @@ class RecurrentNetwork(ABC):
 
 @lru_cache(maxsize=256)
 def _param_shapes(network: RecurrentNetwork) -> Params:
-    input_sizes = [network.input_size] + (network.num_layers - 1) * [network.num_directions * network.output_size]
-    layers = tuple(Layer(*[network.weight_shapes(size)] * network.num_directions) for size in input_sizes)
-    if not network.learned_state:
-        return Params(layers)
-    return Params(layers, jax.tree.map(lambda a: network.param_shape(*a.shape), network.state_shapes()))
+    layers = tuple(Layer(*[network.weight_shapes(size)] * network.num_directions) for size in network.layer_input_sizes)
+    state = jax.tree.map(lambda a: network.param_shape(*a.shape), network.state_shapes())
+    return Params(layers, state if network.learned_state else None, network.residual_shapes())
 
 
 @lru_cache(maxsize=256)

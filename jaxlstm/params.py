@@ -68,11 +68,37 @@ class Layer(NamedTuple):
         return (self.forward,) if self.backward is None else (self.forward, self.backward)
 
 
+class FeedForward(NamedTuple):
+    """Parameters of the feed-forward part of a residual layer; F is its hidden size, W the width of the stream."""
+
+    norm: Array  # (W,), gain of the normalization of its inputs
+    w_up: Array  # (F, W)
+    b_up: Array | None  # (F,); None without bias
+    w_down: Array  # (W, F)
+    b_down: Array | None  # (W,); None without bias
+
+
+class ResidualBlock(NamedTuple):
+    """Parameters of a layer of a `jaxlstm.ResidualStack` besides those of its recurrence."""
+
+    norm: Array  # (W,), gain of the normalization of the layer's inputs
+    feed_forward: FeedForward | None = None  # None without a feed-forward part
+
+
+class Residual(NamedTuple):
+    """Parameters of a `jaxlstm.ResidualStack` besides those of its recurrent layers; W is D*P."""
+
+    w_in: Array | None  # (W, I), projection of the inputs; None if I is W
+    blocks: tuple[ResidualBlock, ...]  # lowest layer first
+    norm: Array  # (W,), gain of the normalization of the outputs
+
+
 class Params(NamedTuple):
     """All parameters of a recurrent network, lowest layer first."""
 
     layers: tuple[Layer, ...]
     state: State | None = None  # learned initial state, h (L*D, P) and c (L*D, H); None if it is not learned
+    residual: Residual | None = None  # of a `jaxlstm.ResidualStack`; None for other networks
 
 
 def output_dtype(dtype: DTypeLike | None, param_dtype: DTypeLike) -> jnp.dtype:

@@ -188,7 +188,10 @@ class RNN(RecurrentNetwork):
         return self.scan_layers(args, reverse, self.run_layer)
 
     def _run_stack(self, args: CallArgs, reverse: bool) -> tuple[Array, State]:
-        """Runs all layers by one call of a backend for stacks; with dropout between layers, by one call per layer."""
+        """Runs all layers by one call of a backend for stacks.
+
+        With dropout or residual connections between layers, there is one call per layer.
+        """
         run_stack = load(MULTILAYER_BACKENDS[str(self.implementation)])
         context, key = self.scan_context(self.regularizer_rates), args.key
 
@@ -197,7 +200,7 @@ class RNN(RecurrentNetwork):
             ys, state = run_stack(self.resolved_cell, layers, *folded, context=context, reverse=reverse)
             return masking.unfold_batch(ys, state, inputs.step_mask, xs.shape[1:-1])
 
-        if key is not None and self.dropout > 0.0:
+        if self.residual or (key is not None and self.dropout > 0.0):
             return self.scan_layers(
                 args, reverse, lambda layer, xs, state, inputs, _: run_layers((layer,), xs, state, inputs)
             )

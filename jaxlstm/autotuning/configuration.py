@@ -11,6 +11,7 @@ from jaxlstm.errors import first_line
 from jaxlstm.json_types import check_entries
 from jaxlstm.lstm import GRU, LSTM
 from jaxlstm.recurrence.backends import OPTION_CLASSES, Implementation, load
+from jaxlstm.residual import ResidualStack
 from jaxlstm.rnn import RNN
 
 DTYPES = ("dtype", "param_dtype")
@@ -23,9 +24,9 @@ CELL_TYPES: dict[str, Any] = get_type_hints(Cell) | {
     "peepholes": list[str],
 }
 BACKEND_TYPES = {"class": Literal[tuple(OPTION_CLASSES)], "options": dict[str, Any]}
-# Types of the options as JSON values; `jaxlstm.LSTM` checks the values.
-CLASSES = {"RNN": RNN, "LSTM": LSTM, "GRU": GRU}  # they have the same options
-LSTM_TYPES: dict[str, Any] = {f.name: get_type_hints(RNN)[f.name] for f in fields(RNN)} | {
+CLASSES: dict[str, type[RNN]] = {"RNN": RNN, "LSTM": LSTM, "GRU": GRU, "ResidualStack": ResidualStack}
+# Types of options as JSON values that differ from the types in Python; `jaxlstm.LSTM` checks the values.
+JSON_TYPES: dict[str, Any] = {
     "class": Literal[tuple(CLASSES)],
     "cell": str | dict[str, Any],
     "dtype": str | None,
@@ -61,9 +62,12 @@ def lstm_from_json(values: Any, label: str) -> RNN:
     Raises:
       ValueError: for a missing or unknown option, or one of a wrong type or value.
     """
-    check_entries(values, LSTM_TYPES, label)
+    name = values.get("class") if isinstance(values, dict) else None
+    network = CLASSES[name] if isinstance(name, str) and name in CLASSES else RNN
+    hints = get_type_hints(network)
+    check_entries(values, {field.name: hints[field.name] for field in fields(network)} | JSON_TYPES, label)
     options = values | {"implementation": implementation_from_json(values["implementation"], label)}
-    network = CLASSES[options.pop("class")]
+    del options["class"]
     try:
         if isinstance(values["cell"], dict):
             check_entries(values["cell"], CELL_TYPES, f"{label}: cell")

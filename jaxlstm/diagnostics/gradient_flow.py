@@ -77,6 +77,8 @@ def gradient_flow(
     if jacobian is not None:
         validation.choice("jacobian", jacobian, NORM_ORDERS)
     args = check_args(lstm, params, xs, state, lengths=lengths, mask=mask, resets=resets)
+    if jacobian is not None and lstm.residual:
+        raise ValueError(f"jacobian={jacobian!r} supports plain stacks only, got {lstm!r}; set jacobian=None")
     reverse = validation.flag("reverse", reverse)
 
     def perturbed_loss(perturbations: Sequence[PerDirection[Perturbations]]) -> tuple[Array, Trace]:

@@ -63,6 +63,8 @@ def to_c(
     validation.instance("lstm", lstm, RNN, "a jaxlstm.LSTM")
     if lstm.bidirectional:
         raise ValueError("to_c writes single steps, and bidirectional=True needs the whole sequence")
+    if lstm.residual:
+        raise ValueError(f"to_c writes plain stacks of layers, got {lstm!r}")
     if not isinstance(name, str) or not re.fullmatch("[A-Za-z_][A-Za-z0-9_]*", name):
         raise ValueError(f"name must be a C identifier, got {name!r}")
     if quantize is not None:

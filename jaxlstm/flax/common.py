@@ -171,8 +171,9 @@ def annotate_params(
 ) -> Params:
     """Applies ``annotate(array, mesh_axes)`` to every parameter, with None for arrays that ``sharding`` does not name.
 
-    Names are the same for every layer and direction: ``"w_x"``, ``"w_h"``, ``"b"``, ``"norm.x"`` and so on, and
-    ``"state.h"`` and ``"state.c"`` for a learned state.
+    Names are the same for every layer and direction: ``"w_x"``, ``"w_h"``, ``"b"``, ``"norm.x"`` and so on;
+    ``"state.h"`` and ``"state.c"`` for a learned state; ``"norm"``, ``"feed_forward.w_up"`` and so on, and
+    ``"residual.w_in"``, for a `jaxlstm.ResidualStack`.
 
     Raises:
       ValueError: if ``sharding`` has a name that no parameter has.
@@ -190,4 +191,4 @@ def annotate_params(
 def _param_name(path: Any) -> str:
     """Returns the name of a parameter without its layer and direction, as in ``layers.0.forward.w_x``."""
     name = jax.tree_util.keystr(path, simple=True, separator=".")
-    return name.split(".", 3)[-1] if name.startswith("layers.") else name
+    return name.split(".", 3)[-1] if name.startswith(("layers.", "residual.blocks.")) else name

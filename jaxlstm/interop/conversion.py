@@ -31,6 +31,7 @@ BASE_OPTIONS: OptionValues = {
     "layer_norm": (False,),
     "learned_state": (False,),
     "heads": (1,),
+    "residual": (False,),
 }
 
 

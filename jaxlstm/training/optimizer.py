@@ -13,7 +13,8 @@ DEFAULT_PEAK = {"adamw": 4e-3, "asgd": 0.3}  # learning rate at the end of the w
 SCHEDULE_TICKS = 10_000  # length of every run in units of the schedule
 FINAL_FRACTION = 0.01  # of the peak, at the end of the cosine
 
-NOT_DECAYED = {"b", "b_out", "w_c", "norm", "state"}  # biases, peepholes, layer normalization, learned initial states
+# Biases, peepholes, gains and shifts of normalization, and learned initial states.
+NOT_DECAYED = {"b", "b_out", "b_up", "b_down", "w_c", "norm", "state"}
 
 OptimizerName = Literal["adamw", "asgd"]
 Schedule = Callable[[ArrayLike], Array]  # completed fraction of the run, in [0, 1] -> learning rate

@@ -17,7 +17,7 @@ LEVELS = [  # lowest first; a module imports from its own subpackage and from lo
     {"activation_regularization", "outputs", "recurrence"},
     {"network"},
     {"rnn", "conv_lstm"},
-    {"lstm"},
+    {"lstm", "residual"},
     {"autotuning"},
     {"interop", "flax", "export", "experimental", "rl"},
     {"diagnostics"},
