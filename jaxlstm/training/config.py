@@ -74,6 +74,11 @@ class Options:
     )
     hidden: int = _option(512, "Hidden size of each layer.", "size")
     layers: int = _option(1, "Number of layers.", "layers")
+    residual: bool = _option(
+        False,
+        "Add each layer's outputs to its inputs, which are normalized; for deep stacks. --dropout then applies to "
+        "everything that is added.",
+    )
     bidirectional: bool = _option(False, "Add a direction that runs backward in time; not for language models.")
     embedding: int = _option(64, "Embedding size.", "size")
     projection: int | None = _option(None, "Size to project each layer's outputs to. Default: no projection.", "size")

@@ -9,10 +9,12 @@ import numpy as np
 import pytest
 from training_runs import read_metrics, read_summary, run_command, run_process, train
 
+import jaxlstm
 from jaxlstm.training.cli import parse
 from jaxlstm.training.config import Options
 from jaxlstm.training.data.shuffling import shuffled_batches
 from jaxlstm.training.data.text import DataError, fingerprint
+from jaxlstm.training.models.build import build_lstm
 from jaxlstm.training.tasks import TASKS, forecast
 from jaxlstm.training.tasks.task import OPTION_GROUPS, unused_options
 
@@ -57,6 +59,27 @@ def test_regularization_of_activations_has_names_of_its_own():
     assert (options.activation_regularization, options.temporal_activation_regularization) == (2.0, 1.0)
     with pytest.raises(ValueError, match="unknown option --activation; did you mean --activation-regularization"):
         parse(["--activation", "2"])
+
+
+def test_residual_builds_residual_stack_with_dropout_in_every_layer():
+    stack = build_lstm(parse(["--residual", "--hidden", "8", "--dropout", "0.3"]), 4)
+    assert isinstance(stack, jaxlstm.ResidualStack)
+    assert (stack.input_size, stack.hidden_size, stack.num_layers, stack.dropout) == (4, 8, 1, 0.3)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("options", ["--task adding --bidirectional", "--task digits", "--projection 8"])
+def test_residual_stack_learns_and_resumes(tmp_path, options):
+    """The text makes a language model read its own validation part, so that three layers learn it within 60 steps."""
+    (tmp_path / "text.txt").write_text("abc" * 3000)
+    data = [] if "--task" in options else ["--data", str(tmp_path / "text.txt"), "--embedding", "8"]
+    common = ["--residual", "--layers", "3", "--hidden", "16", "--batch", "16", "--save-every", "20", *data]
+    summary, last = train_task(tmp_path, *options.split(), *common, "--max-steps", "60", "--valid-every", "10")
+    losses = [row["loss"] for row in read_metrics(tmp_path / "run") if row["split"] == "valid"]
+    assert last["loss"] < 0.9 * losses[0]
+    train(["--resume", str(tmp_path / "run"), "--max-steps", "70"])
+    assert read_summary(tmp_path / "run")["steps"] == 70
+    assert summary["parameters"] == read_summary(tmp_path / "run")["parameters"]
 
 
 class RecordingOptions(Options):

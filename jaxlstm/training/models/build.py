@@ -4,12 +4,13 @@ import jax.numpy as jnp
 
 import jaxlstm
 from jaxlstm.cells import CELLS
+from jaxlstm.rnn import RNN
 from jaxlstm.training import config
 from jaxlstm.training.config import Options
 
 
-def build_lstm(options: Options, input_size: int, *, longest_dependency: int | None = None) -> jaxlstm.LSTM:
-    """Returns an LSTM with the sizes, cell and regularizers of ``options``.
+def build_lstm(options: Options, input_size: int, *, longest_dependency: int | None = None) -> RNN:
+    """Returns an LSTM with the sizes, cell and regularizers of ``options``, or a residual stack of them.
 
     Args:
       options: options of the run.
@@ -21,8 +22,10 @@ def build_lstm(options: Options, input_size: int, *, longest_dependency: int | N
     has_forget_gate = options.cell != "rnn" and CELLS[options.cell].forget_gate is not None
     if chrono is None and longest_dependency is not None and has_forget_gate:
         chrono = max(longest_dependency, 3)
-    dropout_between_layers = options.dropout if options.layers > 1 else 0.0  # models apply --dropout to outputs, too
-    return jaxlstm.LSTM(
+    # Models apply --dropout to outputs, too.
+    dropout_between_layers = options.dropout if options.layers > 1 or options.residual else 0.0
+    network = jaxlstm.ResidualStack if options.residual else jaxlstm.LSTM
+    return network(
         input_size,
         options.hidden,
         num_layers=options.layers,
