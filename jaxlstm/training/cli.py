@@ -1,4 +1,4 @@
-"""The commands ``train`` and ``sample``: process set-up, command line, errors in one line."""
+"""The commands ``train`` and ``sample``, and predictions of a run: process set-up, command line, errors in one line."""
 
 import argparse
 import atexit
@@ -27,6 +27,7 @@ from jaxlstm.training.data.text import cache_folder
 from jaxlstm.training.loop import Trainer
 from jaxlstm.training.malloc import keep_freed_memory
 from jaxlstm.training.memory import check_memory
+from jaxlstm.training.metrics import print_line
 from jaxlstm.training.output import check_written, make_output_lenient, printable
 from jaxlstm.training.processes import end_process
 from jaxlstm.training.run_directory import KNOWN_DATA, lacks_config
@@ -37,7 +38,7 @@ from jaxlstm.training.stop_signals import (
     skip_teardown_if_interrupted,
 )
 from jaxlstm.training.tasks import TASKS
-from jaxlstm.training.tasks.task import LanguageTaskModule
+from jaxlstm.training.tasks.task import LanguageTaskModule, PredictingTaskModule
 
 DESCRIPTION = """Train a recurrent network, by default a character language model on real text.
 
@@ -46,6 +47,7 @@ DESCRIPTION = """Train a recurrent network, by default a character language mode
 {command} --data tinyshakespeare --max-seconds 600
 {command} --resume runs/NAME                resume after a stop, a crash or a power cut
 {command} --sample runs/NAME --prompt "The " --length 500 --temperature 0.8
+{command} --predict runs/NAME --data new.csv --out predictions.csv
 {command} --task NAME --help            the options of another task: {tasks}
 """
 KNOWN_ELSEWHERE = {  # what other programs call an option
@@ -82,14 +84,16 @@ def train_main(arguments: Sequence[str], prog: str = "jaxlstm train") -> None:
 
 
 def run_cli(arguments: Sequence[str], console: Console, prog: str = "train.py") -> None:
-    """Parses the options, then trains or samples; a mistake ends the process with one line."""
+    """Parses the options, then trains, samples or predicts; a mistake ends the process with one line."""
     command = f"python {prog}" if prog.endswith(".py") else prog
     with one_line_errors(prog):
         options = parse(arguments, prog)
-        if options.sample is None:
-            Trainer(options, console, command).run()
-        else:
+        if options.sample is not None:
             sample(options, console)
+        elif options.predict is not None:
+            predict(options, console)
+        else:
+            Trainer(options, console, command).run()
 
 
 def set_up_process() -> None:
@@ -135,17 +139,21 @@ def one_line_errors(prog: str) -> Iterator[None]:
 
 
 def parse(arguments: Sequence[str], prog: str = "train.py") -> Options:
-    """Returns the options of a command line; omitted ones have the defaults of the task, or of the run to resume.
+    """Returns the options of a command line; omitted ones have the defaults of the task, or of the run that it names.
 
     Raises:
       ValueError: for a value outside its limit, an option that the task does not use, or one that differs from the
-        run to resume.
+        run to resume or to predict with.
     """
     early = _parse_early(arguments)
+    if early.predict:
+        return _parse_predict(arguments, early.predict, prog)
     configured = early.resume if early.resume and not lacks_config(early.resume) else None
     defaults = config.load_config(configured, "--resume")[0] if configured else _task_defaults(early)
     _check_flags(arguments, defaults.task)
     options = _parse_groups(arguments, defaults, prog)
+    if options.out is not None:
+        raise ValueError(f"--out {options.out} is the file that --predict writes; --predict names a run directory")
     if configured and (mismatches := config.differences(config.to_json(options), config.to_json(defaults))):
         raise ValueError(f"--resume {early.resume} continues with the options of that run: {mismatches[0]}")
     if early.resume and options.run_dir is not None:
@@ -178,6 +186,42 @@ def _check_flags(arguments: Sequence[str], task: str) -> None:
             raise ValueError(f"unknown option {text}{hint} (--help lists the options)")
 
 
+def _parse_predict(arguments: Sequence[str], run_dir: Path, prog: str) -> Options:
+    """Returns the options of a command with ``--predict``: those of the run, except for the data and how to read them.
+
+    Raises:
+      ValueError: for an option that differs from the run, or a command that has no ``--out`` or does something else.
+    """
+    defaults = config.load_config(run_dir, "--predict")[0]
+    _predicting_task(run_dir, defaults)
+    _check_flags(arguments, defaults.task)
+    options = _parse_groups(arguments, defaults, prog)
+    for name in ("resume", "sample"):
+        if (value := getattr(options, name)) is not None:
+            raise ValueError(f"--predict {run_dir} cannot be combined with {config.flag(name)} {value}")
+    values = config.to_json(options), config.to_json(defaults)
+    if mismatches := config.differences(*values, config.CHANGEABLE_ON_PREDICT):
+        raise ValueError(f"--predict {run_dir} uses the options of that run: {mismatches[0]}")
+    if options.out is None:
+        raise ValueError(f"--predict {run_dir} needs --out FILE, the CSV file to write")
+    if options.out.exists() and Path(options.data).exists() and options.out.samefile(options.data):
+        raise ValueError(f"--out {options.out} is the file of --data; choose another name")
+    return options
+
+
+def _predicting_task(run_dir: Path, options: Options) -> PredictingTaskModule:
+    """Returns the task of a run with these options.
+
+    Raises:
+      ValueError: if the task does not predict.
+    """
+    task = TASKS[options.task]
+    if not isinstance(task, PredictingTaskModule):
+        names = ", ".join(name for name, module in TASKS.items() if isinstance(module, PredictingTaskModule))
+        raise ValueError(f"--predict needs a run of a task that predicts ({names}); {run_dir} is one of {options.task}")
+    return task
+
+
 def _check_encoding(options: Options) -> None:
     """Checks that texts and paths of a run are valid UTF-8, as config.json and Orbax need it.
 
@@ -202,6 +246,7 @@ def _parse_early(arguments: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--task", nargs="?", default="charlm", const="charlm")  # tyro reports a missing value
     parser.add_argument("--resume", nargs="?", type=Path)
+    parser.add_argument("--predict", nargs="?", type=Path)
     parser.add_argument("--optimizer", nargs="?")
     return parser.parse_known_args(arguments)[0]
 
@@ -291,6 +336,24 @@ def sample(options: Options, console: Console, flag: str = "--sample") -> None:
     )
     console.file.write((printable(text.replace("\r\n", "\n")) if console.is_terminal else text) + "\n")
     check_written(console.file)
+
+
+def predict(options: Options, console: Console) -> None:
+    """Writes the predictions of a run for ``data`` to the file ``out``, with the best parameters of the run.
+
+    Args:
+      options: options of the run with ``predict``, the run directory, ``data`` and ``out``, from `parse`.
+      console: receives the lines of the task about the predictions.
+
+    Raises:
+      ValueError: if the folder is not a run of a task that predicts, or the data do not suit it.
+    """
+    assert options.predict is not None
+    assert options.out is not None
+    run_options, run_config = config.load_config(options.predict, "--predict")
+    task = _predicting_task(options.predict, run_options)
+    load_params = partial(params_file.load_params, options.predict / params_file.BEST)
+    print_line(console, task.predict(dataclasses.replace(options, mesh=None), run_config, load_params, options.out))
 
 
 @dataclass(frozen=True)

@@ -177,6 +177,14 @@ class Options:
     )
     process: int = _option(0, "Index of this process, from 0.", "non-negative")
 
+    # Prediction.
+    predict: Path | None = _option(
+        None,
+        "Run directory: write predictions for --data, by default the data of the run, with its best parameters instead "
+        "of training.",
+    )
+    out: Path | None = _option(None, "CSV file that --predict writes.")
+
     # Sampling.
     sample: Path | None = _option(None, "Run directory: write text with its best parameters instead of training.")
     prompt: str | None = _option(
@@ -205,6 +213,7 @@ FIRST_OF_GROUP = {
     "max_steps": "training",
     "run_dir": "run",
     "mesh": "devices",
+    "predict": "prediction",
     "sample": "sampling",
 }
 CHANGEABLE_ON_RESUME = (
@@ -220,6 +229,8 @@ CHANGEABLE_ON_RESUME = (
     "tensorboard",
     "profile",
 )
+# With --predict all other options are the ones of the run; these say how to read another file.
+CHANGEABLE_ON_PREDICT = ("data", "delimiter", "decimal", "date_format")
 # No influence on training, so neither saved nor compared.
 NOT_PART_OF_A_RUN = (
     "coordinator",
@@ -227,6 +238,8 @@ NOT_PART_OF_A_RUN = (
     "process",
     "run_dir",
     "resume",
+    "predict",
+    "out",
     "sample",
     "prompt",
     "length",
@@ -234,10 +247,10 @@ NOT_PART_OF_A_RUN = (
 )
 
 
-# Types of the entries of config.json; language models save their vocabulary too.
+# Types of the entries of config.json; some tasks save more, such as language models their vocabulary.
 CONFIG_TYPES: dict[str, Any] = {"options": dict[str, Any], "about": str, "fingerprint": str, "versions": dict[str, str]}
 BACKEND_TYPES: dict[str, Any] = {"backend": dict[str, Any]}  # if it was measured, see `jaxlstm.training.backend`
-VOCABULARY_TYPES: dict[str, Any] = {"charlm": str, "wordlm": list[str]}
+TASK_TYPES: dict[str, dict[str, Any]] = {"charlm": {"vocabulary": str}, "wordlm": {"vocabulary": list[str]}}
 
 
 def splits_units(options: Options) -> bool:
@@ -319,8 +332,7 @@ def load_config(run_dir: Path, flag: str) -> tuple[Options, dict[str, Any]]:
     except OSError as error:
         raise ValueError(f"{flag} {run_dir} is not the folder of a run: {path}: {error.strerror}") from None
     check_entries(config.get("options"), saved_types(), f"{path}: options")
-    vocabulary = VOCABULARY_TYPES.get(config["options"]["task"])
-    check_entries(config, entry_types(config) | ({} if vocabulary is None else {"vocabulary": vocabulary}), str(path))
+    check_entries(config, entry_types(config) | TASK_TYPES.get(config["options"]["task"], {}), str(path))
     try:
         return Options(**config["options"]), config
     except ValueError as error:
@@ -328,19 +340,22 @@ def load_config(run_dir: Path, flag: str) -> tuple[Options, dict[str, Any]]:
 
 
 def entry_types(values: dict[str, Any]) -> dict[str, Any]:
-    """Returns the types of the entries of a configuration, except for a vocabulary."""
+    """Returns the types of the entries of a configuration, except for `TASK_TYPES`."""
     return CONFIG_TYPES | (BACKEND_TYPES if "backend" in values else {})
 
 
-def differences(received: dict[str, Any], expected: dict[str, Any]) -> list[str]:
+def differences(
+    received: dict[str, Any], expected: dict[str, Any], changeable: tuple[str, ...] = CHANGEABLE_ON_RESUME
+) -> list[str]:
     """Lists the differences of two runs, such as ``--hidden is 256, expected 512``.
 
     Args:
-      received: options of one run, as `to_json` gives them; those that may change on resuming are not compared.
+      received: options of one run, as `to_json` gives them.
       expected: options of the other run.
+      changeable: options that are not compared.
     """
     return [
         f"{flag(name)} is {received.get(name)}, expected {value}"
         for name, value in expected.items()
-        if name not in (*CHANGEABLE_ON_RESUME, *NOT_PART_OF_A_RUN) and received.get(name) != value
+        if name not in (*changeable, *NOT_PART_OF_A_RUN) and received.get(name) != value
     ]

@@ -157,7 +157,7 @@ def test_help_documents_the_options_of_the_task_and_their_units(tmp_path):
     examples = [
         line for line in cli.DESCRIPTION.format(command="python train.py", tasks="").splitlines() if "--" in line
     ]
-    assert len(examples) == 5
+    assert len(examples) == 6
     assert set(examples[:-1]) < lines  # on separate lines
     for option in dataclasses.fields(Options):
         is_shown = f"--{option.name.replace('_', '-')} " in printed.replace(",", " ")
@@ -179,7 +179,7 @@ def test_options_are_in_one_group_each():
     names = [field.name for fields in groups().values() for field in fields]
     assert names == [field.name for field in dataclasses.fields(Options)]
     assert list(groups()) == [
-        "data", "model", "training", "run", "devices", "sampling",
+        "data", "model", "training", "run", "devices", "prediction", "sampling",
     ]  # fmt: skip
 
 

@@ -110,3 +110,28 @@ class LanguageTaskModule(TaskModule, Protocol):
     ) -> str:
         """Returns the prompt, or one that suits the vocabulary if it is None, and its continuation."""
         ...
+
+
+@runtime_checkable
+class PredictingTaskModule(TaskModule, Protocol):
+    """A module that defines a task whose runs predict from another file: ``train.py --predict``."""
+
+    def predict(
+        self,
+        options: Options,
+        config: Mapping[str, Any],
+        load_params: Callable[[Callable[[Array], Any]], Any],
+        out: Path,
+    ) -> str:
+        """Writes the predictions of a trained run.
+
+        Args:
+          options: options of the run, with ``data`` and the options on reading it of this command.
+          config: the run's ``config.json``, with the task's ``extra_config``.
+          load_params: returns the best parameters of the run, given the function that initializes them.
+          out: the CSV file to write.
+
+        Returns:
+          One or more lines for the user.
+        """
+        ...
