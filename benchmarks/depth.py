@@ -17,8 +17,8 @@ from machine import describe_machine
 from jaxlstm.training.metrics import write_json
 
 ROOT = Path(__file__).parent.parent
-SIZES = "--hidden 96 --embedding 64 --batch 16 --window 64 --dropout 0 --diagnose 0"
-TRAINING = "--max-steps 1000 --valid-every 500 --log-every 100"
+SIZES = "--hidden 64 --embedding 64 --batch 16 --window 64 --dropout 0 --diagnose 0"
+TRAINING = "--max-steps 800 --valid-every 800 --log-every 100"
 
 
 def run(arguments: list[str], data: str) -> dict[str, Any]:

@@ -63,7 +63,7 @@ def lstm_from_json(values: Any, label: str) -> RNN:
       ValueError: for a missing or unknown option, or one of a wrong type or value.
     """
     name = values.get("class") if isinstance(values, dict) else None
-    network = CLASSES[name] if isinstance(name, str) and name in CLASSES else RNN
+    network: Any = CLASSES[name] if isinstance(name, str) and name in CLASSES else RNN
     hints = get_type_hints(network)
     check_entries(values, {field.name: hints[field.name] for field in fields(network)} | JSON_TYPES, label)
     options = values | {"implementation": implementation_from_json(values["implementation"], label)}

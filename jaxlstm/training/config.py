@@ -36,14 +36,15 @@ class Options:
     """
 
     # Data and task.
-    task: Literal["charlm", "wordlm", "adding", "copy", "digits", "forecast", "formal"] = _option(
+    task: Literal["charlm", "wordlm", "adding", "copy", "digits", "forecast", "formal", "classify"] = _option(
         "charlm",
         "Task: characters or words of a text, adding or copying over --window steps, digits, a time series, a formal "
-        "language.",
+        "language, labels of sequences.",
     )
     data: str = _option(
         text.EMBEDDED,
-        "Text: python-reference, tinyshakespeare (downloaded) or a UTF-8 file; for forecast a CSV file with dates.",
+        "Text: python-reference, tinyshakespeare (downloaded) or a UTF-8 file; for forecast a CSV file with dates; "
+        "for classify an .npz file of padded arrays, or a .jsonl or CSV file of text and label.",
     )
     batch: int = _option(32, "Batch size: sequences, or parallel streams of text, per step.", "size")
     window: int = _option(
@@ -67,6 +68,13 @@ class Options:
     )
 
     language: LanguageName = _option("parity", "Regular language whose strings are classified.")
+
+    pooling: Literal["last", "mean", "max"] = _option(
+        "last", "What the linear layer reads of the outputs: the last, their mean, or the largest of each feature."
+    )
+    class_weights: Literal["equal", "balanced"] = _option(
+        "equal", "Weights of the classes in the loss: equal, or balanced, so that rare classes count as much as others."
+    )
 
     # Model.
     cell: CellName = _option(
@@ -250,7 +258,15 @@ NOT_PART_OF_A_RUN = (
 # Types of the entries of config.json; some tasks save more, such as language models their vocabulary.
 CONFIG_TYPES: dict[str, Any] = {"options": dict[str, Any], "about": str, "fingerprint": str, "versions": dict[str, str]}
 BACKEND_TYPES: dict[str, Any] = {"backend": dict[str, Any]}  # if it was measured, see `jaxlstm.training.backend`
-TASK_TYPES: dict[str, dict[str, Any]] = {"charlm": {"vocabulary": str}, "wordlm": {"vocabulary": list[str]}}
+TASK_TYPES: dict[str, dict[str, Any]] = {
+    "charlm": {"vocabulary": str},
+    "wordlm": {"vocabulary": list[str]},
+    "classify": {
+        "classes": list[str],  # empty for regression
+        "vocabulary": str,  # characters; empty for numbers
+        "scaling": dict[str, list[float]],
+    },
+}
 
 
 def splits_units(options: Options) -> bool:

@@ -27,13 +27,14 @@ from jaxlstm.json_types import check_entries, from_json
 from jaxlstm.training import config
 from jaxlstm.training.checkpointing import UNFINISHED, CheckpointError, Checkpoints, checkpoint_steps, make_folder
 from jaxlstm.training.config import Options
+from jaxlstm.training.data import labeled_sequences
 from jaxlstm.training.data.text import DOWNLOADS, EMBEDDED
 from jaxlstm.training.file_lock import file_lock
 from jaxlstm.training.params_file import BEST, check_finite
 from jaxlstm.training.tasks.task import Task
 from jaxlstm.training.train_step import TrainState
 
-KNOWN_DATA = (EMBEDDED, *DOWNLOADS, "co2")  # names that --data takes for no file
+KNOWN_DATA = (EMBEDDED, *DOWNLOADS, "co2", labeled_sequences.EMBEDDED)  # names that --data takes for no file
 
 
 @dataclass

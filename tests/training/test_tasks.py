@@ -104,6 +104,7 @@ def test_task_reads_exactly_the_options_that_it_declares(task):
 def test_unused_option_is_rejected_by_name(task):
     values = dict.fromkeys(unused_options(), "0.3") | {"data": "x", "window": "9", "embedding": "7"}
     values |= dict.fromkeys(OPTION_GROUPS["forecasting"], "7") | {"decimal": ",", "language": "even_pairs"}
+    values |= {"pooling": "mean", "class_weights": "balanced"}
     for name in TASKS[task].UNUSED:
         option = f"--{name.replace('_', '-')}"
         with pytest.raises(

@@ -3,7 +3,7 @@
 To add a task, write a module with the attributes of `jaxlstm.training.tasks.task.TaskModule` and add it to `TASKS`.
 """
 
-from jaxlstm.training.tasks import adding, charlm, copying, digits, forecast, formal, wordlm
+from jaxlstm.training.tasks import adding, charlm, classify, copying, digits, forecast, formal, wordlm
 from jaxlstm.training.tasks.task import TaskModule
 
 TASKS: dict[str, TaskModule] = {
@@ -14,4 +14,5 @@ TASKS: dict[str, TaskModule] = {
     "digits": digits,
     "forecast": forecast,
     "formal": formal,
+    "classify": classify,
 }

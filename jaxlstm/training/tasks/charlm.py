@@ -14,7 +14,7 @@ from jaxlstm.training.tasks import language
 from jaxlstm.training.tasks.task import Task, unused_options
 
 DEFAULTS: dict[str, Any] = {}  # the defaults of `Options` are meant for this task
-UNUSED = unused_options("data", "window", "embedding", "activation_regularization")
+UNUSED = unused_options("data", "window", "embedding", "softmax", "activation_regularization")
 
 
 def make(options: Options) -> Task:

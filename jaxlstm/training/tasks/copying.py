@@ -30,7 +30,7 @@ DEFAULTS: dict[str, Any] = {
     "max_steps": 3000,
     "valid_every": 250,
 }
-UNUSED = unused_options("window", "embedding")
+UNUSED = unused_options("window", "embedding", "softmax")
 NUM_SYMBOLS = 10  # eight to repeat, the blank and the cue
 LENGTH = 10  # symbols to repeat
 NUM_VALIDATION = 500  # sequences held out from training

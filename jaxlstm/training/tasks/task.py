@@ -12,16 +12,27 @@ from jaxlstm.rnn import RNN
 from jaxlstm.training.config import Options
 from jaxlstm.training.train_step import Loss
 
-OptionGroup = Literal["data", "window", "embedding", "activation_regularization", "forecasting", "language"]
+OptionGroup = Literal[
+    "data",
+    "window",
+    "embedding",
+    "softmax",
+    "activation_regularization",
+    "forecasting",
+    "language",
+    "classification",
+]
 
 # Options that not every task uses, by group. All other options apply to every task.
 OPTION_GROUPS: dict[OptionGroup, tuple[str, ...]] = {
     "data": ("data",),
     "window": ("window",),
-    "embedding": ("embedding", "tied", "embedding_dropout"),
+    "embedding": ("embedding",),
+    "softmax": ("tied", "embedding_dropout"),
     "activation_regularization": ("activation_regularization", "temporal_activation_regularization"),
     "forecasting": ("horizon", "season", "time", "target", "delimiter", "decimal", "date_format"),
     "language": ("language",),
+    "classification": ("pooling", "class_weights"),
 }
 
 

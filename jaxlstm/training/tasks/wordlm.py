@@ -39,7 +39,7 @@ DEFAULTS: dict[str, Any] = {
     "max_steps": 6000,
     "valid_every": 100,
 }
-UNUSED = unused_options("data", "window", "embedding", "activation_regularization")
+UNUSED = unused_options("data", "window", "embedding", "softmax", "activation_regularization")
 
 
 def make(options: Options) -> Task:
