@@ -86,8 +86,11 @@ def test_labels_that_are_fractions_make_regression(tmp_path, labels, expected, s
         ("a.jsonl", "[1]\n", "line 1 must be an object with text and label"),
         ("a.jsonl", '{"text": "a", "label": 1}\n{"text": "", "label": 1}\n', "line 2: text must be a text of at least"),
         ("a.jsonl", '{"text": "a", "label": 1}\n{"text": "b"}\n', "line 2: label must be a text or a number, got None"),
+        ("a.jsonl", '{"text": "\\ud800", "label": 1}\n', "line 1 has half of a surrogate pair"),
         ("a.jsonl", '{"text": "a"}\n', "has no labels; expected a column label"),
         ("a.csv", "words,label\na,1\n", "expected columns text and label, got words, label"),
+        ("a.csv", "text,label\na,1\nb,c,2\n", "line 3 has another number of cells than the header"),
+        ("a.csv", 'text,label\n"a,1\n', "line 2: unexpected end of data"),
         ("a.csv", "text,label\na,1\nb,\n", "line 3: label must be a text or a number, got ''"),
         ("a.csv", "text,label\na,1.5\nb,1e999\n", "the label of row 1 must be finite, got inf"),
         ("a.npz", "text", "cannot read"),
@@ -99,6 +102,30 @@ def test_wrong_file_is_refused_by_its_line(tmp_path, name, content, message):
         labeled_sequences.load_labeled(str(tmp_path / name))
     assert name in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_file_of_texts_alone_is_read_for_predictions(tmp_path):
+    (tmp_path / "a.csv").write_text('text\n"two\nlines"\n b\n')
+    (tmp_path / "a.jsonl").write_text('{"text": "a\u2028b"}\n', encoding="utf-8")
+    for name, texts in (("a.csv", ("two\nlines", " b")), ("a.jsonl", ("a\u2028b",))):
+        data = labeled_sequences.load_labeled(str(tmp_path / name), needs_labels=False)
+        assert data == labeled_sequences.LabeledSequences(texts, None)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"vocabulary": "ba"}, "vocabulary"),
+        ({"scaling": {"input_mean": [], "input_std": [], "target_mean": [0.0]}}, "target_std"),
+        ({"scaling": {"input_mean": [], "input_std": [1.0], "target_mean": [0.0], "target_std": [1.0]}}, "lengths"),
+    ],
+)
+def test_damaged_encoding_is_refused(change, message):
+    scaling = {"input_mean": [], "input_std": [], "target_mean": [0.0], "target_std": [1.0]}
+    config = {"classes": ["x", "y"], "vocabulary": "ab", "scaling": scaling}
+    assert classify.Encoding.from_config(config).vocabulary == "ab"
+    with pytest.raises(ValueError, match=message):
+        classify.Encoding.from_config(config | change)
 
 
 @pytest.mark.parametrize(
@@ -132,6 +159,16 @@ def test_task_refuses_labels_that_cannot_be_learned(tmp_path, labels, message):
     path = write_jsonl(tmp_path / "a.jsonl", [{"text": "x", "label": label} for label in labels])
     with pytest.raises(DataError, match=message):
         classify.make(parse(["--task", "classify", "--data", str(path)]))
+
+
+def test_fingerprint_changes_with_every_text_and_label(tmp_path):
+    def fingerprint(change):
+        rows = [{"text": f"{n} ", "label": n + 0.5} for n in range(2000)]
+        rows[1000] |= change
+        path = write_jsonl(tmp_path / "a.jsonl", rows)
+        return classify.make(parse(["--task", "classify", "--data", str(path)])).fingerprint
+
+    assert len({fingerprint(change) for change in ({}, {"text": "1000é"}, {"label": 7.25})}) == 3
 
 
 def test_split_gives_each_class_the_same_shares():

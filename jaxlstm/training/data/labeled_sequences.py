@@ -1,5 +1,7 @@
 """Sequences of unequal length with one label each: files, the built-in data, the split, batches of similar length."""
 
+import csv
+import io
 import json
 import math
 import re
@@ -10,7 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from jaxlstm.training.data.csv_series import read_table
+from jaxlstm.training.data.csv_series import DELIMITERS
 from jaxlstm.training.data.shuffling import shuffled_batches
 from jaxlstm.training.data.text import DataError, read_text
 from jaxlstm.training.data.time_axis import NUMBER
@@ -148,12 +150,9 @@ def _read_texts(path: Path) -> LabeledSequences:
     """Returns the texts and labels of a file of JSON lines or a CSV file."""
     content = read_text(path)
     if path.suffix.lower() in (".jsonl", ".ndjson"):
-        rows = [(n + 1, _parse_object(line, n + 1)) for n, line in enumerate(content.splitlines()) if line.strip()]
+        rows = [(n + 1, _parse_object(line, n + 1)) for n, line in enumerate(content.split("\n")) if line.strip()]
     else:
-        table = read_table(content)
-        if "text" not in table.names:
-            raise DataError(f"expected columns text and label, got {', '.join(table.names)}")
-        rows = [(line, dict(zip(table.names, cells))) for line, cells in zip(table.lines, table.rows)]
+        rows = _read_csv(content)
     if not rows:
         raise DataError("the file has no rows")
     texts, labels = [], []
@@ -162,11 +161,46 @@ def _read_texts(path: Path) -> LabeledSequences:
         text, label = row.get("text"), row.get("label")
         if not isinstance(text, str) or not text:
             raise DataError(f"line {line}: text must be a text of at least one character, got {text!r}")
+        if not is_unicode(text) or not is_unicode(str(label)):
+            raise DataError(f"line {line} has half of a surrogate pair, which is no character")
         if has_labels and (not isinstance(label, str | int | float) or label == ""):
             raise DataError(f"line {line}: label must be a text or a number, got {label!r}")
         texts.append(text)
         labels.append(label)
     return LabeledSequences(tuple(texts), _typed_labels(labels) if has_labels else None)
+
+
+def is_unicode(text: str) -> bool:
+    """Returns whether a text can be written as UTF-8."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _read_csv(content: str) -> list[tuple[int, dict[str, Any]]]:
+    """Returns the rows of CSV text by column, each with the number of its last line.
+
+    Raises:
+      DataError: if there is no column text, or a row has another number of cells than the header.
+    """
+    header = content.partition("\n")[0]
+    delimiter = max(DELIMITERS, key=header.count)
+    reader = csv.DictReader(io.StringIO(content, newline=""), delimiter=delimiter, strict=True)
+    rows = []
+    try:
+        names = [name.strip() for name in reader.fieldnames or ()]
+        if "text" not in names:
+            raise DataError(f"expected columns text and label, got {', '.join(names)}")
+        reader.fieldnames = names
+        for row in reader:
+            if None in row or None in row.values():
+                raise DataError(f"line {reader.line_num} has another number of cells than the header")
+            rows.append((reader.line_num, row))
+    except csv.Error as error:
+        raise DataError(f"line {reader.line_num + 1}: {error}") from None
+    return rows
 
 
 def _parse_object(line: str, number: int) -> dict[str, Any]:

@@ -24,11 +24,12 @@ from jax import Array
 from jaxlstm.atomic_write import atomic_write
 from jaxlstm.diagnostics.plots import literal
 from jaxlstm.errors import optional_package
+from jaxlstm.json_types import check_entries
 from jaxlstm.rnn import RNN
 from jaxlstm.training.config import Options
 from jaxlstm.training.data import labeled_sequences
 from jaxlstm.training.data.labeled_sequences import LabeledSequences, Labels, PaddedBatch
-from jaxlstm.training.data.text import DataError, fingerprint
+from jaxlstm.training.data.text import CharVocabulary, DataError, fingerprint
 from jaxlstm.training.models.build import build_lstm
 from jaxlstm.training.models.linear_baseline import linear_predictions
 from jaxlstm.training.models.sequence_regressor import SequenceRegressor
@@ -37,18 +38,19 @@ from jaxlstm.training.train_step import Loss
 
 DEFAULTS: dict[str, Any] = {
     "data": labeled_sequences.EMBEDDED,
-    "hidden": 96,
+    "hidden": 64,
     "embedding": 32,
     "bidirectional": True,
     "pooling": "max",
-    "dropout": 0.4,
-    "window": 256,
+    "dropout": 0.3,
+    "window": 128,
     "batch": 64,
-    "learning_rate": 4e-3,
-    "max_steps": 3000,
+    "learning_rate": 6e-3,
+    "max_steps": 2000,
     "valid_every": 250,
 }
 UNUSED = unused_options("data", "window", "embedding", "classification")
+SCALING_TYPES: dict[str, Any] = dict.fromkeys(("input_mean", "input_std", "target_mean", "target_std"), list[float])
 MIN_EXAMPLES = 6  # one in six is for the test
 MAX_WRITTEN = 16  # classes of a confusion matrix with numbers in its cells
 MAX_NAMED = 60  # classes of a confusion matrix with names
@@ -90,6 +92,22 @@ class Encoding:
             "target_std": np.where(numbers.std(keepdims=True) > 0, numbers.std(keepdims=True), 1),
         }
         return cls(classes, vocabulary, {name: values.tolist() for name, values in scaling.items()})
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> "Encoding":
+        """Returns the encoding of a run, from its ``config.json``.
+
+        Raises:
+          ValueError: if the entries do not fit together.
+        """
+        scaling = config["scaling"]
+        check_entries(scaling, SCALING_TYPES, "config.json: scaling")
+        if config["vocabulary"]:
+            CharVocabulary(config["vocabulary"])  # raises an error for characters in another order
+        sizes = {name: len(values) for name, values in scaling.items()}
+        if sizes["input_mean"] != sizes["input_std"] or sizes["target_mean"] != 1 or sizes["target_std"] != 1:
+            raise ValueError(f"config.json: scaling has lists of other lengths than expected, got {sizes}")
+        return cls(tuple(config["classes"]), config["vocabulary"], scaling)
 
     @property
     def num_features(self) -> int | None:
@@ -234,7 +252,7 @@ def make(options: Options) -> Task:
         test=evaluate_test,
         draw=draw,
         notes=cut_notes(longest, options.window) + rare_notes(data.labels),
-        fingerprint=fingerprint(*(np.asarray(sequence) for sequence in sequences), repr(data.labels)),
+        fingerprint=fingerprint(*data.sequences, repr(np.asarray(data.labels).tolist())),
         extra_config={
             "classes": list(encoding.classes),
             "vocabulary": encoding.vocabulary,
@@ -264,7 +282,7 @@ def predict(
       DataError: for data that cannot be read or are of another kind.
     """
     import_sklearn()
-    encoding = Encoding(tuple(config["classes"]), config["vocabulary"], config["scaling"])
+    encoding = Encoding.from_config(config)
     data = labeled_sequences.load_labeled(options.data, needs_labels=False)
     model = build_model(options, encoding)
     try:
