@@ -335,6 +335,7 @@ def test_example_learns():
     assert accuracy > majority + 0.15
 
 
+@pytest.mark.slow
 def test_draws_confusion_of_many_classes(tmp_path):
     rng = np.random.default_rng(0)
     classes = tuple(f"${n}" for n in range(40))
@@ -342,6 +343,7 @@ def test_draws_confusion_of_many_classes(tmp_path):
     assert (tmp_path / "c.png").stat().st_size > 10_000
 
 
+@pytest.mark.slow
 def test_outputs_of_batches_are_in_order_of_sequences():
     options = parse(["--task", "classify", "--batch", "4", "--hidden", "3", "--embedding", "2"])
     data = labeled_sequences.LabeledSequences(("abab", "b", "aabbaabb" * 5, "ba", "aab"), tuple("xyxyx"))

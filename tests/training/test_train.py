@@ -231,7 +231,10 @@ def test_train_py_trains_samples_and_refuses(finished_run, tmp_path):
             "--window must be less than 255 for --task formal, which tests on strings of up to 255 symbols, got 255",
         ),
         (["--task", "digits", "--data", "short.txt"], "--task digits does not use --data, got short.txt"),
-        (["--task", "nope"], "--task must be one of charlm, wordlm, adding, copy, digits, forecast, formal, classify, got nope"),
+        (
+            ["--task", "nope"],
+            "--task must be one of charlm, wordlm, adding, copy, digits, forecast, formal, classify, got nope",
+        ),
         (["--process", "3"], "--coordinator and --process need --processes, got --processes 1"),
         (["--max-seconds", "nan"], "--max-seconds must be greater than 0, got nan"),
         (["--hidden", "many"], "Error parsing --hidden: invalid literal for int() with base 10: 'many'"),
