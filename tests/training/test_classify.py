@@ -23,7 +23,7 @@ SMALL = ["--hidden", "12", "--embedding", "6", "--batch", "16", "--learning-rate
 
 
 def brackets(rng, count):
-    """Strings of x and one pair of round brackets, labeled by the order of the brackets, which no count of characters tells."""
+    """Strings of x and two brackets, labeled by the order of the brackets, which no count of characters tells."""
     rows = []
     for _ in range(count):
         letters = ["x"] * int(rng.integers(2, 18))
