@@ -288,7 +288,7 @@ def test_classification_learns_order_resumes_and_predicts(tmp_path):
         writer.writerows(new)
     printed = run_command("--predict", "run", "--data", "new.csv", "--out", "labels.csv", cwd=tmp_path)
     assert "labels.csv: 50 labels; accuracy " in printed
-    rows = list(csv.DictReader((tmp_path / "labels.csv").open()))
+    rows = list(csv.DictReader((tmp_path / "labels.csv").read_text().splitlines()))
     assert np.mean([row["label"] == wanted["label"] for row, wanted in zip(rows, new)]) > 0.95
     for row in rows:
         chances = {name: float(row[f"p_{name}"]) for name in ("open", "closed")}
@@ -314,7 +314,7 @@ def test_regression_learns_sums_and_predicts_in_units_of_labels(tmp_path):
     assert (tmp_path / "run" / "predictions.png").exists()
     printed = run_command("--predict", "run", "--out", "labels.csv", cwd=tmp_path)
     assert "labels.csv: 600 labels; rmse " in printed
-    predicted = [float(row["label"]) for row in csv.DictReader((tmp_path / "labels.csv").open())]
+    predicted = [float(row["label"]) for row in csv.DictReader((tmp_path / "labels.csv").read_text().splitlines())]
     assert np.sqrt(np.mean((predicted - labels) ** 2)) < 0.2 * labels.std()
 
 
