@@ -343,13 +343,14 @@ def _forward(
     ]
     inputs = tuple(StepInputs(_loop_inputs(layout, d), _masks(d)) for d in directions)
 
-    def scan_step(states: States, inputs_t: tuple[StepInputs, ...]) -> tuple[States, Any]:
-        results = [step(state, inputs) for step, state, inputs in zip(steps, states, inputs_t)]
-        new_states, ys, residuals = zip(*results)
-        return new_states, (ys, residuals)
+    def scan_step(carry: Any, inputs_t: tuple[StepInputs, ...]) -> tuple[Any, Any]:
+        results = [step(*each) for step, *each in zip(steps, *carry, inputs_t)]
+        new_states, rounded, ys, residuals = zip(*results)
+        return (new_states, rounded), (ys, residuals)
 
     states = tuple(d.state for d in directions)
-    states, (ys, residuals) = lax.scan(scan_step, states, inputs, unroll=config.unroll)
+    carry = states, tuple(_rounded(layout, state.h) for state in states)
+    (states, _), (ys, residuals) = lax.scan(scan_step, carry, inputs, unroll=config.unroll)
     # Outputs not packed are cast after the loop: inside it XLA:CPU rewrites the whole bfloat16 array every step.
     return states, tuple(layout.unpack(y).astype(layout.dtype) for y in ys), residuals
 
@@ -387,9 +388,14 @@ def _forward_step(
     loop_weights: Any,
     save: bool,
     state: State,
+    rounded: Array | None,
     inputs_t: StepInputs,
-) -> tuple[State, Array, Residuals | None]:
-    """Takes one step; returns the new state, the output and, with ``save``, the residuals."""
+) -> tuple[State, Array | None, Array, Residuals | None]:
+    """Takes one step.
+
+    Returns:
+      the new state, its h from `_rounded`, the output and, with ``save``, the residuals.
+    """
     weights, masks = direction.weights, inputs_t.masks
     state = restart(masks.restarts, direction.restart_state, state, layout.expand_batch, layout.expand_units)
     x = inputs_t.x if layout.bitcast and not layout.hoist_inputs else layout.from_batch_major(inputs_t.x)
@@ -407,7 +413,8 @@ def _forward_step(
         z_h = _dot_hidden(config, layout, loop_weights, state.h)
         z, z_h = sum_sources(config.cell, x, z_h, z_static, rest, layout.units_axis - 2), None
     elif layout.hoist_inputs:
-        z = x + layout.dot(loop_weights, state.h)
+        h = state.h if rounded is None or masks.restarts is not None else rounded
+        z = x + _own_kernel(layout, layout.dot(loop_weights, h))
     else:
         z = _add_bias(layout, weights.b, layout.dot_both(loop_weights, x, state.h))
     activate = _activate(layout, save=save)
@@ -417,8 +424,19 @@ def _forward_step(
     h = cell_output if weights.w_p is None else layout.dot(layout.prepare(weights.w_p), cell_output)
     new_state = _finish_step(config, layout, masks, State(h, c), state, state)
     residuals = Residuals(z, z_h, state.c, old_h, None if weights.w_p is None else cell_output) if save else None
-    y = layout.to_batch_major(new_state.h)
-    return new_state, layout.pack(y) if layout.bitcast else y, residuals
+    rounded = _rounded(layout, new_state.h)
+    y = layout.to_batch_major(new_state.h if rounded is None else rounded)
+    return new_state, rounded, layout.pack(y) if layout.bitcast else y, residuals
+
+
+def _rounded(layout: Layout, h: Array) -> Array | None:
+    """Returns h as the product of the next step reads it, for a GPU to round it in the kernel that computes it."""
+    return h.astype(layout.dtype) if layout.separate_gates and layout.dtype != layout.accum_dtype else None
+
+
+def _own_kernel(layout: Layout, product: Array) -> Array:
+    """Returns a product that the library of a GPU does not add to another array, which XLA would copy first."""
+    return lax.optimization_barrier(product) if layout.separate_gates else product
 
 
 def _activate(layout: Layout, *, save: bool) -> Activate | None:
@@ -446,6 +464,8 @@ def _apply_gates(
     """Calls `jaxlstm.recurrence.step.apply_gates` on arrays in the layout."""
     cell, axis = config.cell, layout.units_axis
     candidate_mask = None if masks.candidate_mask is None else layout.from_batch_major(masks.candidate_mask)
+    if layout.separate_gates and not isinstance(z, tuple) and not config.layer_norm:
+        z = tuple(jnp.split(z, cell.num_gates, axis))
     if not isinstance(z, tuple):
         z, z_h = split_sources(cell, z, z_h, axis, layer_norm=config.layer_norm)
     return apply_gates(cell, weights, z, z_h, c, candidate_mask, config.rates, axis, activate=activate, h=h)

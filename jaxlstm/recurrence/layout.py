@@ -25,6 +25,8 @@ class Layout:
       chunk_size: steps whose tangents are computed together; enough for one large product, few enough for the cache.
       threaded_gates: whether the gates use all threads, by `jaxlstm.recurrence.cpu_activations`, where activations one
         by one are not faster.
+      separate_gates: whether each gate is sliced from the result of a step's product, by itself. XLA for GPUs then
+        computes c and h in one kernel; a TPU would take longer. See `docs/performance_notes.md`.
       bitcast: whether loops read and write bfloat16 arrays as uint16, which has no derivative. To slice, concatenate or
         transpose a bfloat16 array, XLA on CPU converts it to float32.
     """
@@ -38,6 +40,7 @@ class Layout:
     hoist_inputs: bool
     chunk_size: int = 16
     threaded_gates: bool = False
+    separate_gates: bool = False
     bitcast: bool = False
 
     def expand_units(self, a: Array) -> Array:
@@ -210,7 +213,8 @@ def choose_layout(
       order: the order of the axes; None chooses it, too.
     """
     if jax.default_backend() != "cpu":
-        return ORDERS[order or "batch"](dtype, accum_dtype, hoist_inputs=True, chunk_size=64)
+        separate = jax.default_backend() == "gpu"
+        return ORDERS[order or "batch"](dtype, accum_dtype, hoist_inputs=True, chunk_size=64, separate_gates=separate)
     batch_size = sizes.batch_size if isinstance(sizes.batch_size, int) else INF
     hidden_size = sizes.hidden_size
     feature_major = hidden_size > (256 if batch_size >= 8 else 400)
