@@ -13,7 +13,7 @@ NO_KERNEL = {  # operations without work of their own
     *("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "call", "conditional", "iota"),
     *("copy-start", "copy-done", "async-start", "async-done", "optimization-barrier", "after-all"),
 }
-PRODUCTS = re.compile(r"cublas|gemm|dot|convolution|triton|matmul")
+PRODUCTS = re.compile(r'custom_call_target="[^"]*(?:cublas|gemm|matmul)')  # of a GPU's library
 MOVES = {"copy", "transpose"}
 
 
@@ -126,9 +126,7 @@ def kernel(operation: Operation, by_name: dict[str, Operation], computations: di
     """Returns the work of one kernel."""
     inner = computations.get(called(operation, "calls") or "", [])
     opcodes = {each.opcode for each in inner} or {operation.opcode}
-    is_product = bool(PRODUCTS.search(operation.attributes.split("metadata")[0] + operation.opcode)) or bool(
-        opcodes & {"dot", "convolution"}
-    )
+    is_product = bool(PRODUCTS.search(operation.attributes) or opcodes & {"dot", "convolution"})
     trivial = {*NO_KERNEL, *MOVES, "reshape", "slice", "dynamic-slice", "dynamic-update-slice", "convert"}
     is_copy = opcodes & MOVES != set() and opcodes <= trivial
     cycles = re.search(r'estimated_cycles":"(\d+)"', operation.attributes)
