@@ -76,7 +76,9 @@ def test_fused_in_every_layout_equals_oracle(configuration, order, hoist_inputs,
 @pytest.mark.parametrize("order", ["batch", "feature"])
 def test_fused_options_give_the_layout(order):
     options, form = Fused(order, False, 5), {"layer_norm": False, "one_product": True, "dense": True}
-    config = fused.FusedConfig(options, cells.CELLS["lstm"], RegularizerRates(), 1, SIZES, BFLOAT16, FLOAT32, **form)
+    config = fused.FusedConfig(
+        options, cells.CELLS["lstm"], RegularizerRates(), 1, None, SIZES, BFLOAT16, FLOAT32, **form
+    )
     layout = config.layout(8)
     assert (layout.order, layout.hoist_inputs, layout.chunk_size, layout.bitcast) == (order, False, 5, True)
     assert config._replace(options=Fused()).layout(8) == choose_layout(SIZES, BFLOAT16, FLOAT32)
