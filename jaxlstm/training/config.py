@@ -61,6 +61,12 @@ class Options:
     target: str | None = _option(
         None, "Columns to forecast, separated by commas. Default: all columns of numbers that do not count rows."
     )
+    series: str | None = _option(
+        None, "Column whose cells tell several series apart, all forecast by one model. Default: one series."
+    )
+    future: str | None = _option(None, "Columns of numbers known in the future, separated by commas.")
+    static: str | None = _option(None, "Columns that are constant in each series, separated by commas.")
+    quantiles: str = _option("0.1,0.5,0.9", "Quantiles to forecast, separated by commas, with 0.5.")
     delimiter: str | None = _option(None, "Separator of cells. Default: the most frequent of , ; | and tab.")
     decimal: Literal[".", ","] = _option(".", "Decimal separator.")
     date_format: str | None = _option(
@@ -266,6 +272,7 @@ TASK_TYPES: dict[str, dict[str, Any]] = {
         "vocabulary": str,  # characters; empty for numbers
         "scaling": dict[str, list[float]],
     },
+    "forecast": {"scaling": dict[str, Any]},
 }
 
 

@@ -142,7 +142,7 @@ class Trainer:
         self.num_parameters = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes.params))
         self.state = sharding.place_state(self.mesh, init_state(k_init, k_steps))
         self.make_step()
-        self.gate_saturation = saturation.gate_saturation(task.lstm, task.lstm_inputs)
+        self.gate_saturation = saturation.gate_saturation(task.lstm, task.lstm_inputs, task.lstm_arguments)
 
     def make_step(self) -> None:
         """Makes the training step around `lstm`, the network of the task with the backend of the training step."""

@@ -13,13 +13,16 @@ from jaxlstm.rnn import RNN
 
 
 def gate_saturation(
-    lstm: RNN, lstm_inputs: Callable[[Any, Any, Any], tuple[Array, State | None]]
+    lstm: RNN,
+    lstm_inputs: Callable[[Any, Any, Any], tuple[Array, State | None]],
+    lstm_arguments: Callable[[Any], dict[str, Array | None]] = lambda batch: {},
 ) -> Callable[[Any, Any, Any], dict[str, Array]]:
     """Returns a compiled function that computes the fractions of saturated gates on a batch.
 
     Args:
       lstm: the recurrent network of a model; its parameters are the field ``lstm`` of the model's.
       lstm_inputs: ``(params, carry, batch) -> (xs, state)``, inputs and initial state of the network.
+      lstm_arguments: ``batch -> arguments``, further arguments of the call.
 
     Returns:
       ``(params, carry, batch) -> fractions``: for each gate of each layer and direction, over all units, steps and
@@ -29,7 +32,9 @@ def gate_saturation(
     @jax.jit
     def fractions(params: Any, carry: Any, batch: Any) -> dict[str, Array]:
         xs, state = lstm_inputs(params, carry, batch)
-        layers = record_trace(lstm, check_args(lstm, params.lstm, xs, state), reverse=False).layers
+        layers = record_trace(
+            lstm, check_args(lstm, params.lstm, xs, state, **lstm_arguments(batch)), reverse=False
+        ).layers
         result = {}
         for n, layer in enumerate(layers):
             for direction, steps in zip(("forward", "backward"), layer.directions):

@@ -1,14 +1,26 @@
 """Columns, times, steps and gaps of time series read from CSV files."""
 
 import datetime
+import types
 import zoneinfo
 
 import numpy as np
 import pytest
 
-from jaxlstm.training.data.csv_series import read_series
+from jaxlstm.training.data.csv_series import read_panel
 from jaxlstm.training.data.text import DataError
 from jaxlstm.training.tasks.forecast import co2_path
+
+
+def read_series(path, **options):
+    """The only series of a file, with the names and notes of the file."""
+    panel = read_panel(path, **options)
+    (one,) = panel.series
+    dates = panel.axis.labels[one.start : one.end]
+    return types.SimpleNamespace(
+        names=panel.targets, dates=dates, values=one.values, known=one.known, notes=panel.notes
+    )
+
 
 DAYS = [datetime.date(2020, 1, 1) + datetime.timedelta(n) for n in range(40)]
 HOURS = [datetime.datetime(2020, 3, 28, 12, tzinfo=datetime.UTC) + datetime.timedelta(hours=n) for n in range(30)]
@@ -281,7 +293,7 @@ def test_read_series_names_the_fault_of_a_file(tmp_path, content, message):
     ("change", "message"),
     [
         (lambda r: [*r[:5], r[2], *r[5:], r[3]], "line 7 has the time of line 4, 2020-01-03; expected one row"),
-        (lambda r: [*r, *r], "line 42 has the time of line 2, 2020-01-01; .*of several series, write each"),
+        (lambda r: [*r, *r], "line 42 has the time of line 2, 2020-01-01; .*of several series, --series names"),
         (lambda r: [*r[:5], "2020-01-05 12:00,1", *r[5:]],
          "line 7: 2020-01-05T12:00 after 2020-01-05T00:00 of line 6 is not a whole number of steps of 1 day"),
         (lambda r: [*r[:3], "not-a-date-3,1", *r[3:]], "line 5: 'not-a-date-3' is not a date like '2020-01-01'"),

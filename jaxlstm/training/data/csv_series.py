@@ -12,7 +12,7 @@ import numpy as np
 
 from jaxlstm.errors import optional_package
 from jaxlstm.training.data.text import DataError, read_text
-from jaxlstm.training.data.time_axis import NUMBER, TimeAxis, infer_axis, is_date, read_times
+from jaxlstm.training.data.time_axis import NUMBER, TimeAxis, Times, infer_axis, is_date, read_times
 
 TIME_COLUMNS = ("date", "time", "datetime", "timestamp", "ds")  # names of the column of times
 DELIMITERS = ",;\t|"
@@ -21,12 +21,31 @@ MISSING = ("", "na", "n/a", "nan", "null", "none")  # cells without a number, in
 
 
 class Series(NamedTuple):
-    """A multivariate time series of T evenly spaced steps and F columns."""
+    """One series of a file, from the first step at which every target has had a number."""
 
-    names: tuple[str, ...]  # (F,)
-    dates: tuple[str, ...]  # (T,)
-    values: np.ndarray  # (T, F) float64: in a gap, the last number before it
+    name: str  # its cell in the column of --series; "" for the only one of a file
+    start: int  # its first step on the axis of the file
+    values: np.ndarray  # (T, F) float64, targets up to the last number: in a gap, the last number before it
     known: np.ndarray  # (T, F) bool: False in gaps
+    future: np.ndarray  # (T', K) float64 with T' >= T, covariates known in the future: NaN in gaps
+    static: tuple[str, ...]  # (S,) cells of the columns of --static
+
+    @property
+    def end(self) -> int:
+        """The step of the axis after the last number."""
+        return self.start + len(self.values)
+
+
+class Panel(NamedTuple):
+    """The series of a file on one axis of evenly spaced times."""
+
+    targets: tuple[str, ...]  # (F,) columns to forecast
+    future: tuple[str, ...]  # (K,) columns of covariates known in the future
+    static: tuple[str, ...]  # (S,) columns that are constant in each series
+    series: tuple[Series, ...]  # in order of their first rows
+    axis: TimeAxis
+    times: Times
+    time: str  # column of times
     notes: tuple[str, ...]  # lines for the user: the role of each column, changes of order, gaps
 
 
@@ -45,31 +64,38 @@ class Table(NamedTuple):
         return [row[index] for row in self.rows]
 
 
-def read_series(
+def read_panel(
     path: Path,
     *,
     time: str | None = None,
-    target: str | None = None,
+    target: str | Sequence[str] | None = None,
+    series: str | None = None,
+    future: str | None = None,
+    static: str | None = None,
     delimiter: str | None = None,
     decimal: str = ".",
     date_format: str | None = None,
-) -> Series:
+) -> Panel:
     """Returns the series in a CSV file, sorted by time.
 
-    Missing rows and cells become gaps, filled from the past only. Steps before the first number of a column are
-    dropped, because nothing can fill them.
+    Missing rows and cells become gaps, filled from the past only. Steps before the first number of a target are
+    dropped, because nothing can fill them, and a series ends with its last number: later rows have covariates only.
 
     Args:
       path: a UTF-8 text file.
       time: column of times. None takes a column with a name in `TIME_COLUMNS`, or else the only one of dates.
-      target: columns of numbers, separated by commas. None takes all with a name but those that count the rows.
+      target: columns of numbers, separated by commas. None takes all with a name but those that count the rows, and
+        those with another role.
+      series: column whose cells tell several series apart. None for one series.
+      future: columns of numbers known in the future, separated by commas.
+      static: columns of numbers or texts that are constant in each series, separated by commas.
       delimiter: separator of cells. None takes the most frequent one of the first line.
       decimal: decimal separator.
       date_format: see `jaxlstm.training.data.time_axis.read_times`.
 
     Raises:
-      DataError: if the file cannot be read, or its rows do not form one evenly spaced series. The
-        message names the first offending line.
+      DataError: if the file cannot be read, or the rows of a series are not evenly spaced. The message names the first
+        offending line.
       ImportError: if pandas is not installed.
     """
     with optional_package("pandas", extra="tasks", purpose="--task forecast"):
@@ -78,25 +104,173 @@ def read_series(
     try:
         table = read_table(text, delimiter, decimal)
         time = _time_column(table, time)
-        columns, ignored = _number_columns(table, time, target, decimal)
-        axis = _time_axis(table, time, date_format)
-        rows = np.full((len(axis.labels), len(columns)), np.nan)
-        rows[axis.positions] = np.stack(list(columns.values()), -1)[axis.order]
-        series, gaps = _fill_gaps(tuple(columns), axis.labels, rows)
+        future_names, static_names = _listed(table, "future", future), _listed(table, "static", static)
+        roles = _roles(table, {time: "time"}, series, future_names, static_names)
+        columns, ignored = _number_columns(table, roles, target, decimal)
+        covariates = {name: _future_column(table, name, decimal) for name in future_names}
+        times, axis, positions = _time_axis(table, time, series, date_format)
+        found, notes = _split_series(table, axis, positions, columns, covariates, series, static_names)
     except DataError as error:
         raise DataError(f"{path}: {error}") from None
     notes = [
         f"{path.name}: time is {time!r}, {axis.step} per step from {axis.labels[0]} to {axis.labels[-1]}; "
-        f"forecasts {name_list(columns)}" + "".join(f"; ignores {name!r}, {reason}" for name, reason in ignored[:5])
+        f"forecasts {name_list(columns)}"
+        + ("" if series is None else f" of {len(found):,} series, by {series!r}")
+        + (f"; known in the future: {name_list(future_names)}" if future_names else "")
+        + (f"; static: {name_list(static_names)}" if static_names else "")
+        + "".join(f"; ignores {name!r}, {reason}" for name, reason in ignored[:5]),
+        *(
+            [f"ignores {len(ignored) - 5:,} more columns: they have no name or no numbers, or count the rows"]
+            if len(ignored) > 5
+            else []
+        ),
+        *notes,
     ]
-    if len(ignored) > 5:
-        notes.append(f"ignores {len(ignored) - 5:,} more columns: they have no name or no numbers, or count the rows")
+    return Panel(tuple(columns), future_names, static_names, tuple(found), axis, times, time, tuple(notes))
+
+
+def _split_names(table: Table, names: str) -> list[str]:
+    """Returns names separated by commas; the name of a column may have some itself."""
+    return [names] if names in table.names else [name.strip() for name in names.split(",")]
+
+
+def _listed(table: Table, option: str, names: str | None) -> tuple[str, ...]:
+    """Returns the columns that an option lists, separated by commas."""
+    listed = () if names is None else tuple(_split_names(table, names))
+    for name in listed:
+        if name not in table.names:
+            raise DataError(f"--{option} {name}: no such column, expected some of {name_list(table.names)}")
+    return listed
+
+
+def _roles(
+    table: Table, roles: dict[str, str], series: str | None, future: tuple[str, ...], static: tuple[str, ...]
+) -> dict[str, str]:
+    """Returns the option that names each column that is not to be forecast."""
+    if series is not None and series not in table.names:
+        raise DataError(f"--series {series}: no such column, expected one of {name_list(table.names)}")
+    named = {"series": () if series is None else (series,), "future": future, "static": static}
+    for option, names in named.items():
+        for name in names:
+            if name in roles:
+                raise DataError(f"--{option} {name}: the column is taken for --{roles[name]}")
+            roles = roles | {name: option}
+    return roles
+
+
+def _future_column(table: Table, name: str, decimal: str) -> np.ndarray:
+    """Returns a column of covariates, ``(N,)``, NaN where a cell is empty."""
+    cells = table.column(name)
+    numbers = read_numbers(cells, decimal)
+    for line, cell, number in zip(table.lines, cells, numbers):
+        if is_wrong(cell, number):
+            raise DataError(f"line {line}, {name}: {_number_error(cell, decimal, name)}")
+    return numbers
+
+
+def _split_series(
+    table: Table,
+    axis: TimeAxis,
+    positions: np.ndarray,
+    columns: dict[str, np.ndarray],
+    covariates: dict[str, np.ndarray],
+    series: str | None,
+    static: tuple[str, ...],
+) -> tuple[list[Series], list[str]]:
+    """Returns the series of a table, and notes on rows and gaps.
+
+    Raises:
+      DataError: if the only series cannot be used, or none of several can.
+    """
+    rows: dict[str, list[int]] = {}
+    for row, name in enumerate(table.column(series) if series is not None else [""] * len(table.rows)):
+        rows.setdefault(name, []).append(row)
+    targets, future = (
+        np.stack(list(values.values()), -1) if values else np.zeros((len(positions), 0))
+        for values in (columns, covariates)
+    )
+    fixed = [table.column(name) for name in static]
+    found: list[Series] = []
+    reasons: list[str] = []
+    dropped, later = 0, 0
+    for name, members in rows.items():
+        of_series = "" if series is None else f"{series} {name!r}: "
+        cells = []
+        for column, values in zip(static, fixed):
+            other = next((row for row in members if values[row] != values[members[0]]), None)
+            if other is not None:
+                raise DataError(
+                    f"line {table.lines[other]}: {of_series}--static {column} changes from {values[members[0]]!r} to "
+                    f"{values[other]!r}, expected one value per series"
+                )
+            cells.append(values[members[0]])
+        try:
+            one = _make_series(name, tuple(columns), axis, positions[members], targets[members], future[members])
+        except DataError as error:
+            reasons.append(f"{of_series}{error}")
+            continue
+        found.append(one._replace(static=tuple(cells)))
+        dropped += one.start - int(positions[members].min())
+        later += len(one.future) - len(one.values)
+    if not found:
+        raise DataError(reasons[0])
+    notes = [f"leaves out {len(reasons):,} of {len(rows):,} series: {reasons[0]}"] if reasons else []
     if not table.has_header:
         notes.append("the first line is not a header: columns are named by their number")
-    if (axis.order != np.arange(len(axis.order))).any():
-        newest_first = (axis.order == np.arange(len(axis.order))[::-1]).all()
+    if series is None and (np.diff(positions) < 0).any():
+        newest_first = bool((np.diff(positions) < 0).all())
         notes.append(f"rows were {'newest first' if newest_first else 'not in order of time'}: sorted by time")
-    return series._replace(notes=(*notes, *gaps))
+    if dropped and series is None:
+        begins = {name: int(positions[np.isfinite(column)].min()) for name, column in columns.items()}
+        latest = max(begins, key=lambda name: begins[name])
+        notes.append(
+            f"dropped the steps before {axis.labels[begins[latest]]}, the first number of {latest!r}: {dropped:,}"
+        )
+    elif dropped:
+        notes.append(f"dropped the steps before the first number of every column of a series: {dropped:,}")
+    if later:
+        notes.append(f"steps after the last number of a series, which have no number to forecast: {later:,}")
+    known = np.concatenate([one.known for one in found])
+    if not known.all():
+        empty_steps = int((~known.any(1)).sum())
+        notes.append(
+            f"gaps: {int((~known).sum()):,} of {known.size:,} numbers, {empty_steps:,} of {len(known):,} steps "
+            "entirely; filled with the last number before them, marked in the inputs, never scored"
+        )
+    return found, notes
+
+
+def _make_series(
+    name: str,
+    columns: tuple[str, ...],
+    axis: TimeAxis,
+    positions: np.ndarray,
+    targets: np.ndarray,
+    future: np.ndarray,
+) -> Series:
+    """Returns the series in rows at the given steps, gaps filled from the past.
+
+    Raises:
+      DataError: if a target has no number, or its first one comes after most of the rows.
+    """
+    first, steps = int(positions.min()), int(np.ptp(positions)) + 1
+    rows, covariates = np.full((steps, targets.shape[1]), np.nan), np.full((steps, future.shape[1]), np.nan)
+    rows[positions - first], covariates[positions - first] = targets, future
+    known = np.isfinite(rows)
+    for column, is_known in zip(columns, known.T):
+        if not is_known.any():
+            raise DataError(f"{column} has no number")
+    begins = known.argmax(0)
+    start, latest = int(begins.max()), columns[int(begins.argmax())]
+    if 2 * start > steps:
+        raise DataError(
+            f"{latest} has no number before {axis.labels[first + start]}, most of the file; choose others with --target"
+        )
+    end = int(np.flatnonzero(known.any(1))[-1]) + 1
+    rows, known = rows[start:end], known[start:end]
+    last_known = np.maximum.accumulate(np.where(known, np.arange(len(rows))[:, None], 0), axis=0)
+    values = np.take_along_axis(rows, last_known, axis=0)
+    return Series(name, first + start, values, known, covariates[start:], ())
 
 
 def name_list(names: Sequence[str] | dict[str, np.ndarray]) -> str:
@@ -176,10 +350,24 @@ def _time_column(table: Table, name: str | None) -> str:
     return dates[0]
 
 
-def _time_axis(table: Table, time: str, date_format: str | None) -> TimeAxis:
-    """Returns the axis of a column of times; an error names other columns that may belong to the times."""
+def _time_axis(
+    table: Table, time: str, series: str | None, date_format: str | None
+) -> tuple[Times, TimeAxis, np.ndarray]:
+    """Returns the times of a column, their axis and the step of each row, ``(N,)``.
+
+    Several series share the axis. An error names other columns that may belong to the times.
+    """
     try:
-        return infer_axis(read_times(table.column(time), table.lines, date_format), table.lines)
+        times = read_times(table.column(time), table.lines, date_format)
+        if series is None:
+            axis = infer_axis(times.values, table.lines)
+            positions = np.empty(len(times.values), int)
+            positions[axis.order] = axis.positions
+            return times, axis, positions
+        _, first, inverse = np.unique(times.values, return_index=True, return_inverse=True)
+        rows = np.sort(first)
+        axis = infer_axis(times.values[rows], [table.lines[row] for row in rows])
+        positions = axis.positions[inverse.reshape(-1)]
     except DataError as error:
         others = [name for name in table.names if name != time and name.lower() in TIME_COLUMNS]
         if not others:
@@ -188,19 +376,30 @@ def _time_axis(table: Table, time: str, date_format: str | None) -> TimeAxis:
             f"{error}; times are read from {time!r} only, not from {name_list(others)}; --time names another, or "
             "write date and time into one column"
         ) from None
+    seen: dict[tuple[str, int], int] = {}
+    for line, key in zip(table.lines, zip(table.column(series), positions.tolist())):
+        if key in seen:
+            raise DataError(
+                f"line {line} has the time and the {series!r} of line {seen[key]}, {axis.labels[key[1]]} and "
+                f"{key[0]!r}; "
+                "expected one row per time and series"
+            )
+        seen[key] = line
+    return times, axis, positions
 
 
 def _number_columns(
-    table: Table, time: str, target: str | None, decimal: str
+    table: Table, roles: dict[str, str], target: str | Sequence[str] | None, decimal: str
 ) -> tuple[dict[str, np.ndarray], list[tuple[str, str]]]:
     """Returns the columns to forecast by name, ``(N,)`` each, and names of the others, each with a reason."""
+    available = [name for name in table.names if name not in roles]
     if target is None:
-        names = [name for name in table.names if name != time]
+        names = available
     else:
-        names = [target] if target in table.names else [name.strip() for name in target.split(",")]
+        names = _split_names(table, target) if isinstance(target, str) else list(target)
         for name in names:
-            if name not in table.names or name == time:
-                others = name_list([column for column in table.names if column != time])
+            if name not in available:
+                others = name_list(available)
                 raise DataError(f"--target {name}: no such column of numbers, expected some of {others}")
     columns: dict[str, np.ndarray] = {}
     ignored = []
@@ -221,8 +420,9 @@ def _number_columns(
         else:
             columns[name] = numbers
     if target is not None:
-        ignored = [(name, "not in --target") for name in table.names if name != time and name not in names]
+        ignored = [(name, "not in --target") for name in available if name not in names]
     if not columns:
+        time = next(iter(roles))
         raise DataError(f"no column of numbers beside {time!r}; ignored {name_list([name for name, _ in ignored])}")
     return columns, ignored
 
@@ -240,7 +440,7 @@ def is_wrong(cell: str, number: float) -> bool:
     return not math.isfinite(number) and cell.lower() not in MISSING
 
 
-def _number_error(cell: str, decimal: str, target: str | None) -> str:
+def _number_error(cell: str, decimal: str, target: str | Sequence[str] | None) -> str:
     """Returns the message about a cell that is not a finite number."""
     if re.fullmatch(rf"[+-]?inf(inity)?|{NUMBER}", cell, re.IGNORECASE) and not math.isfinite(float(cell)):
         return f"{cell} is not finite; leave the cell empty if the number is missing"
@@ -253,27 +453,3 @@ def _number_error(cell: str, decimal: str, target: str | None) -> str:
     if math.isfinite(read_numbers([cell], other)[0]):
         return f"{not_a_number}; --decimal {other} reads it"
     return f"{cell!r} is not a number" + ("; --target chooses columns" if target is None else "")
-
-
-def _fill_gaps(names: tuple[str, ...], labels: tuple[str, ...], rows: np.ndarray) -> tuple[Series, list[str]]:
-    """Returns the series from the first step at which every column has had a number, gaps filled, and notes on them."""
-    known = np.isfinite(rows)
-    for name, column in zip(names, known.T):
-        if not column.any():
-            raise DataError(f"{name} has no number")
-    first = known.argmax(0)
-    start, latest = int(first.max()), names[int(first.argmax())]
-    if 2 * start > len(rows):
-        raise DataError(f"{latest} has no number before {labels[start]}, most of the file; choose others with --target")
-    notes = []
-    if start:
-        notes.append(f"dropped the steps before {labels[start]}, the first number of {latest!r}: {start:,}")
-    rows, known, labels = rows[start:], known[start:], labels[start:]
-    last_known = np.maximum.accumulate(np.where(known, np.arange(len(rows))[:, None], 0), axis=0)
-    if not known.all():
-        empty_steps = int((~known.any(1)).sum())
-        notes.append(
-            f"gaps: {int((~known).sum()):,} of {known.size:,} numbers, {empty_steps:,} of {len(known):,} steps "
-            "entirely; filled with the last number before them, marked in the inputs, never scored"
-        )
-    return Series(names, labels, np.take_along_axis(rows, last_known, axis=0), known, ()), notes

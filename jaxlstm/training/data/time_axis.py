@@ -2,12 +2,13 @@
 
 import re
 from collections.abc import Callable, Sequence
-from datetime import UTC, datetime, timedelta
-from typing import Any, Literal, NamedTuple
+from datetime import UTC, datetime, timedelta, timezone
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from jaxlstm.training.data.text import DataError
+from jaxlstm.training.data.time_spelling import Zone, find_zone, iso_labels, spell_offset, spelled_like
 
 NUMBER = r"[+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?"
 # Forms besides ISO 8601, with blanks for all separators. A year has four digits: the century of two is a guess.
@@ -23,6 +24,14 @@ DURATIONS = {"week": 604_800_000_000, "day": 86_400_000_000, "hour": 3_600_000_0
              "second": 1_000_000, "microsecond": 1}  # fmt: skip
 
 
+class Times(NamedTuple):
+    """The times of N rows."""
+
+    values: np.ndarray  # (N,) datetime64[us], or float64 for plain numbers
+    to_clock: Callable[[np.ndarray], np.ndarray]  # times like ``values`` -> local times
+    spell: Callable[[np.ndarray], list[str]]  # times like ``values`` -> cells as in the file
+
+
 class TimeAxis(NamedTuple):
     """The evenly spaced times of a series of N rows, T steps from the first to the last of them."""
 
@@ -30,9 +39,11 @@ class TimeAxis(NamedTuple):
     positions: np.ndarray  # (N,) int: the step of each row in this order, from 0; a missing row leaves one out
     labels: tuple[str, ...]  # (T,)
     step: str  # such as "1 week"
+    at: Callable[[np.ndarray], np.ndarray]  # steps from 0, also past the last row -> times
+    label: Callable[[np.ndarray], tuple[str, ...]]  # times -> labels
 
 
-def read_times(cells: Sequence[str], lines: Sequence[int], date_format: str | None = None) -> np.ndarray:
+def read_times(cells: Sequence[str], lines: Sequence[int], date_format: str | None = None) -> Times:
     """Returns times as ``datetime64[us]``, or as float64 if they are plain numbers.
 
     Numbers of eight or six digits that are all dates ``YYYYMMDD`` or ``YYYYMM`` are dates. Times with one offset from
@@ -59,31 +70,50 @@ def read_times(cells: Sequence[str], lines: Sequence[int], date_format: str | No
         for form, digits in (("%Y%m%d", 8), ("%Y%m", 6)):
             dates = to_dates(text, form)
             if text.str.fullmatch(rf"\d{{{digits}}}").all() and not np.isnat(dates).any():
-                return dates
+                return _local_times(cells, dates)
         numbers = text.astype(float).to_numpy()
         if not np.isfinite(numbers).all():
             raise DataError(f"line {lines[int(np.argmin(np.isfinite(numbers)))]}: the time is not finite")
-        return numbers
+        return Times(numbers, lambda times: times, lambda times: [f"{time:.12g}" for time in times])
     zoned = text.str.extract(ZONE)
     has_zone = zoned[1].notna().to_numpy()
     if not has_zone.any():
-        return _read_dates(text, cells, lines)
+        return _local_times(cells, _read_dates(text, cells, lines))
     if not has_zone.all():
         row = int(np.argmax(has_zone != has_zone[0]))
         without, other = (row, 0) if has_zone[0] else (0, row)
         raise DataError(f"line {lines[without]}: {cells[without]!r} has no time zone, line {lines[other]} has one")
     local = _read_dates(zoned[0], cells, lines)
-    offsets = zoned[1].map({zone: offset_from_utc(zone) for zone in set(zoned[1])}).to_numpy()
-    return _local_or_utc(local, offsets.astype("m8[m]"))
+    minutes = zoned[1].map({zone: offset_from_utc(zone) for zone in set(zoned[1])}).to_numpy().astype(int)
+    values, zone = _zone(local, minutes)
+    dates = zoned[0].tolist()
+    endings = {cell[len(date) :] for cell, date in zip(cells, dates)}  # such as "+01:00"
+
+    def spell(times: np.ndarray) -> list[str]:
+        texts = spelled_like(dates, local)(zone.to_clock(times))
+        if len(endings) == 1:
+            return [text + next(iter(endings)) for text in texts]
+        return [
+            text + spell_offset(offset, cells[0][len(dates[0]) :]) for text, offset in zip(texts, zone.offsets(times))
+        ]
+
+    return Times(values, zone.to_clock, spell)
 
 
-def _local_or_utc(local: np.ndarray, offsets: np.ndarray) -> np.ndarray:
-    """Returns local times with the given offsets, ``timedelta64``, as `read_times` describes."""
-    clock = local - local.astype("M8[D]")
-    return local if (offsets == offsets[0]).all() or (clock == clock[0]).all() else local - offsets
+def _local_times(cells: Sequence[str], local: np.ndarray) -> Times:
+    """Returns times without time zone."""
+    return Times(local, lambda times: times, lambda times: spelled_like(cells, local)(times))
 
 
-def _read_format(cells: Sequence[str], lines: Sequence[int], date_format: str) -> np.ndarray:
+def _zone(local: np.ndarray, minutes: np.ndarray) -> tuple[np.ndarray, Zone]:
+    """Returns times with offsets from UTC, local or in UTC as `read_times` describes, and their zone."""
+    clock, utc = local - local.astype("M8[D]"), local - minutes.astype("m8[m]")
+    changes = bool((minutes != minutes[0]).any())
+    is_utc = changes and bool((clock != clock[0]).any())
+    return utc if is_utc else local, Zone(minutes, is_utc, find_zone(utc, minutes) if changes else None)
+
+
+def _read_format(cells: Sequence[str], lines: Sequence[int], date_format: str) -> Times:
     """Returns the dates in a format of ``strptime``."""
     if "%" not in date_format:
         raise DataError(f"--date-format {date_format}: expected codes of strptime, such as %d.%m.%Y or %m/%d/%Y")
@@ -101,8 +131,15 @@ def _read_format(cells: Sequence[str], lines: Sequence[int], date_format: str) -
     dates = [parse(cell) for cell in cells]
     local = np.array([date and date.replace(tzinfo=None) for date in dates], "M8[us]")
     _check_dates(local, cells, lines, f"--date-format {date_format}")
-    offsets = np.array([(date and date.utcoffset()) or timedelta(0) for date in dates], "m8[us]")
-    return _local_or_utc(local, offsets)
+    offsets = [(date and date.utcoffset()) or timedelta(0) for date in dates]
+    values, zone = _zone(local, np.array([round(offset.total_seconds() / 60) for offset in offsets]))
+
+    def spell(times: np.ndarray) -> list[str]:
+        clock = zip(zone.to_clock(times).astype("M8[us]").tolist(), zone.offsets(times))
+        zoned = (time.replace(tzinfo=None if n is None else timezone(timedelta(minutes=n))) for time, n in clock)
+        return [time.strftime(date_format) for time in zoned]
+
+    return Times(values, zone.to_clock, spell)
 
 
 def offset_from_utc(zone: str) -> int:
@@ -208,7 +245,7 @@ def infer_axis(times: np.ndarray, lines: Sequence[int]) -> TimeAxis:
         row = int(repeated[0])
         raise DataError(
             f"line {lines[row]} has the time of line {lines[int(first[row])]}, {label(times[[row]])[0]}; expected one "
-            "row per time: of several series, write each to its own file"
+            "row per time: of several series, --series names the column that tells them apart"
         )
     order = np.argsort(times)
     times = times[order]
@@ -231,8 +268,16 @@ def infer_axis(times: np.ndarray, lines: Sequence[int]) -> TimeAxis:
             row, f"leaves out {steps[row - 1] - 1:,.0f} steps of {_quantity(step, unit)}; most rows are missing"
         )
     positions = np.concatenate([[0], np.cumsum(np.rint(steps).astype(int))])
-    grid = _times_at(np.interp(np.arange(positions[-1] + 1), positions, count), unit, times)
-    return TimeAxis(order, positions, label(grid), _quantity(step, unit))
+    last = int(positions[-1])
+    mean_step = (count[-1] - count[0]) / last if unit == "" else step
+    decimals = next((n for n in range(13) if unit == "" and (np.round(times, n) == times).all()), 12)
+
+    def at(steps: np.ndarray) -> np.ndarray:
+        inside = np.interp(steps, positions, count)
+        counts = np.where(steps > last, count[-1] + (steps - last) * mean_step, inside)
+        return np.round(counts, decimals) if unit == "" else _times_at(np.rint(counts).astype(int), unit, times)
+
+    return TimeAxis(order, positions, label(at(np.arange(last + 1))), _quantity(step, unit), at, label)
 
 
 def _count_units(times: np.ndarray) -> tuple[np.ndarray, str]:
@@ -240,10 +285,9 @@ def _count_units(times: np.ndarray) -> tuple[np.ndarray, str]:
     if times.dtype == np.float64:
         return times, ""
     days, months = times.astype("M8[D]"), times.astype("M8[M]")
-    clock, day = times - days, days - months.astype("M8[D]")
+    clock = times - days
     if (clock == clock[0]).all():
-        is_last_day = (days + DAY).astype("M8[M]") != months
-        if (day == day[0]).all() or is_last_day.all():
+        if (days == _days_of_months(months, _day_of_month(days))).all():
             return months.astype(int), "month"
         num_days, weekdays = np.diff(days).astype(int), (days.astype(int) + 3) % 7  # Monday is 0
         if num_days.min() == 1 and num_days.sum() >= 7 and weekdays.max() < 5:
@@ -251,21 +295,27 @@ def _count_units(times: np.ndarray) -> tuple[np.ndarray, str]:
     return times.astype("M8[us]").astype(int), "microsecond"
 
 
+def _day_of_month(days: np.ndarray) -> int:
+    """Returns the day of the month, from 1, that all dates may have: 31 if each is the last day of its month."""
+    is_last_day = (days + DAY).astype("M8[M]") != days.astype("M8[M]")
+    return 31 if is_last_day.all() else int((days - days.astype("M8[M]").astype("M8[D]")).astype(int).max()) + 1
+
+
+def _days_of_months(months: np.ndarray, day: int) -> np.ndarray:
+    """Returns the given day of each month, or its last day if it is shorter, datetime64[D]."""
+    last = (months + np.timedelta64(1, "M")).astype("M8[D]") - DAY
+    return np.minimum(months.astype("M8[D]") + np.timedelta64(day - 1, "D"), last)
+
+
 def _times_at(count: np.ndarray, unit: str, times: np.ndarray) -> np.ndarray:
     """Returns the times with the given counts of units, as `_count_units` gives them for ``times``."""
-    if unit == "":
-        return count
-    count = np.rint(count).astype(int)
     if unit == "microsecond":
         return count.astype("M8[us]")
     days = times.astype("M8[D]")
-    day = days - days.astype("M8[M]").astype("M8[D]")
     if unit == "business day":
         dates = np.busday_offset(days[0], count)
-    elif (day == day[0]).all():
-        dates = count.astype("M8[M]").astype("M8[D]") + day[0]
     else:
-        dates = (count + 1).astype("M8[M]").astype("M8[D]") - DAY
+        dates = _days_of_months(count.astype("M8[M]"), _day_of_month(days))
     return dates + (times[0] - days[0])
 
 
@@ -283,8 +333,5 @@ def _labels(times: np.ndarray) -> Callable[[np.ndarray], tuple[str, ...]]:
     """Returns a function that spells times as precisely as ``times`` need it."""
     if times.dtype == np.float64:
         return lambda values: tuple(f"{value:.12g}" for value in values)
-    unit: Literal["D", "m", "s", "us"] = "us"
-    for shorter in ("s", "m", "D"):
-        if (times.astype(f"M8[{shorter}]") == times).all():
-            unit = shorter
-    return lambda values: tuple(np.datetime_as_string(values, unit=unit, casting="unsafe").tolist())
+    spell = iso_labels(times)
+    return lambda values: tuple(spell(values))

@@ -1,20 +1,26 @@
 """Builds the LSTM that the options of a run describe."""
 
+from dataclasses import replace
+
 import jax.numpy as jnp
 
 import jaxlstm
-from jaxlstm.cells import CELLS
+from jaxlstm import cells
+from jaxlstm.cells import CELLS, Cell, CellName
 from jaxlstm.rnn import RNN
 from jaxlstm.training import config
 from jaxlstm.training.config import Options
 
 
-def build_lstm(options: Options, input_size: int, *, longest_dependency: int | None = None) -> RNN:
+def build_lstm(
+    options: Options, input_size: int, *, longest_dependency: int | None = None, static_size: int | None = None
+) -> RNN:
     """Returns an LSTM with the sizes, cell and regularizers of ``options``, or a residual stack of them.
 
     Args:
       options: options of the run.
       input_size: I.
+      static_size: number of static features, which every gate that reads the inputs reads too; None for none.
       longest_dependency: longest dependency of the task in steps, for the chrono initializer of cells with a forget
         gate; ``--chrono`` takes precedence. None keeps the usual initializer.
     """
@@ -31,7 +37,8 @@ def build_lstm(options: Options, input_size: int, *, longest_dependency: int | N
         num_layers=options.layers,
         bidirectional=options.bidirectional,
         dtype=jnp.dtype(options.dtype),
-        cell=options.cell,
+        cell=options.cell if static_size is None else with_static(options.cell),
+        static_size=static_size,
         layer_norm=options.layer_norm,
         proj_size=options.projection,
         chrono=chrono,
@@ -43,4 +50,19 @@ def build_lstm(options: Options, input_size: int, *, longest_dependency: int | N
         zoneout_h=options.zoneout_h,
         zoneout_c=options.zoneout_c,
         implementation="tensor_parallel" if config.splits_units(options) else None,
+    )
+
+
+def with_static(name: CellName) -> Cell:
+    """Returns a cell whose gates read static features where they read inputs; a cell that reads them already as it is.
+
+    Their products are computed once per sequence, not once per step as those of features repeated over time.
+    """
+    cell = cells.RNN["tanh"] if name == "rnn" else CELLS[name]
+    if cell.slabs_reading("static"):
+        return cell
+    reads = dict(cell.reads)
+    gates = {gate: reads.get(gate, ("x", "h")) for gate in cell.activations}
+    return replace(
+        cell, reads={gate: (*sources, "static") if "x" in sources else sources for gate, sources in gates.items()}
     )

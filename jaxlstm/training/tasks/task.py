@@ -30,7 +30,10 @@ OPTION_GROUPS: dict[OptionGroup, tuple[str, ...]] = {
     "embedding": ("embedding",),
     "softmax": ("tied", "embedding_dropout"),
     "activation_regularization": ("activation_regularization", "temporal_activation_regularization"),
-    "forecasting": ("horizon", "season", "time", "target", "delimiter", "decimal", "date_format"),
+    "forecasting": (
+        *("horizon", "season", "time", "target", "series", "future", "static", "quantiles"),
+        *("delimiter", "decimal", "date_format"),
+    ),
     "language": ("language",),
     "classification": ("pooling", "class_weights"),
 }
@@ -44,6 +47,12 @@ def unused_options(*used: OptionGroup) -> tuple[str, ...]:
 def no_carry(params: Any) -> None:
     """Returns None: batches do not continue each other."""
     del params
+
+
+def no_arguments(batch: Any) -> dict[str, Array | None]:
+    """Returns no further arguments."""
+    del batch
+    return {}
 
 
 def no_sample(params: Any, key: Array) -> str:
@@ -79,6 +88,9 @@ class Task:
     make_loss: Callable[[RNN], Loss]  # the loss with the LSTM of the model, or one with another backend
     lstm: RNN  # the recurrent network; its parameters are the field ``lstm`` of the model's
     lstm_inputs: Callable[[Any, Any, Any], tuple[Array, State | None]]  # (params, carry, batch) -> (xs, initial state)
+    lstm_arguments: Callable[[Any], dict[str, Array | None]] = (
+        no_arguments  # batch -> mask and static features of the call
+    )
     evaluate: Callable[[Any], dict[str, float]]  # params -> validation metrics; the lowest "loss" is the best
     sample: Callable[[Any, Array], str] = no_sample  # (params, key) -> text to show after each validation
     test: Callable[[Any, Path], dict[str, float]] = no_metrics  # (best params, run folder) -> test metrics at the end
