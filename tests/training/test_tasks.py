@@ -283,9 +283,10 @@ def test_batches_depend_on_their_number_only(name):
     batches, resumed = task.batches(0), task.batches(3)
     for _ in range(3):
         next(batches)
-    for array, same, other in zip(next(batches), next(resumed), next(resumed)):
-        np.testing.assert_array_equal(array, same)
-        assert not np.array_equal(same, other)
+    batch, same, other = next(batches), next(resumed), next(resumed)
+    for array, expected in zip(batch, same):
+        np.testing.assert_array_equal(array, expected)
+    assert not np.array_equal(batch[0], other[0])
 
 
 def test_shuffled_batches_draw_every_example_once_per_epoch():

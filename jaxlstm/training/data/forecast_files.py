@@ -105,7 +105,7 @@ def draw_forecasts(
     count = len(panel.series) * len(panel.targets)
     if len(drawn) < count:
         title += f", the first {len(drawn)} of {count:,} columns"
-    figure = Figure(figsize=(9, 0.6 + 2.4 * len(drawn)), layout="constrained")
+    figure = Figure(figsize=(9, 1.0 + 1.8 * len(drawn)), layout="constrained")
     for (n, f), axes in zip(drawn, np.ravel(figure.subplots(len(drawn), 1, squeeze=False))):
         members = np.flatnonzero(windows.series == n)
         first = int(windows.origins[members].min()) - history
@@ -130,7 +130,8 @@ def draw_forecasts(
         name = panel.series[n].name
         axes.set_ylabel(literal(f"{name}\n{panel.targets[f]}" if name else panel.targets[f]))
         axes.grid(alpha=0.3)
-        axes.legend(loc="upper left", fontsize="small", ncols=4)
+    handles, labels = figure.axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", fontsize="small", ncols=len(labels))
     figure.suptitle(literal(title))
     with atomic_write(path) as file:
         figure.savefig(file, format="png", dpi=150)

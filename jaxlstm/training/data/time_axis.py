@@ -245,7 +245,8 @@ def infer_axis(times: np.ndarray, lines: Sequence[int]) -> TimeAxis:
         row = int(repeated[0])
         raise DataError(
             f"line {lines[row]} has the time of line {lines[int(first[row])]}, {label(times[[row]])[0]}; expected one "
-            "row per time: of several series, --series names the column that tells them apart"
+            "row per time: of several series, --series names the column that tells them apart; "
+            "of an hour that the clock repeats, times need an offset such as +01:00"
         )
     order = np.argsort(times)
     times = times[order]

@@ -75,10 +75,7 @@ def make(options: Options) -> Task:
     series, origins = data.windows_of("training")
     batch_indices = shuffled_batches(len(series), options.batch, options.seed)
     levels = np.array(quantiles, np.float32)
-    parts = {
-        part: data.windows_of(part, max(1, min(SCORED_PER_SERIES, most // len(panel.series))))
-        for part, most in (("validation", MAX_VALIDATED), ("test", MAX_TESTED))
-    }
+    validation, test_part = scored_windows(data, "validation", MAX_VALIDATED), test_windows(data)
     train_end = part_boundaries(panel)["training"][1]
     ends = [train_end - one.start for one in panel.series]
     unit = np.array(  # of MASE, by series
@@ -101,7 +98,7 @@ def make(options: Options) -> Task:
         return scores(forecasts, windows.truth, windows.batch.scored, unit[windows.series], quantiles)
 
     def evaluate(params: Any) -> dict[str, float]:
-        windows = data.windows(*parts["validation"])
+        windows = data.windows(*validation)
         normalized, forecasts = forecast(params, windows)
         loss = float(mean_pinball_loss(jnp.asarray(normalized), windows.batch, levels))
         naive = naive_quantiles(data, windows, quantiles)
@@ -110,7 +107,7 @@ def make(options: Options) -> Task:
 
     def test(params: Any, folder: Path) -> dict[str, float]:
         del folder
-        windows = data.windows(*parts["test"])
+        windows = data.windows(*test_part)
         methods = {"": forecast(params, windows)[1], "seasonal_naive_": naive_quantiles(data, windows, quantiles)}
         if no_autoets is None:
             methods["autoets_"] = autoets_quantiles(data, windows, quantiles)
@@ -142,7 +139,7 @@ def make(options: Options) -> Task:
         loss_unit="pinball loss",
         unit_name="windows",
         units_per_step=options.batch,
-        validation_units=len(parts["validation"][0]),
+        validation_units=len(validation[0]),
         format_loss=lambda value: f"{value:.5f} pinball loss",
         init=model.init,
         batches=batches,
@@ -240,6 +237,16 @@ def windowed(panel: Panel, scaling: Scaling, options: Options) -> WindowedPanel:
         season=options.season,
         decimal=options.decimal,
     )
+
+
+def scored_windows(data: WindowedPanel, part: str, most: int) -> tuple[np.ndarray, np.ndarray]:
+    """Returns series and origins of the windows of a part that are scored, about ``most`` at most."""
+    return data.windows_of(part, max(1, min(SCORED_PER_SERIES, most // len(data.panel.series))))
+
+
+def test_windows(data: WindowedPanel) -> tuple[np.ndarray, np.ndarray]:
+    """Returns series and origins of the windows of the test part, the same for all methods."""
+    return scored_windows(data, "test", MAX_TESTED)
 
 
 def build_forecaster(options: Options, data: WindowedPanel, quantiles: tuple[float, ...]) -> Forecaster:
