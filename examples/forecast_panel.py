@@ -163,17 +163,17 @@ def main(config: Config) -> dict[str, Any]:
     config.out.mkdir(parents=True, exist_ok=True)
     truth, data, run = draw_panel(config), config.out / "panel.csv", config.out / "run"
     write_panel(data, truth, config)
-    arguments = ["--task", "forecast", "--data", str(data), "--series", "shop", "--future", "promotion"]
-    arguments += ["--static", "kind", "--season", "7", "--horizon", str(config.horizon)]
-    arguments += ["--window", str(config.window), "--hidden", str(config.hidden), "--batch", str(config.batch)]
-    arguments += ["--dropout", str(config.dropout), "--input-dropout", "0"]
-    arguments += ["--max-steps", str(config.max_steps), "--seed", str(config.seed)]
+    options = ["--series", "shop", "--future", "promotion", "--static", "kind", "--season", "7"]
+    options += ["--horizon", str(config.horizon), "--window", str(config.window), "--hidden", str(config.hidden)]
+    options += ["--batch", str(config.batch), "--dropout", str(config.dropout), "--input-dropout", "0"]
+    options += ["--max-steps", str(config.max_steps), "--seed", str(config.seed)]
+    arguments = ["--task", "forecast", "--data", str(data), *options]
     console = Console()
     cli.run_cli([*arguments, "--run-dir", str(run)], console)
     cli.run_cli(["--predict", str(run), "--data", str(data), "--out", str(config.out / "next.csv")], console)
     summary = json.loads((run / "summary.json").read_text())
     results = {
-        "command": "python train.py " + " ".join(arguments),
+        "training": " ".join(["python train.py --task forecast --data panel.csv", *options]),
         "test": {name: value for name, value in summary.items() if name.startswith("test_")}
         | {f"test_truth_{name}": value for name, value in true_scores(arguments, truth).items()},
         "future": score_future(config.out / "next.csv", truth, config),
