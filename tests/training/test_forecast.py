@@ -389,6 +389,7 @@ def test_series_that_cannot_be_trained_on_are_left_out_with_a_note(tmp_path):
     assert "leaves out 1 of 3 series: " in task.notes[-1] or "leaves out 1 of 3 series: " in task.notes[-2]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("names", [("$x^{$", "{a}", "_\\"), tuple(f"c{n}" for n in range(30))])
 def test_draw_forecasts_draws_any_names_and_the_first_of_many_columns(tmp_path, monkeypatch, names):
     titles = []
