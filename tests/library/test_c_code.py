@@ -214,6 +214,7 @@ def test_to_c_reset_takes_static_features(tmp_path):
     assert_equal_to_rounding(ys, np.concatenate([lstm(params, xs, static=features)[0] for xs, features in parts]))
 
 
+@pytest.mark.slow
 @needs_compiler
 def test_to_c_step_passes_nan_on(tmp_path):
     lstm, params = make("all options")

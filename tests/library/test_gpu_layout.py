@@ -9,6 +9,7 @@ import pytest
 import jaxlstm
 from jaxlstm.recurrence.fused import Fused
 
+pytestmark = pytest.mark.slow  # clearing the caches makes other tests compile again
 CONFIGURATIONS = (
     "one layer",
     "bidirectional",
@@ -30,19 +31,16 @@ def gpu_layout(monkeypatch):
     jax.clear_caches()
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("configuration", [name for name in CONFIGURATIONS if name in cases.CONFIGURATIONS])
 def test_outputs_and_gradients_equal_oracle(configuration, gpu_layout):
     parity.check_outputs_and_gradients(configuration, "everything", gpu_layout)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_narrow_dtypes_equal_oracle(dtype, gpu_layout):
     parity.check_narrow_dtype("learned state", dtype, gpu_layout)
 
 
-@pytest.mark.slow
 def test_higher_derivatives_and_vmap_equal_oracle(gpu_layout):
     parity.check_higher_derivatives("one layer", gpu_layout)
     parity.check_vmap(gpu_layout)

@@ -161,6 +161,7 @@ def test_lstm_matches_installed_library(name):
     assert_parity(lstm, to_params, weights, gradient, arrays, num_biases(name), without_bias=without_bias)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", mark_slow(LIVE_CASES))
 def test_installed_library_accepts_converted_weights(name):
     _, to_params, to_weights = conversions(name)

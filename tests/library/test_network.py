@@ -108,6 +108,7 @@ def test_final_state_has_the_last_outputs_of_masked_sequences(bidirectional):
     assert_equal(jaxlstm.last_outputs(ys)[0], np.zeros(ys.shape[-1]))
 
 
+@pytest.mark.slow
 def test_last_outputs_of_a_conv_lstm_takes_its_lengths():
     conv = jaxlstm.ConvLSTM(1, 2, (3, 4))
     xs = np.random.default_rng(0).standard_normal((5, 2, 3, 4, 1)).astype(np.float32)

@@ -73,5 +73,6 @@ def test_concatenated_scan_in_narrow_dtypes_equals_oracle(dtype):
     parity.check_narrow_dtype("learned state", dtype, CONCATENATED)
 
 
+@pytest.mark.slow
 def test_concatenated_scan_vmap_equals_batch():
     parity.check_vmap(CONCATENATED)

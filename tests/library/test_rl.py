@@ -177,6 +177,7 @@ def test_burn_in_gradient_stops_before_the_first_step_with_a_loss():
     assert not any(a.any() for a in state_gradient)
 
 
+@pytest.mark.slow
 def test_burn_in_differentiates_no_recurrence_of_the_first_steps():
     """Linearizing saves nothing of the burn-in: residuals do not grow with its length."""
 

@@ -90,6 +90,7 @@ def trainer_of(**options):
     return trainer
 
 
+@pytest.mark.slow
 def test_backend_of_another_device_is_measured_again(measure):
     trainer = trainer_of(implementation="auto")
     saved = {"implementation": "scan", "unroll": 3, "device": "TPU v9"}
@@ -171,6 +172,7 @@ def test_named_backend_must_support_the_mesh():
     assert backend.named_backend(one, TASKS["adding"].make(one).lstm).implementation == "fused"
 
 
+@pytest.mark.slow
 def test_mesh_measures_the_shapes_of_one_device(measure):
     trainer = trainer_of(implementation="auto")
     mesh = jax.make_mesh((2, 1), ("data", "model"))

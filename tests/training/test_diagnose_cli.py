@@ -27,6 +27,7 @@ def trained_run(tmp_path):
     return folder
 
 
+@pytest.mark.slow
 def test_inspect_writes_figures_and_prints_the_report(trained_run, tmp_path, capsys):
     text = 'abc (ab)\n"c" a'
     out = tmp_path / "pictures"
