@@ -180,6 +180,7 @@ def test_to_c_int8_states_its_error(tmp_path):
     assert "math.h" not in source
 
 
+@pytest.mark.slow
 @needs_compiler
 @pytest.mark.parametrize("quantize", [None, "int8"])
 def test_to_c_readout_equals_product(tmp_path, quantize):

@@ -247,6 +247,7 @@ def test_packed_sequences_equal_separate_sequences():
     assert_same(packed, np.concatenate([conv(params, xs[:2])[0], conv(params, xs[2:])[0]]))
 
 
+@pytest.mark.slow
 def test_learned_state_starts_sequences_and_is_trained():
     conv = jaxlstm.ConvLSTM(I, H, 3, bidirectional=True, learned_state=True, param_dtype=jnp.float64)
     rng = np.random.default_rng(5)

@@ -98,6 +98,7 @@ def test_trace_accepts_any_batch_axes():
     assert_close(jax.tree.map(lambda a: a[:, 1, 2], batched.layers), single.layers)
 
 
+@pytest.mark.slow
 def test_trace_of_a_user_defined_cell_has_its_gates():
     minimal = jaxlstm.Cell(
         gates={"f": cells.sigmoid, "n": cells.tanh},

@@ -158,6 +158,7 @@ def test_fused_loops_carry_bfloat16_as_uint16(batch_size, input_size, is_hoisted
         assert dtypes.count(jnp.uint16) == (2 if fn is loss else 4) - is_hoisted
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("inputs", "batch_size", "chunks", "rest"),
     [

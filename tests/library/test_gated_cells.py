@@ -268,6 +268,7 @@ def test_backend_names_what_it_lacks(implementation, message):
         network(params, xs)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("order", ["batch", "feature"])
 @pytest.mark.parametrize("hoist_inputs", [True, False])
 def test_layouts_of_a_gru_agree(order, hoist_inputs):

@@ -163,6 +163,7 @@ def test_repr_shows_what_differs_from_the_defaults(network, text):
     assert repr(network) == text
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NETWORKS)
 def test_num_parameters_counts_the_arrays_of_init(name, capsys):
     network = NETWORKS[name]

@@ -36,6 +36,7 @@ def test_porting_sections_have_code_of_both_libraries_and_a_comparison():
         assert "assert_allclose" in comparison
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("section", LIBRARIES)
 def test_porting_code_of_this_library_runs(section):
     names: dict = {}

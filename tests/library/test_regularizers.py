@@ -172,6 +172,7 @@ def test_step_by_step_equals_sequence(options):
     assert_same((ys, last), (np.stack(outputs), state))
 
 
+@pytest.mark.slow
 def test_learned_state_starts_sequences_and_is_trained():
     lstm = network(bidirectional=True, learned_state=True, proj_size=3)
     params, xs = random_args(lstm, 6, 3)

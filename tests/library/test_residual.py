@@ -258,6 +258,7 @@ def test_vmap_equals_batch():
     assert_same(mapped, expected(name)[0])
 
 
+@pytest.mark.slow
 def test_layers_without_outputs_pass_inputs_on():
     """With recurrent layers and feed-forward parts of zeros, the outputs are the normalized inputs."""
     stack = jaxlstm.ResidualStack(4, 4, num_layers=2, feed_forward=3, param_dtype=jnp.float64)
@@ -267,6 +268,7 @@ def test_layers_without_outputs_pass_inputs_on():
     assert_same(stack(params, xs)[0], normalize(xs, np.ones(4)))
 
 
+@pytest.mark.slow
 def test_init_draws_independent_arrays_with_unit_gains():
     stack = jaxlstm.ResidualStack(16, 32, num_layers=2, feed_forward=64)
     params = stack.init(jax.random.key(0))

@@ -302,6 +302,7 @@ def test_guide_python_block_runs(code):
         exec(code, {})
 
 
+@pytest.mark.slow
 def test_guide_quotes_the_error_of_the_usual_mistake():
     names: dict = {}
     code = next(code for code in code_of("") if "rl.check_replay" in code)

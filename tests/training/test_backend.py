@@ -107,6 +107,7 @@ def test_backend_of_another_device_is_measured_again(measure):
     assert len(measure) == 1
 
 
+@pytest.mark.slow
 def test_measurement_takes_at_most_a_twentieth_of_the_run(measure):
     trainer_of(implementation="auto", max_seconds=60.0).setup_backend()
     assert measure[0][2] == pytest.approx(3.0)

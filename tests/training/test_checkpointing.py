@@ -354,6 +354,7 @@ def test_failed_write_prints_one_line_and_keeps_existing_files(complete_run, tmp
         assert not list(folder.glob("*.partial"))
 
 
+@pytest.mark.slow
 def test_run_directory_is_locked_by_one_process(complete_run):
     message = r"another process is training in .*/run: .*/run/lock is locked"
     with lock_run_dir(complete_run), pytest.raises(ValueError, match=message):

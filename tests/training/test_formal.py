@@ -96,6 +96,7 @@ def test_class_is_independent_of_length_and_last_symbol(name):
             np.testing.assert_allclose(frequencies / frequencies.sum(), 1 / language.num_classes, atol=0.04)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bidirectional", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_logits_depend_on_the_symbols_of_the_string_only(bidirectional):
     strings = draw("parity", 20)

@@ -255,6 +255,7 @@ def test_embedding_dropout_drops_all_occurrences_of_a_token():
     np.testing.assert_array_equal(logits, apply(whole, params, tokens))
 
 
+@pytest.mark.slow
 def test_tied_weights_are_one_array_with_the_sum_of_gradients():
     m = LanguageModel(5, jaxlstm.LSTM(8, 16, proj_size=8), tied=True)
     params = m.init(jax.random.key(0))
@@ -271,6 +272,7 @@ def test_tied_weights_are_one_array_with_the_sum_of_gradients():
         LanguageModel(5, jaxlstm.LSTM(8, 16), tied=True)
 
 
+@pytest.mark.slow
 def test_generate_draws_from_the_softmax_at_the_temperature():
     """Only the bias is nonzero, so tokens drawn at temperature t follow softmax(bias / t)."""
     m = make_model()
