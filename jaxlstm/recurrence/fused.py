@@ -138,8 +138,12 @@ class FusedConfig(NamedTuple):
     def layout(self, batch_size: Size) -> Layout:
         """Returns the layout for a batch size."""
         options = self.options
-        # Slabs of gates that read different sources are separate arrays, which feature-major are slices of memory.
-        order = options.order or (None if self.one_product else "feature" if self.dense else "batch")
+        # Slabs of gates that read different sources are separate arrays, which feature-major are slices of memory. That
+        # pays off, at any number of units, for batches that fill the vector registers.
+        order = options.order
+        if order is None and not self.one_product:
+            is_large = not isinstance(batch_size, int) or batch_size >= 16
+            order = "batch" if not self.dense else "feature" if is_large else None
         layout = choose_layout(self.sizes._replace(batch_size=batch_size), self.dtype, self.accum_dtype, order)
         hoist_inputs = layout.hoist_inputs if options.hoist_inputs is None else options.hoist_inputs
         return replace(

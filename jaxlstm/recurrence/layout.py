@@ -196,7 +196,8 @@ def choose_layout(
 ) -> Layout:
     """Returns the layout for the sizes of a layer: on CPU by measurement, elsewhere a default, not measured.
 
-    Feature-major pays off if the weights are large, with more than 256 units, or 400 for fewer than 8 rows.
+    Feature-major pays off if the weights are large: with more than 256 units, or 400 for up to 4 rows. Its innermost
+    axis is the batch. For 5 to 15 rows other than 8, which do not fill the vector registers, it takes 640 units.
 
     The product of the inputs is hoisted from the loop if a row has at least 16 times as many inputs as there are rows:
     a step then reads ``G H B`` numbers of the result instead of ``G H I`` weights.
@@ -217,8 +218,8 @@ def choose_layout(
         return ORDERS[order or "batch"](dtype, accum_dtype, hoist_inputs=True, chunk_size=64, separate_gates=separate)
     batch_size = sizes.batch_size if isinstance(sizes.batch_size, int) else INF
     hidden_size = sizes.hidden_size
-    feature_major = hidden_size > (256 if batch_size >= 8 else 400)
-    order = order or ("feature" if feature_major else "batch")
+    units = 400 if batch_size <= 4 else 640 if batch_size < 16 and batch_size != 8 else 256
+    order = order or ("feature" if hidden_size > units else "batch")
     hoist_inputs = sizes.input_size >= 16 * batch_size
     chunk_size = next(size for limit, size in CHUNK_RULES if batch_size <= limit)
     threaded = 2**12 <= batch_size * hidden_size < 2**14 and accum_dtype == jnp.float32
