@@ -83,9 +83,13 @@ def project_inputs(
     not read x, where `sum_sources` adds it.
     """
     z = matvec(weights.w_x, x, dtype, accum_dtype)
-    if weights.b is None or weights.norm is not None or weights.b.shape[0] != z.shape[-1]:
+    if weights.b is None or weights.norm is not None or not _every_gate_reads_x(weights, weights.b):
         return z
     return z + jnp.broadcast_to(weights.b.astype(accum_dtype), z.shape)
+
+
+def _every_gate_reads_x(weights: Weights, b: Array) -> bool:
+    return weights.w_x.shape[0] == b.shape[0]
 
 
 def project_hidden(
@@ -164,7 +168,7 @@ def _split(z: Array, num_slabs: int, axis: int) -> Sequence[Array]:
 
 def late_bias(cell: Cell, weights: Weights, accum_dtype: DTypeLike) -> Sequence[Array] | None:
     """Returns the bias of each gate if `project_inputs` did not add it, because there are gates that do not read x."""
-    if weights.norm is not None or len(cell.slabs_reading("x")) == cell.num_gates:
+    if weights.b is None or weights.norm is not None or _every_gate_reads_x(weights, weights.b):
         return None
     return split_bias(cell, weights, accum_dtype)
 
