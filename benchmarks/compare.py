@@ -3,6 +3,7 @@
 python benchmarks/compare.py                                  every section; writes figures and a picture
 python benchmarks/compare.py shapes --rounds 21               one section, more rounds
 python benchmarks/compare.py shapes --shapes 128,32,128,256 --only torch haiku
+python benchmarks/compare.py shapes --cell gru
 python benchmarks/compare.py --quick --out /tmp/quick         a smoke test with tiny sizes; its figures mean nothing
 """
 
@@ -10,7 +11,7 @@ import json
 import math
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -21,9 +22,6 @@ import report
 import tyro
 from machine import describe_machine, machine_slug
 from peers import (
-    BUILDERS,
-    FLAX,
-    JAX_PEERS,
     JAXLSTM,
     JAXLSTM_BF16,
     JAXLSTM_REMAT,
@@ -33,6 +31,7 @@ from peers import (
     TORCH,
     TORCH_BF16,
     Benchmark,
+    CellName,
     Registry,
     Shape,
 )
@@ -70,12 +69,14 @@ class Options:
     """Calls of each benchmark, interleaved; results are the median and the quartiles of these."""
     shapes: tuple[str, ...] = ()
     """Shapes T,B,I,H for the sections shapes and vmap. Default: the five shapes of the recorded results."""
+    cell: CellName = "lstm"
+    """Cell of the layer."""
     only: tuple[str, ...] = ()
     """Include only peers whose name contains one of these words. Default: all installed peers."""
     out: Path = Path(__file__).parent / "results"
     """Folder for NAME.json and NAME.png."""
     name: str | None = None
-    """Name of the files. Default: the device, such as cpu-2core, with -quick appended by --quick."""
+    """Name of the files. Default: the device, such as cpu-2core, and -gru or -quick after --cell gru or --quick."""
     cpu_devices: int = 2
     """JAX devices on a CPU, for the benchmark that shards the batch; the others use one of them."""
     quick: bool = False
@@ -94,7 +95,7 @@ class Comparison:
         self.console = console
         self.quick = options.quick
         self.rounds = min(options.rounds, 3) if options.quick else options.rounds
-        self.registry = Registry(options.only, self.print_line)
+        self.registry = Registry(options.only, self.print_line, options.cell)
         if options.shapes:
             self.shapes = tuple(map(Shape.parse, options.shapes))
         else:
@@ -120,7 +121,7 @@ class Comparison:
 
 def measure_shapes(comparison: Comparison) -> dict[str, Any]:
     """Times the training step and inference of every benchmark at each shape."""
-    names = [name for name in BUILDERS if name not in (JAXLSTM_REMAT, JAXLSTM_VMAP)]
+    names = [name for name in comparison.registry.builders if name not in (JAXLSTM_REMAT, JAXLSTM_VMAP)]
     result = []
     for shape in comparison.shapes:
         jax.clear_caches()
@@ -134,13 +135,13 @@ def measure_shapes(comparison: Comparison) -> dict[str, Any]:
             ]
             columns = ("", "median ms", "quartiles ms", "/ jaxlstm", "/ torch f32")
             comparison.print_table(f"T,B,I,H = {shape}: {title}", columns, rows)
-    means = {kind: geometric_means(result, kind) for kind in ("train", "infer")}
+    means = {kind: geometric_means(result, kind, comparison.registry.jax_peers) for kind in ("train", "infer")}
     rows = [(name.replace("_", " "), means["train"][name], means["infer"][name]) for name in means["train"]]
     comparison.print_table("Geometric means over shapes", ("ratio of medians", "training step", "inference"), rows)
     return {"shapes": result, "geometric_means": means}
 
 
-def geometric_means(results: Sequence[dict[str, Any]], kind: Kind) -> dict[str, float | None]:
+def geometric_means(results: Sequence[dict[str, Any]], kind: Kind, jax_peers: Iterable[str]) -> dict[str, float | None]:
     """Returns geometric means over shapes of ratios of medians; None if a benchmark is missing.
 
     The best JAX peer is selected at each shape. ``ours_over_devices`` uses the sharded batch at shapes whose batch
@@ -149,6 +150,7 @@ def geometric_means(results: Sequence[dict[str, Any]], kind: Kind) -> dict[str, 
     Args:
       results: one entry per shape, as in ``measure_shapes``.
       kind: ``"train"`` or ``"infer"``.
+      jax_peers: names of the other JAX libraries.
     """
 
     def best_medians(*names: str) -> list[float]:
@@ -162,7 +164,7 @@ def geometric_means(results: Sequence[dict[str, Any]], kind: Kind) -> dict[str, 
     jaxlstm = best_medians(JAXLSTM)
     sharded = [one if math.isnan(many) else many for one, many in zip(jaxlstm, best_medians(JAXLSTM_SHARDED))]
     faster = best_medians(JAXLSTM, JAXLSTM_SHARDED)
-    to_jax = ratios(jaxlstm, *JAX_PEERS)
+    to_jax = ratios(jaxlstm, *jax_peers)
     mean = statistics.geometric_mean
     means = {
         "ours_over_best_jax": mean(to_jax),
@@ -170,9 +172,9 @@ def geometric_means(results: Sequence[dict[str, Any]], kind: Kind) -> dict[str, 
         "ours_over_torch_float32": mean(ratios(jaxlstm, TORCH)),
         "ours_bf16_over_torch_bf16": mean(ratios(best_medians(JAXLSTM_BF16), TORCH_BF16)),
         "scan_over_fused": mean(ratios(best_medians(JAXLSTM_SCAN), JAXLSTM)),
-        "ours_over_devices_over_best_jax": mean(ratios(sharded, *JAX_PEERS)),
+        "ours_over_devices_over_best_jax": mean(ratios(sharded, *jax_peers)),
         "ours_over_devices_over_torch_float32": mean(ratios(sharded, TORCH)),
-        "ours_on_one_or_all_over_best_jax": mean(ratios(faster, *JAX_PEERS)),
+        "ours_on_one_or_all_over_best_jax": mean(ratios(faster, *jax_peers)),
         "ours_on_one_or_all_over_torch_float32": mean(ratios(faster, TORCH)),
     }
     return {name: None if math.isnan(value) else round(value, 4) for name, value in means.items()}
@@ -189,10 +191,12 @@ def measure_growth(comparison: Comparison) -> dict[str, Any]:
         for size in sizes:
             shape = base._replace(**{field: size})
             jax.clear_caches()
-            benchmarks = comparison.registry.build([JAXLSTM, JAXLSTM_SCAN, TORCH, *FLAX], shape)
+            benchmarks = comparison.registry.build([JAXLSTM, JAXLSTM_SCAN, TORCH, *comparison.registry.flax], shape)
             times = comparison.time(benchmarks, "train")
             medians = {name: row["median_ms"] for name, row in times.items()}
-            best = min((name for name in FLAX if name in medians), key=medians.__getitem__, default="-")
+            best = min(
+                (name for name in comparison.registry.flax if name in medians), key=medians.__getitem__, default="-"
+            )
             result[axis].append({"shape": to_json(shape), "best_flax": best, "train": times})
             fused, scan, torch, flax = map(medians.get, (JAXLSTM, JAXLSTM_SCAN, TORCH, best))
             rows.append((str(shape), fused, scan, torch, flax, ratio(fused, torch), ratio(fused, flax), best))
@@ -223,7 +227,7 @@ def measure_memory(comparison: Comparison) -> dict[str, Any]:
     shape = QUICK_SHAPES[0] if comparison.quick else Shape(1024, 32, 256, 256)
     array_bytes = 4 * shape.num_steps * shape.batch_size * shape.hidden_size
     result: dict[str, dict[str, float]] = {}
-    names = [JAXLSTM, JAXLSTM_REMAT, JAXLSTM_SCAN, *JAX_PEERS]
+    names = [JAXLSTM, JAXLSTM_REMAT, JAXLSTM_SCAN, *comparison.registry.jax_peers]
     for benchmark in comparison.registry.build(names, shape, execute=False):
         if benchmark.lower is not None:
             size = benchmark.lower().compile().memory_analysis().temp_size_in_bytes
@@ -237,7 +241,7 @@ def measure_memory(comparison: Comparison) -> dict[str, Any]:
 def measure_compile(comparison: Comparison) -> dict[str, Any]:
     """Times tracing, lowering and compilation of the training step, starting from empty caches."""
     shape = QUICK_SHAPES[0] if comparison.quick else SHAPES[0]
-    names = [JAXLSTM, JAXLSTM_SCAN, JAXLSTM_BF16, *JAX_PEERS]
+    names = [JAXLSTM, JAXLSTM_SCAN, JAXLSTM_BF16, *comparison.registry.jax_peers]
     benchmarks = [b for b in comparison.registry.build(names, shape, execute=False) if b.lower]
     seconds: dict[str, list[tuple[float, float]]] = {b.name: [] for b in benchmarks}
     repeats = 1 if comparison.quick else 5
@@ -306,7 +310,8 @@ def main(options: Options, console: Console) -> None:
     jax.config.update("jax_num_cpu_devices", options.cpu_devices)
     comparison = Comparison(options, console)
     machine = describe_machine()
-    name = options.name or (f"{machine_slug()}-quick" if options.quick else machine_slug())
+    suffix = ("" if options.cell == "lstm" else f"-{options.cell}") + ("-quick" if options.quick else "")
+    name = options.name or machine_slug() + suffix
     path = report.prepare_output(options.out / f"{name}.json")
     is_cpu = machine["backend"] == "cpu"
     device = f"{machine['cpu']}, {machine['cores']} cores" if is_cpu else machine["device"]
@@ -323,7 +328,9 @@ def main(options: Options, console: Console) -> None:
         sections[section] = header | result | {"skipped": dict(comparison.registry.skipped)}
         write_json(path, {"machine": machine, "ceiling": ceiling, "sections": sections})
         if section == "shapes":
-            title = f"One LSTM layer: jaxlstm {machine['versions']['jaxlstm']} and its peers on {device}"
+            title = (
+                f"One {options.cell.upper()} layer: jaxlstm {machine['versions']['jaxlstm']} and its peers on {device}"
+            )
             report.draw_comparison(path.with_suffix(".png"), sections[section]["shapes"], title)
     comparison.print_line(f"written: {path}")
 

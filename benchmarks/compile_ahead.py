@@ -54,9 +54,9 @@ BUILDERS: dict[str, Callable[[Shape], ForwardPass]] = {
     "jaxlstm fused bf16, both directions": partial(build_jaxlstm, implementation="fused", bidirectional=True, **BF16),
     "jaxlstm fused": partial(build_jaxlstm, implementation="fused"),
     "jaxlstm scan": partial(build_jaxlstm, implementation="scan"),
-    "linen OptimizedLSTMCell": build_flax_linen,
+    "linen OptimizedLSTMCell": partial(build_flax_linen, cell="OptimizedLSTMCell"),
     "nnx OptimizedLSTMCell": partial(build_flax_nnx, cell="OptimizedLSTMCell"),
-    "haiku": build_haiku,
+    "haiku": partial(build_haiku, cell="LSTM"),
 }
 
 

@@ -1,4 +1,4 @@
-"""Builds the benchmarks: jaxlstm and its peers, each running one LSTM layer over a batch of sequences.
+"""Builds the benchmarks: jaxlstm and its peers, each running one LSTM or GRU layer over a batch of sequences.
 
 A builder imports its library, creates parameters and inputs, and returns the forward pass; `jax_benchmark` adds the
 training step, the same for all JAX libraries. Libraries that are time-major get time-major inputs and libraries that
@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
 from importlib import import_module
-from typing import Any, NamedTuple, Self
+from typing import Any, Literal, NamedTuple, Self
 
 import jax
 import jax.numpy as jnp
@@ -128,25 +128,26 @@ def build_flax_nnx(shape: Shape, cell: str) -> ForwardPass:
     def apply(params: Any, xs: jax.Array) -> jax.Array:
         # Without an initial carry the layer advances a random number generator, which a pure function cannot.
         zeros = jnp.zeros((shape.batch_size, shape.hidden_size))
-        return nnx.merge(graph, params)(xs, initial_carry=(zeros, zeros))
+        carry = zeros if cell == "GRUCell" else (zeros, zeros)
+        return nnx.merge(graph, params)(xs, initial_carry=carry)
 
     return ForwardPass(apply, params, random_inputs(shape))
 
 
-def build_flax_linen(shape: Shape) -> ForwardPass:
-    """Builds `nn.OptimizedLSTMCell` in `nn.RNN`."""
+def build_flax_linen(shape: Shape, cell: str) -> ForwardPass:
+    """Builds a cell of `flax.linen` in `nn.RNN`."""
     nn: Any = import_module("flax.linen")
-    rnn = nn.RNN(nn.OptimizedLSTMCell(shape.hidden_size), time_major=True)
+    rnn = nn.RNN(getattr(nn, cell)(shape.hidden_size), time_major=True)
     xs = random_inputs(shape)
     return ForwardPass(rnn.apply, rnn.init(jax.random.key(0), xs), xs)
 
 
-def build_haiku(shape: Shape) -> ForwardPass:
-    """Builds `hk.LSTM` under `hk.dynamic_unroll`."""
+def build_haiku(shape: Shape, cell: str) -> ForwardPass:
+    """Builds `hk.LSTM` or `hk.GRU` under `hk.dynamic_unroll`."""
     hk: Any = import_module("haiku")
 
     def unroll(xs: jax.Array) -> jax.Array:
-        core = hk.LSTM(shape.hidden_size)
+        core = getattr(hk, cell)(shape.hidden_size)
         return hk.dynamic_unroll(core, xs, core.initial_state(shape.batch_size))[0]
 
     net = hk.without_apply_rng(hk.transform(unroll))
@@ -154,32 +155,32 @@ def build_haiku(shape: Shape) -> ForwardPass:
     return ForwardPass(net.apply, net.init(jax.random.key(0), xs), xs)
 
 
-def build_equinox(shape: Shape) -> ForwardPass:
-    """Builds `eqx.nn.LSTMCell`, mapped over the batch, under `jax.lax.scan`."""
+def build_equinox(shape: Shape, cell: str) -> ForwardPass:
+    """Builds a cell of `eqx.nn`, mapped over the batch, under `jax.lax.scan`."""
     eqx: Any = import_module("equinox")
-    cell = eqx.nn.LSTMCell(shape.input_size, shape.hidden_size, key=jax.random.key(0))
-    params, static = eqx.partition(cell, eqx.is_inexact_array)
+    module = getattr(eqx.nn, cell)(shape.input_size, shape.hidden_size, key=jax.random.key(0))
+    params, static = eqx.partition(module, eqx.is_inexact_array)
 
     def apply(params: Any, xs: jax.Array) -> jax.Array:
         batched_cell = jax.vmap(eqx.combine(params, static))
 
-        def scan_fn(state: tuple[jax.Array, jax.Array], x: jax.Array) -> tuple[tuple[jax.Array, jax.Array], jax.Array]:
+        def scan_fn(state: Any, x: jax.Array) -> tuple[Any, jax.Array]:
             state = batched_cell(x, state)
-            return state, state[0]
+            return state, state if cell == "GRUCell" else state[0]
 
         zeros = jnp.zeros((shape.batch_size, shape.hidden_size))
-        return jax.lax.scan(scan_fn, (zeros, zeros), xs)[1]
+        return jax.lax.scan(scan_fn, zeros if cell == "GRUCell" else (zeros, zeros), xs)[1]
 
     return ForwardPass(apply, params, random_inputs(shape))
 
 
-def build_keras(shape: Shape) -> ForwardPass:
-    """Builds `keras.layers.LSTM` on the JAX backend."""
+def build_keras(shape: Shape, cell: str) -> ForwardPass:
+    """Builds `keras.layers.LSTM` or `keras.layers.GRU` on the JAX backend."""
     os.environ["KERAS_BACKEND"] = "jax"  # read when Keras is first imported
     keras: Any = import_module("keras")
     if keras.backend.backend() != "jax":
         raise RuntimeError(f"Keras was imported with the backend {keras.backend.backend()!r}")
-    layer = keras.layers.LSTM(shape.hidden_size, return_sequences=True)
+    layer = getattr(keras.layers, cell)(shape.hidden_size, return_sequences=True)
     layer.build((shape.batch_size, shape.num_steps, shape.input_size))
     non_trainable = [v.value for v in layer.non_trainable_variables]
     params = [v.value for v in layer.trainable_variables]
@@ -231,11 +232,11 @@ def load_torch() -> tuple[Any, str, Callable[[], None]]:
     return torch, "cpu", lambda: None
 
 
-def torch_benchmark(dtype: str, name: str, shape: Shape) -> Benchmark:
-    """Builds `torch.nn.LSTM` in eager mode, with the loss of `jax_benchmark`."""
+def torch_benchmark(dtype: str, cell: str, name: str, shape: Shape) -> Benchmark:
+    """Builds `torch.nn.LSTM` or `torch.nn.GRU` in eager mode, with the loss of `jax_benchmark`."""
     torch, device, synchronize = load_torch()
     options = {"device": device, "dtype": getattr(torch, dtype)}
-    layer = torch.nn.LSTM(shape.input_size, shape.hidden_size, **options)
+    layer = getattr(torch.nn, cell)(shape.input_size, shape.hidden_size, **options)
     xs = torch.randn(shape.num_steps, shape.batch_size, shape.input_size, **options)
     xs_with_grad = xs.clone().requires_grad_()
     variables = [*layer.parameters(), xs_with_grad]
@@ -264,28 +265,53 @@ JAXLSTM_SHARDED = "jaxlstm fused, batch over devices"
 JAXLSTM_REMAT, JAXLSTM_VMAP = "jaxlstm fused remat=32", "jaxlstm fused vmap"
 TORCH, TORCH_BF16 = "torch float32", "torch bfloat16"
 
-FLAX: dict[str, Builder] = {
-    "nnx LSTMCell": partial(jax_benchmark, partial(build_flax_nnx, cell="LSTMCell")),
-    "nnx OptimizedLSTMCell": partial(jax_benchmark, partial(build_flax_nnx, cell="OptimizedLSTMCell")),
-    "linen OptimizedLSTMCell": partial(jax_benchmark, build_flax_linen),
+CellName = Literal["lstm", "gru"]
+FLAX_CELLS: dict[CellName, dict[str, tuple[str, ...]]] = {
+    "lstm": {"nnx": ("LSTMCell", "OptimizedLSTMCell"), "linen": ("OptimizedLSTMCell",)},
+    "gru": {"nnx": ("GRUCell",), "linen": ("GRUCell",)},
 }
-JAX_PEERS: dict[str, Builder] = {
-    **FLAX,
-    "haiku": partial(jax_benchmark, build_haiku),
-    "equinox": partial(jax_benchmark, build_equinox),
-    "keras": partial(jax_benchmark, build_keras),
-}
-BUILDERS: dict[str, Builder] = {
-    JAXLSTM: partial(jax_benchmark, partial(build_jaxlstm, implementation="fused")),
-    JAXLSTM_SCAN: partial(jax_benchmark, partial(build_jaxlstm, implementation="scan")),
-    JAXLSTM_BF16: partial(jax_benchmark, partial(build_jaxlstm, implementation="fused", dtype=jnp.bfloat16)),
-    JAXLSTM_SHARDED: partial(jax_benchmark, partial(build_jaxlstm, implementation="fused", shard_batch=True)),
-    JAXLSTM_REMAT: partial(jax_benchmark, partial(build_jaxlstm, implementation="fused", remat=32)),
-    JAXLSTM_VMAP: partial(jax_benchmark, partial(build_jaxlstm, implementation="fused", vmap=True)),
-    **JAX_PEERS,
-    TORCH: partial(torch_benchmark, "float32"),
-    TORCH_BF16: partial(torch_benchmark, "bfloat16"),
-}
+
+
+def flax_builders(cell: CellName) -> dict[str, Builder]:
+    """Returns the builders of the cells of Flax."""
+    build = {"nnx": build_flax_nnx, "linen": build_flax_linen}
+    return {
+        f"{api} {name}": partial(jax_benchmark, partial(build[api], cell=name))
+        for api, names in FLAX_CELLS[cell].items()
+        for name in names
+    }
+
+
+def jax_peers(cell: CellName) -> dict[str, Builder]:
+    """Returns the builders of the other JAX libraries."""
+    upper = cell.upper()
+    return {
+        **flax_builders(cell),
+        "haiku": partial(jax_benchmark, partial(build_haiku, cell=upper)),
+        "equinox": partial(jax_benchmark, partial(build_equinox, cell=f"{upper}Cell")),
+        "keras": partial(jax_benchmark, partial(build_keras, cell=upper)),
+    }
+
+
+def builders(cell: CellName) -> dict[str, Builder]:
+    """Returns the builders of all benchmarks."""
+    ours = {
+        JAXLSTM: {"implementation": "fused"},
+        JAXLSTM_SCAN: {"implementation": "scan"},
+        JAXLSTM_BF16: {"implementation": "fused", "dtype": jnp.bfloat16},
+        JAXLSTM_SHARDED: {"implementation": "fused", "shard_batch": True},
+        JAXLSTM_REMAT: {"implementation": "fused", "remat": 32},
+        JAXLSTM_VMAP: {"implementation": "fused", "vmap": True},
+    }
+    return {
+        **{name: partial(jax_benchmark, partial(build_jaxlstm, cell=cell, **o)) for name, o in ours.items()},
+        **jax_peers(cell),
+        TORCH: partial(torch_benchmark, "float32", cell.upper()),
+        TORCH_BF16: partial(torch_benchmark, "bfloat16", cell.upper()),
+    }
+
+
+FLAX, JAX_PEERS, BUILDERS = flax_builders("lstm"), jax_peers("lstm"), builders("lstm")
 
 
 class Registry:
@@ -294,9 +320,11 @@ class Registry:
     Args:
       only: words; a peer is selected if its name contains one of them. Empty selects all. jaxlstm is always selected.
       print_line: called with one line for each peer that is left out.
+      cell: what the layer is made of.
     """
 
-    def __init__(self, only: Iterable[str], print_line: Callable[[str], None]) -> None:
+    def __init__(self, only: Iterable[str], print_line: Callable[[str], None], cell: CellName = "lstm") -> None:
+        self.flax, self.jax_peers, self.builders = flax_builders(cell), jax_peers(cell), builders(cell)
         self.skipped: dict[str, str] = {}  # name -> reason
         self._only = [word.lower() for word in only]
         self._print_line = print_line
@@ -305,7 +333,7 @@ class Registry:
         """Builds the named benchmarks that are selected. A peer that fails is left out of this and all later calls.
 
         Args:
-          names: keys of `BUILDERS`.
+          names: keys of ``builders``.
           shape: sizes of the benchmark.
           execute: whether to run and check each benchmark; otherwise its training step is only lowered.
         """
@@ -316,7 +344,7 @@ class Registry:
             if name == JAXLSTM_SHARDED and (jax.device_count() == 1 or shape.batch_size % jax.device_count()):
                 continue  # the batch does not divide over several devices
             try:
-                benchmark = BUILDERS[name](name, shape)
+                benchmark = self.builders[name](name, shape)
                 if execute:
                     benchmark.check()
                 elif benchmark.lower is not None:
