@@ -179,8 +179,8 @@ def test_the_example_of_a_panel_learns_in_a_short_form(tmp_path):
     assert process.returncode == 0, process.stdout + process.stderr
     results = json.loads((tmp_path / "results.json").read_text())
     test, future = results["test"], results["future"]
-    assert test["test_truth_mase"] < test["test_mase"] < 0.8 * test["test_seasonal_naive_mase"]
-    assert test["test_truth_wql"] < test["test_wql"] < 0.8 * test["test_seasonal_naive_wql"]
+    assert test["test_truth_mase"] < test["test_mase"] < 0.85 * test["test_seasonal_naive_mase"]
+    assert test["test_truth_wql"] < test["test_wql"] < 0.85 * test["test_seasonal_naive_wql"]
     assert 0.7 < test["test_coverage_80"] < 0.9
-    assert future["error_of_the_truth"] < future["error"] < 1.4 * future["error_of_the_truth"]
+    assert future["error_of_the_truth"] < future["error"] < 1.7 * future["error_of_the_truth"]  # of 168 numbers
     assert (tmp_path / "next.png").read_bytes().startswith(b"\x89PNG")
