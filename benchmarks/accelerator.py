@@ -48,7 +48,7 @@ class Stage:
       name: key in the results.
       limit: seconds after which the process is killed.
       command: program and arguments; the path of its results file is appended.
-      environment: variables in addition to those of this process.
+      environment: variables in addition to this process's.
     """
 
     name: str

@@ -265,7 +265,7 @@ def run_autotune(results: Results) -> None:
 def run_train(results: Results) -> None:
     """Trains the character model of `train.py` on the embedded text with the backend that autotune picks.
 
-    The model, the windows, the step and the optimizer are those of `train.py`, which itself needs tyro, rich and orbax.
+    Model, windows, step and optimizer are the same as in `train.py`, which itself needs tyro, rich and orbax.
     """
     if importlib.util.find_spec("optax") is None:
         results.add(skipped="optax is not installed")
@@ -334,7 +334,7 @@ def main() -> None:
     args = parser.parse_intermixed_args()
     *names, path = args.names
     if args.limit > 5:
-        faulthandler.dump_traceback_later(args.limit - 2, exit=False)  # tells where a stage hangs, before it is killed
+        faulthandler.dump_traceback_later(args.limit - 2, exit=False)  # the stacks of a stage that hangs
     STAGES[args.stage](Results(Path(path), args.work, args.limit, args.dry), *names)
 
 

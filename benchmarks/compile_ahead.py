@@ -30,17 +30,7 @@ from peers import ForwardPass, Shape, build_flax_linen, build_flax_nnx, build_ha
 from jaxlstm.atomic_write import atomic_write
 from jaxlstm.errors import first_line
 
-H100 = """
-gpu_device_info {
-  threads_per_block_limit: 1024 threads_per_warp: 32 threads_per_core_limit: 2048 core_count: 132 fpus_per_core: 128
-  shared_memory_per_block: 49152 shared_memory_per_core: 233472 shared_memory_per_block_optin: 232448
-  registers_per_core_limit: 65536 registers_per_block_limit: 65536 clock_rate_ghz: 1.98 l2_cache_size: 52428800
-  block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
-  memory_bandwidth: 3352320000000 device_memory_size: 84929347584 cuda_compute_capability { major: 9 }
-}
-runtime_version { major: 12 minor: 8 } dnn_version_info { major: 9 minor: 7 }
-platform_name: "CUDA" device_description_str: "NVIDIA H100 80GB HBM3"
-"""
+H100 = Path(__file__).with_name("h100.textproto").read_text(encoding="utf-8")
 GPU_OPTIONS = {"xla_gpu_autotune_level": 0, "xla_gpu_enable_triton_gemm": False}  # both need a GPU
 TARGETS: dict[str, tuple[str, str, Any, Callable[[], Any]]] = {  # jax.default_backend, platform, options, topology
     "h100": ("gpu", "cuda", GPU_OPTIONS, lambda: get_topology_desc("", "cuda", target_config=H100, topology="1x1x1")),

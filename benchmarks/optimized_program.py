@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 BYTES = {"pred": 1, "s8": 1, "u8": 1, "s16": 2, "u16": 2, "f16": 2, "bf16": 2, "s32": 4, "u32": 4, "f32": 4}
-NO_KERNEL = {  # operations without work of their own
+NO_KERNEL = {  # operations that run no kernel
     *("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "call", "conditional", "iota"),
     *("copy-start", "copy-done", "async-start", "async-done", "optimization-barrier", "after-all"),
 }

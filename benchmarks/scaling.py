@@ -2,8 +2,8 @@
 
 python benchmarks/scaling.py
 
-Nothing is measured. Bytes and counts of exchanges are checked against optimized programs by a test; rates are those of
-data sheets, latencies and overheads are assumptions that the table shows.
+Nothing is measured. Bytes and counts of exchanges are checked against optimized programs by a test; rates are from data
+sheets, latencies and overheads are assumptions that the table shows.
 """
 
 import math

@@ -79,14 +79,14 @@ class FeedForward(NamedTuple):
 
 
 class ResidualBlock(NamedTuple):
-    """Parameters of a layer of a `jaxlstm.ResidualStack` besides those of its recurrence."""
+    """Parameters of a layer of a `jaxlstm.ResidualStack` around its recurrence."""
 
     norm: Array  # (W,), gain of the normalization of the layer's inputs
     feed_forward: FeedForward | None = None  # None without a feed-forward part
 
 
 class Residual(NamedTuple):
-    """Parameters of a `jaxlstm.ResidualStack` besides those of its recurrent layers; W is D*P."""
+    """Parameters of a `jaxlstm.ResidualStack` around its recurrent layers; W is D*P."""
 
     w_in: Array | None  # (W, I), projection of the inputs; None if I is W
     blocks: tuple[ResidualBlock, ...]  # lowest layer first

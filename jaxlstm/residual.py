@@ -47,8 +47,8 @@ class ResidualStack(RNN):
         params = stack.init(jax.random.key(0))
         ys, state = stack(params, xs)               # xs (T, *batch, 64), ys (T, *batch, 256)
 
-    The equations are in `jaxlstm.residual`. Call, `step`, masks, resets, state and options are those of `jaxlstm.LSTM`,
-    for every cell, with these differences:
+    The equations are in `jaxlstm.residual`. Call, `step`, masks, resets, state and options are the same as in
+    `jaxlstm.LSTM`, for every cell, with these differences:
 
     - All layers have inputs of the width of the outputs, D*P. Inputs of another size are projected to it first.
     - ``dropout`` is the dropout rate of everything that is added: the outputs of every recurrent layer, the last one

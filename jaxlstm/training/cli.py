@@ -42,7 +42,7 @@ from jaxlstm.training.tasks.task import LanguageTaskModule, PredictingTaskModule
 
 DESCRIPTION = """Train a recurrent network, by default a character language model on real text.
 
-{command}                                   the Python language reference, about two minutes on two cores
+{command}                                   the Python language reference, two to four minutes on two cores
 {command} --data my.txt --max-seconds 600   a text file of your own
 {command} --data tinyshakespeare --max-seconds 600
 {command} --resume runs/NAME                resume after a stop, a crash or a power cut
@@ -50,7 +50,7 @@ DESCRIPTION = """Train a recurrent network, by default a character language mode
 {command} --predict runs/NAME --data new.csv --out predictions.csv
 {command} --task NAME --help            the options of another task: {tasks}
 """
-KNOWN_ELSEWHERE = {  # what other programs call an option
+KNOWN_ELSEWHERE = {  # names of options in other programs
     "lr": "learning_rate",
     "wd": "weight_decay",
     "epochs": "max_steps",
@@ -187,7 +187,7 @@ def _check_flags(arguments: Sequence[str], task: str) -> None:
 
 
 def _parse_predict(arguments: Sequence[str], run_dir: Path, prog: str) -> Options:
-    """Returns the options of a command with ``--predict``: those of the run, except for the data and how to read them.
+    """Returns the options of a command with ``--predict``: the run's, except for the data and how to read them.
 
     Raises:
       ValueError: for an option that differs from the run, or a command that has no ``--out`` or does something else.

@@ -7,6 +7,7 @@ blocks of a grid wait at the barrier of a cluster.
 import os
 import shutil
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import cases
@@ -316,17 +317,7 @@ def test_gpu_kernels_lower_within_shard_map():
     assert lower_for_cuda(jax.grad(total), *shapes).as_text().count("@mosaic_gpu") == 2
 
 
-H100 = """
-gpu_device_info {
-  threads_per_block_limit: 1024 threads_per_warp: 32 threads_per_core_limit: 2048 core_count: 132 fpus_per_core: 128
-  shared_memory_per_block: 49152 shared_memory_per_core: 233472 shared_memory_per_block_optin: 232448
-  registers_per_core_limit: 65536 registers_per_block_limit: 65536 clock_rate_ghz: 1.98 l2_cache_size: 52428800
-  block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
-  memory_bandwidth: 3352320000000 device_memory_size: 84929347584 cuda_compute_capability { major: 9 }
-}
-runtime_version { major: 12 minor: 8 } dnn_version_info { major: 9 minor: 7 }
-platform_name: "CUDA" device_description_str: "NVIDIA H100 80GB HBM3"
-"""
+H100 = (Path(__file__).parents[2] / "benchmarks" / "h100.textproto").read_text(encoding="utf-8")
 
 
 @pytest.mark.skipif(

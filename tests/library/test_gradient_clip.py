@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import parity
 import pytest
+from jax.sharding import AxisType
 
 import jaxlstm
 
@@ -130,6 +131,20 @@ def test_clipped_gradients_of_steps_equal_the_call(implementation):
     unclipped = replace(network, recurrent_gradient_clip=None)
     (other,) = jax.vjp(lambda params: unclipped(params, xs, state), params)[1](cotangents)
     assert abs(other.layers[0].forward.w_h - expected[0].layers[0].forward.w_h).max() > 0.1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("options", [{"hidden_size": 6}, {"hidden_size": 6, "proj_size": 4}])
+def test_clipped_gradients_of_units_on_two_devices_equal_scan(options):
+    network, params, xs, _ = make(options | {"recurrent_gradient_clip": LIMIT})
+
+    def gradient(implementation):
+        run = replace(network, implementation=implementation)
+        return jax.jit(jax.grad(lambda params: (run(params, xs)[0] ** 2).sum()))(params)
+
+    expected = gradient("scan")
+    with jax.set_mesh(jax.make_mesh((1, 2), ("data", "model"), axis_types=(AxisType.Auto,) * 2)):
+        parity.assert_close(gradient("tensor_parallel"), expected, np.float64, xs.size)
 
 
 @pytest.mark.parametrize(("name", "cell"), [("newton", "lstm"), ("associative", "minlstm"), ("pallas", "lstm")])

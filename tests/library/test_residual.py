@@ -169,7 +169,7 @@ def expected(name):
 
 
 def num_terms(name):
-    """Bounds the number of additions behind one result; the factor is that of layer normalization in `parity`."""
+    """Bounds the number of additions behind one result; the factor is for layer normalization, as in `parity`."""
     stack = network(name)
     return 5**4 * random_args(name)[1].size * stack.num_layers * stack.num_directions
 

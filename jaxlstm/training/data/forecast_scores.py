@@ -62,8 +62,8 @@ def intervals(quantiles: tuple[float, ...]) -> list[tuple[int, int, str]]:
 def naive_quantiles(data: WindowedPanel, windows: Windows, quantiles: tuple[float, ...]) -> np.ndarray:
     """Returns the seasonal naive forecast with intervals, ``(H, B, F, Q)``.
 
-    Quantiles but the median add those of the changes over as many seasons as the forecast goes ahead, in the training
-    part of the series.
+    To every quantile but the median it adds the same quantile of the changes over as many seasons as the forecast goes
+    ahead, in the training part of the series.
     """
     end, season = part_boundaries(data.panel)["training"][1], data.season
     result = np.repeat(windows.naive[..., None], len(quantiles), -1)

@@ -5,7 +5,7 @@ import warnings
 import zoneinfo
 from collections.abc import Callable, Sequence
 from datetime import UTC
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 
@@ -115,8 +115,9 @@ def _without_leading_zeros(text: str) -> str:
 
 def iso_labels(times: np.ndarray) -> Callable[[np.ndarray], list[str]]:
     """Returns a function that spells dates in ISO 8601 as precisely as ``times`` need it."""
-    unit = "us"
+    unit: Literal["us", "s", "m", "D"] = "us"
+    shorter: Literal["s", "m", "D"]
     for shorter in ("s", "m", "D"):
         if (times.astype(f"M8[{shorter}]") == times).all():
             unit = shorter
-    return lambda values: np.datetime_as_string(values, unit=unit, casting="unsafe").tolist()  # pyright: ignore
+    return lambda values: np.datetime_as_string(values, unit=unit, casting="unsafe").tolist()

@@ -54,9 +54,9 @@ def build_lstm(
 
 
 def with_static(name: CellName) -> Cell:
-    """Returns a cell whose gates read static features where they read inputs; a cell that reads them already as it is.
+    """Returns a cell whose gates read static features wherever they read inputs, unless a gate reads them already.
 
-    Their products are computed once per sequence, not once per step as those of features repeated over time.
+    Their products are computed once per sequence, not in every step as with features repeated over time.
     """
     cell = cells.RNN["tanh"] if name == "rnn" else CELLS[name]
     if cell.slabs_reading("static"):

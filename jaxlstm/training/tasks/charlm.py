@@ -1,7 +1,7 @@
 """Character language modeling: predict the next character from all characters before it."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ from jaxlstm.training.config import Options
 from jaxlstm.training.data.text import CharVocabulary, split
 from jaxlstm.training.data.token_cache import load_characters
 from jaxlstm.training.tasks import language
-from jaxlstm.training.tasks.task import Task, unused_options
+from jaxlstm.training.tasks.task import LoadParams, Task, unused_options
 
 DEFAULTS: dict[str, Any] = {}  # the defaults of `Options` are meant for this task
 UNUSED = unused_options("data", "window", "embedding", "softmax", "activation_regularization")
@@ -41,7 +41,7 @@ def make(options: Options) -> Task:
 def generate_text(
     run_options: Options,
     config: Mapping[str, Any],
-    load_params: Callable[[Callable[[Array], Any]], Any],
+    load_params: LoadParams,
     *,
     prompt: str | None,
     length: int,

@@ -33,7 +33,7 @@ from jaxlstm.training.data.text import CharVocabulary, DataError, fingerprint
 from jaxlstm.training.models.build import build_lstm
 from jaxlstm.training.models.linear_baseline import linear_predictions
 from jaxlstm.training.models.sequence_regressor import SequenceRegressor
-from jaxlstm.training.tasks.task import Task, unused_options
+from jaxlstm.training.tasks.task import LoadParams, Task, unused_options
 from jaxlstm.training.train_step import Loss
 
 DEFAULTS: dict[str, Any] = {
@@ -264,7 +264,7 @@ def make(options: Options) -> Task:
 def predict(
     options: Options,
     config: Mapping[str, Any],
-    load_params: Callable[[Callable[[Array], Any]], Any],
+    load_params: LoadParams,
     out: Path,
 ) -> str:
     """Writes one row per sequence: the label and the probability of each class, or the number.

@@ -39,7 +39,7 @@ from jaxlstm.training.data.shuffling import shuffled_batches
 from jaxlstm.training.data.text import DataError, fingerprint
 from jaxlstm.training.models.build import build_lstm
 from jaxlstm.training.models.forecaster import Batch, Forecaster
-from jaxlstm.training.tasks.task import Task, unused_options
+from jaxlstm.training.tasks.task import LoadParams, Task, unused_options
 from jaxlstm.training.train_step import Loss
 
 DEFAULTS: dict[str, Any] = {
@@ -159,7 +159,7 @@ def make(options: Options) -> Task:
 def predict(
     options: Options,
     config: Mapping[str, Any],
-    load_params: Callable[[Callable[[Array], Any]], Any],
+    load_params: LoadParams,
     out: Path,
 ) -> str:
     """Forecasts past the end of each series of ``--data`` and writes a CSV file and a figure beside it.

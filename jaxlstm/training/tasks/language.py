@@ -13,7 +13,7 @@ from jaxlstm.training.config import Options
 from jaxlstm.training.data.text import DataError, Window, fingerprint, training_windows
 from jaxlstm.training.models.build import build_lstm
 from jaxlstm.training.models.language_model import LanguageModel, evaluate, generate, restart_carry, training_loss
-from jaxlstm.training.tasks.task import Task
+from jaxlstm.training.tasks.task import LoadParams, Task
 
 
 @runtime_checkable
@@ -153,7 +153,7 @@ def table_notes(source: str) -> tuple[str, ...]:
 def generate_text(
     run_options: Options,
     vocabulary: Vocabulary,
-    load_params: Callable[[Callable[[Array], Any]], Any],
+    load_params: LoadParams,
     *,
     prompt: str,
     length: int,

@@ -105,6 +105,10 @@ class Task:
         return self.make_loss(self.lstm)
 
 
+# Returns the best parameters of a run, given the function that initializes them from a key.
+LoadParams = Callable[[Callable[[Array], Any]], Any]
+
+
 class TaskModule(Protocol):
     """A module that defines a task."""
 
@@ -124,7 +128,7 @@ class LanguageTaskModule(TaskModule, Protocol):
         self,
         run_options: Options,
         config: Mapping[str, Any],
-        load_params: Callable[[Callable[[Array], Any]], Any],
+        load_params: LoadParams,
         *,
         prompt: str | None,
         length: int,
@@ -143,7 +147,7 @@ class PredictingTaskModule(TaskModule, Protocol):
         self,
         options: Options,
         config: Mapping[str, Any],
-        load_params: Callable[[Callable[[Array], Any]], Any],
+        load_params: LoadParams,
         out: Path,
     ) -> str:
         """Writes the predictions of a trained run.

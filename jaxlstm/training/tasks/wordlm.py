@@ -6,7 +6,7 @@ is one such file, whose last tenth is for validation, or a folder with one file 
 
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from jax import Array
 from jaxlstm.training.config import Options
 from jaxlstm.training.data.text import EMBEDDED, END, UNKNOWN, DataError, WordVocabulary, load_text
 from jaxlstm.training.tasks import language
-from jaxlstm.training.tasks.task import Task, unused_options
+from jaxlstm.training.tasks.task import LoadParams, Task, unused_options
 
 DEFAULTS: dict[str, Any] = {
     "embedding": 200,
@@ -106,7 +106,7 @@ def load_texts(source: str) -> tuple[str, str]:
 def generate_text(
     run_options: Options,
     config: Mapping[str, Any],
-    load_params: Callable[[Callable[[Array], Any]], Any],
+    load_params: LoadParams,
     *,
     prompt: str | None,
     length: int,
