@@ -23,9 +23,5 @@ if __name__ == "__main__":
     cli.set_up_process()
     with cli.one_line_errors(PROG):
         options = cli.parse(sys.argv[1:], PROG)
-        if options.sample is not None:
-            cli.sample(options, Console())
-        elif options.predict is not None:
-            cli.predict(options, Console())
-        else:
+        if not cli.use_run(options, Console()):
             Trainer(options, Console()).run()

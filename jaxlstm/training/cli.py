@@ -88,12 +88,19 @@ def run_cli(arguments: Sequence[str], console: Console, prog: str = "train.py") 
     command = f"python {prog}" if prog.endswith(".py") else prog
     with one_line_errors(prog):
         options = parse(arguments, prog)
-        if options.sample is not None:
-            sample(options, console)
-        elif options.predict is not None:
-            predict(options, console)
-        else:
+        if not use_run(options, console):
             Trainer(options, console, command).run()
+
+
+def use_run(options: Options, console: Console) -> bool:
+    """Samples or predicts with a run, if the options name one for it; returns whether they do."""
+    if options.sample is not None:
+        sample(options, console)
+    elif options.predict is not None:
+        predict(options, console)
+    else:
+        return False
+    return True
 
 
 def set_up_process() -> None:
