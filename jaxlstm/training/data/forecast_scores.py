@@ -1,6 +1,7 @@
 """Scores of quantile forecasts, and the forecasts that they are compared with: seasonal naive and AutoETS."""
 
 import warnings
+from typing import cast
 
 import numpy as np
 
@@ -114,7 +115,8 @@ def autoets_quantiles(data: WindowedPanel, windows: Windows, quantiles: tuple[fl
     widths = [round(abs(100 * (2 * level - 1)), 6) for level in quantiles]
     levels = [int(width) if width == int(width) else width for width in widths]
     names = ["mean" if q == 0.5 else f"{'lo' if q < 0.5 else 'hi'}-{level}" for q, level in zip(quantiles, levels)]
-    levels = sorted({level for level in levels if level > 0})
+    # Annotated as integers there; fractions such as 97.5 work as well.
+    levels = cast(list[int], sorted({level for level in levels if level > 0}))
     for n, f in np.ndindex(len(data.panel.series), len(data.panel.targets)):
         members = np.flatnonzero(windows.series == n)
         if not members.size:
