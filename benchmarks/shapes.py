@@ -7,8 +7,9 @@ chosen by measurements at some of them; the others were measured afterwards, to 
 import math
 import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,10 +18,11 @@ import numpy as np
 import report
 from compare import load_sections, to_json
 from machine import describe_machine, machine_slug
-from peers import JAX_PEERS, JAXLSTM, JAXLSTM_SCAN, TORCH, Registry, Shape
+from peers import JAX_PEERS, JAXLSTM, JAXLSTM_SCAN, TORCH, Benchmark, Registry, Shape, build_jaxlstm, jax_benchmark
 from rich.console import Console
 from timing import check_rounds, time_interleaved
 
+import jaxlstm
 from jaxlstm.training.metrics import write_json
 
 Split = Literal["fit", "held-out"]
@@ -29,7 +31,15 @@ RANGES = {"num_steps": (16, 2048), "batch_size": (1, 256), "input_size": (8, 102
 MIN_WORK, MAX_WORK = 1e7, 1e10  # multiplications and additions of the matrix products of one forward pass
 MAX_NUMBERS = 2**24  # in the inputs and in the outputs
 KINDS = {"train": "training step", "infer": "inference"}
-RATIOS = {"the best JAX library": tuple(JAX_PEERS), "PyTorch": (TORCH,), "jaxlstm scan": (JAXLSTM_SCAN,)}
+AUTOTUNED = "jaxlstm autotune"
+# The benchmark whose time is divided, and those of which the fastest is the divisor.
+RATIOS = {
+    "the best JAX library": (JAXLSTM, tuple(JAX_PEERS)),
+    "PyTorch": (JAXLSTM, (TORCH,)),
+    "jaxlstm scan": (JAXLSTM, (JAXLSTM_SCAN,)),
+    "the best JAX library, autotuned": (AUTOTUNED, tuple(JAX_PEERS)),
+    "PyTorch, autotuned": (AUTOTUNED, (TORCH,)),
+}
 
 
 @dataclass(frozen=True)
@@ -42,6 +52,8 @@ class Options:
     """Calls of each benchmark, interleaved; results are medians."""
     only: tuple[str, ...] = ()
     """Include only peers whose name contains one of these words. Default: all installed peers."""
+    autotune: float = 0.0
+    """Seconds of `jaxlstm.autotune` for the training step and again for inference, at each shape; 0 leaves it out."""
     max_shapes: int = 20
     """Measure only this many shapes of the split."""
     out: Path | None = None
@@ -62,25 +74,42 @@ def draw_shape(seed: int) -> Shape:
             return shape
 
 
-def measure(shape: Shape, registry: Registry, rounds: int) -> dict[str, Any]:
-    """Times training step and inference of every benchmark at one shape."""
+def build_autotuned(shape: Shape, seconds: float) -> Benchmark:
+    """Builds the layer as `jaxlstm.autotune` chooses it, once for the training step and once for inference."""
+    lstm = jaxlstm.LSTM(shape.input_size, shape.hidden_size)
+    xs_shape = (shape.num_steps, shape.batch_size, shape.input_size)
+    benchmarks = {}
+    for training in (True, False):
+        tuned = jaxlstm.autotune(lstm, xs_shape, training=training, seconds=seconds).lstm
+        build = partial(build_jaxlstm, implementation=tuned.implementation, unroll=tuned.unroll)
+        benchmarks[training] = jax_benchmark(build, AUTOTUNED, shape)
+    return replace(benchmarks[True], infer=benchmarks[False].infer)
+
+
+def measure(shape: Shape, registry: Registry, rounds: int, autotune: float = 0.0) -> dict[str, Any]:
+    """Times training step and inference of every benchmark at one shape; ``autotune`` in seconds, or 0."""
     jax.clear_caches()
     benchmarks = registry.build((JAXLSTM, JAXLSTM_SCAN, *JAX_PEERS, TORCH), shape)
+    if autotune:
+        tuned = build_autotuned(shape, autotune)
+        tuned.check()
+        benchmarks.append(tuned)
     return {kind: time_interleaved({b.name: getattr(b, kind) for b in benchmarks}, rounds) for kind in KINDS}
 
 
-def ratio_to_best(times: dict[str, dict[str, float]], names: Sequence[str]) -> float | None:
-    """Returns the median of jaxlstm over the smallest median of the named benchmarks; None if none was measured."""
+def ratio_to_best(times: dict[str, dict[str, float]], reference: str) -> float | None:
+    """Returns a ratio of medians, a key of `RATIOS`; None if a part of it was not measured."""
+    ours, names = RATIOS[reference]
     medians = [times[name]["median_ms"] for name in names if name in times]
-    return times[JAXLSTM]["median_ms"] / min(medians) if medians else None
+    return times[ours]["median_ms"] / min(medians) if medians and ours in times else None
 
 
 def summarize(results: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Returns geometric mean, quantiles and worst shape of the ratios, for each kind and reference."""
     summary: dict[str, Any] = {}
     for kind in KINDS:
-        for reference, names in RATIOS.items():
-            measured = [(ratio_to_best(result[kind], names), result["shape"]) for result in results]
+        for reference in RATIOS:
+            measured = [(ratio_to_best(result[kind], reference), result["shape"]) for result in results]
             ratios = [(ratio, tuple(shape.values())) for ratio, shape in measured if ratio is not None]
             if ratios:
                 values = [ratio for ratio, _ in ratios]
@@ -101,7 +130,7 @@ def draw(path: Path, results: Sequence[dict[str, Any]], title: str) -> None:
     panels = figure.subplots(1, 2, sharey=True)
     for axes, (kind, label) in zip(panels, KINDS.items()):
         for reference, color, marker in (("the best JAX library", "#0072B2", "o"), ("PyTorch", "#D55E00", "s")):
-            ratios = [ratio_to_best(result[kind], RATIOS[reference]) for result in results]
+            ratios = [ratio_to_best(result[kind], reference) for result in results]
             values = sorted(ratio for ratio in ratios if ratio is not None)
             if values:
                 axes.plot(range(1, len(values) + 1), values, marker, color=color, label=f"over {reference}", zorder=3)
@@ -123,6 +152,8 @@ def draw(path: Path, results: Sequence[dict[str, Any]], title: str) -> None:
 def main(options: Options, console: Console) -> None:
     """Measures one split of the shapes; writes the results after each shape."""
     rounds = check_rounds(options.rounds)
+    if not 0 <= options.autotune < math.inf:
+        raise ValueError(f"autotune must be a number of seconds, or 0, got {options.autotune}")
     if options.max_shapes < 1:
         raise ValueError(f"max-shapes must be at least 1, got {options.max_shapes}")
     machine = describe_machine()
@@ -136,9 +167,9 @@ def main(options: Options, console: Console) -> None:
     results: list[dict[str, Any]] = []
     for seed in SEEDS[options.split][: options.max_shapes]:
         shape = draw_shape(seed)
-        times = measure(shape, registry, rounds)
+        times = measure(shape, registry, rounds, options.autotune)
         results.append({"seed": seed, "shape": to_json(shape), **times})
-        ratios = {kind: [ratio_to_best(times[kind], names) for names in RATIOS.values()] for kind in KINDS}
+        ratios = {kind: [ratio_to_best(times[kind], reference) for reference in RATIOS] for kind in KINDS}
         text = "; ".join(
             f"{label} {times[kind][JAXLSTM]['median_ms']:.2f} ms, "
             + ", ".join(f"{r:.2f} of {n}" for n, r in zip(RATIOS, ratios[kind]) if r is not None)
