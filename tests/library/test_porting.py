@@ -21,6 +21,7 @@ LIBRARIES = {
     "Flax nnx": ("flax", "from_flax_nnx"),
     "Flax linen": ("flax", "from_flax_linen"),
     "Haiku": ("haiku", "from_haiku"),
+    "Equinox": ("equinox", "from_equinox"),
 }
 
 
@@ -50,11 +51,12 @@ def test_porting_code_of_this_library_runs(section):
 @pytest.mark.slow
 @pytest.mark.parametrize("section", LIBRARIES)
 def test_porting_code_of_both_libraries_agrees(section):
-    """Runs in a subprocess, because Keras reads its backend from the environment and Flax fails strict promotion."""
+    """Runs in a subprocess, because Keras reads its backend when it is imported and Flax fails strict promotion."""
     library, _ = LIBRARIES[section]
     if importlib.util.find_spec(library) is None:
         pytest.skip(f"{library} is not installed")
     code = "\n".join(code for _, code in CODE_BLOCKS[section])
-    environment = {**os.environ, "KERAS_BACKEND": "jax", "PYTHONPATH": str(ROOT)}
+    environment = {name: value for name, value in os.environ.items() if name != "KERAS_BACKEND"}
+    environment["PYTHONPATH"] = str(ROOT)
     process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, cwd=ROOT)
     assert process.returncode == 0, process.stderr
