@@ -42,13 +42,13 @@ from jaxlstm.training.tasks.task import LanguageTaskModule, PredictingTaskModule
 
 DESCRIPTION = """Train a recurrent network, by default a character language model on real text.
 
-{command}                                   the Python language reference, two to four minutes on two cores
+{command}                                   two to four minutes on two cores
 {command} --data my.txt --max-seconds 600   a text file of your own
 {command} --data tinyshakespeare --max-seconds 600
-{command} --resume runs/NAME                resume after a stop, a crash or a power cut
-{command} --sample runs/NAME --prompt "The " --length 500 --temperature 0.8
+{command} --resume runs/NAME                resume after a stop or a crash
+{command} --sample runs/NAME --prompt "The " --length 500
 {command} --predict runs/NAME --data new.csv --out predictions.csv
-{command} --task NAME --help            the options of another task: {tasks}
+{command} --task NAME --help                the options of another task
 """
 KNOWN_ELSEWHERE = {  # names of options in other programs
     "lr": "learning_rate",
@@ -283,7 +283,7 @@ def _parse_groups(arguments: Sequence[str], defaults: Options, prog: str) -> Opt
         command_line,
         config=(tyro.conf.OmitArgPrefixes,),
         prog=prog,
-        description=help_text(DESCRIPTION.format(command=command, tasks=", ".join(TASKS))),
+        description=help_text(DESCRIPTION.format(command=command)),
         args=list(arguments),
         default=command_line(**default),
     )
