@@ -42,7 +42,7 @@ from jaxlstm.training.tasks.task import LanguageTaskModule, PredictingTaskModule
 
 DESCRIPTION = """Train a recurrent network, by default a character language model on real text.
 
-{command}                                   two to four minutes on two cores
+{command}                                   2 to 4 minutes on two cores
 {command} --data my.txt --max-seconds 600   a text file of your own
 {command} --data tinyshakespeare --max-seconds 600
 {command} --resume runs/NAME                resume after a stop or a crash
@@ -297,6 +297,8 @@ def _annotation(field: dataclasses.Field[Any], default: Any, task: str) -> Any:
     """Returns the type of an option with its help; an option that the task does not use has no help."""
     hint: Any = get_type_hints(Options)[field.name]
     text = field.metadata["help"]
+    if default is not None:
+        text = text.partition(" Default:")[0]  # which says what is done without a value
     shown_default = "" if default is None else f"(default: {str(default).strip() or repr(default)})"
     metavar = None
     if field.default is None:

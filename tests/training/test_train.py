@@ -169,7 +169,7 @@ def test_help_documents_the_options_of_the_task_and_their_units(tmp_path):
 
 def test_help_shows_the_defaults_of_the_task(tmp_path):
     text = " ".join(run_command("--task", "adding", "--help", cwd=tmp_path).replace("│", " ").split())
-    assert "Default: 4e-3 for adamw, 0.3 for asgd. (default: 0.01)" in text
+    assert "Peak learning rate. (default: 0.01)" in text
     assert "Hidden size of each layer. (default: 64)" in text
 
 
