@@ -42,6 +42,9 @@ RATIOS = {
 }
 
 
+BARS = {"the best JAX library": "#0072B2", "PyTorch": "#B34700"}  # references in the picture, with their colors
+
+
 @dataclass(frozen=True)
 class Options:
     """Compare jaxlstm with other LSTM implementations at random shapes."""
@@ -122,30 +125,29 @@ def summarize(results: Sequence[dict[str, Any]]) -> dict[str, Any]:
     return summary
 
 
-def draw(path: Path, results: Sequence[dict[str, Any]], title: str) -> None:
-    """Draws the ratios of jaxlstm to the best JAX library and to PyTorch, at each shape, in ascending order."""
+def draw(path: Path, summary: dict[str, Any], title: str) -> None:
+    """Draws the geometric means of the ratios to the best JAX library and to PyTorch, with a line from 10 to 90 %."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(9, 4), layout="constrained")
-    panels = figure.subplots(1, 2, sharey=True)
-    for axes, (kind, label) in zip(panels, KINDS.items()):
-        for reference, color, marker in (("the best JAX library", "#0072B2", "o"), ("PyTorch", "#D55E00", "s")):
-            ratios = [ratio_to_best(result[kind], reference) for result in results]
-            values = sorted(ratio for ratio in ratios if ratio is not None)
-            if values:
-                axes.plot(range(1, len(values) + 1), values, marker, color=color, label=f"over {reference}", zorder=3)
-        axes.axhline(1, color="black", linewidth=1.2)
-        axes.set_yscale("log")
-        axes.minorticks_off()
-        ticks = (0.1, 0.2, 0.3, 0.5, 0.7, 1, 1.5, 2, 3)
-        axes.set_yticks(ticks, [f"{tick:g}×" for tick in ticks])
-        axes.grid(axis="y", color="#cccccc", linewidth=0.7)
-        axes.set_title(label, loc="left", fontsize=12)
-        axes.set_xticks([])
-        axes.set_xlabel("shapes, in ascending order of the ratio")
-    panels[0].set_ylabel("time of jaxlstm, relative\n(below 1: jaxlstm is faster)")
-    panels[0].legend(frameon=False)
-    figure.suptitle(title, fontsize=11)
+    bars = [
+        (f"{label}, over {reference}", color, summary[kind][reference])
+        for kind, label in KINDS.items()
+        for reference, color in BARS.items()
+        if reference in summary.get(kind, {})
+    ][::-1]
+    figure = Figure(figsize=(8, 0.9 + 0.45 * len(bars)), layout="constrained")
+    axes = figure.subplots()
+    axes.axvline(1, color="black", linewidth=1.2)
+    for place, (_, color, row) in enumerate(bars):
+        mean = row["geometric_mean"]
+        axes.barh(place, mean, color=color, height=0.7)
+        axes.plot([row["q10"], row["q90"]], [place, place], color="black", linewidth=1.5)
+        axes.text(0.02, place, f"{mean:.2f}", color="white", fontweight="bold", va="center")
+    axes.set_yticks(range(len(bars)), [label for label, *_ in bars])
+    axes.set_xlim(0, max(1.25, *(1.05 * row["q90"] for *_, row in bars)))
+    axes.set_xlabel("time of jaxlstm; 1 is the time of the other library, lower is faster")
+    axes.set_title(title, loc="left", fontsize=11)
+    axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=150)
 
 
@@ -190,7 +192,11 @@ def main(options: Options, console: Console) -> None:
     report.print_table(console, f"{len(results)} shapes ({options.split})", columns, rows)
     if path is not None:
         device = f"{machine['cpu']}, {machine['cores']} cores" if machine["backend"] == "cpu" else machine["device"]
-        draw(path.with_suffix(".png"), results, f"{len(results)} random shapes, JAX {jax.__version__}, {device}")
+        draw(
+            path.with_suffix(".png"),
+            summarize(results),
+            f"{len(results)} random shapes, JAX {jax.__version__}, {device}",
+        )
         report.print_line(console, f"written: {path}")
 
 
