@@ -160,7 +160,8 @@ def draw_cell() -> str:
 .lstm-cell .state{{font-style:italic;font-weight:600}}
 .lstm-cell .sub{{font-size:17px}}
 .lstm-cell .symbol{{fill:var(--color);font-weight:700;font-style:italic}}"""
-    return f"""<svg xmlns="http://www.w3.org/2000/svg" class="lstm-cell" viewBox="0 0 720 500" role="img" \
+    return f"""<svg xmlns="http://www.w3.org/2000/svg" class="lstm-cell" width="720" height="500" \
+viewBox="0 0 720 500" role="img" \
 aria-label="An LSTM cell. The cell state c runs along the top like a conveyor belt: it is multiplied by the forget \
 gate f, and the input gate i times the candidate g is added. The output gate o times tanh of c is the output h. All \
 four gates read the input x and the previous h.">

@@ -12,9 +12,12 @@ import sys
 import threading
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import jaxlstm
 from jaxlstm import diagnostics
 
 ROOT = Path(__file__).parent.parent.parent
@@ -24,21 +27,15 @@ CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", 
 needs_node = pytest.mark.skipif(shutil.which("node") is None, reason="node is not installed")
 WIDTHS = {"wide": 1280, "phone": 390}
 OPEN, SHUT = "open", "shut"
-TASKS = {  # widget, and the sliders of a solution
-    "remember": ("forget", {"forget gate f": OPEN}),
-    "count": (
-        "input",
-        {"input gate i, ordinary steps": SHUT, "input gate i, marked steps": OPEN, "forget gate f": OPEN},
-    ),
-    "restart": (
-        "cell",
-        {
-            "forget gate f, ordinary steps": OPEN,
-            "forget gate f, marked steps": SHUT,
-            "input gate i, ordinary steps": OPEN,
-            "input gate i, marked steps": SHUT,
-        },
-    ),
+SOLUTIONS = {  # by widget: the ends to which sliders are moved
+    "forget": {"forget gate f": OPEN},
+    "input": {"input gate i, ordinary steps": SHUT, "input gate i, marked steps": OPEN, "forget gate f": OPEN},
+    "cell": {
+        "forget gate f, ordinary steps": OPEN,
+        "forget gate f, marked steps": SHUT,
+        "input gate i, ordinary steps": OPEN,
+        "input gate i, marked steps": SHUT,
+    },
 }
 
 
@@ -103,6 +100,30 @@ def test_lesson_simulation_follows_the_equations():
     assert sum(stream["marks"]) == 2
 
 
+@needs_node
+@pytest.mark.slow
+def test_lesson_gradient_of_the_loss_matches_autodiff():
+    """The unit of the lesson is an LSTM without recurrent weights that reads arctanh(x) and the mark."""
+    params = [1.5, -2.0, 0.3, -0.7]
+    stream, task, result = run_node(
+        f"[STREAMS.restart, TASKS.restart, lossAndGradient({params}, STREAMS.restart, TASKS.restart.target)]"
+    )
+    xs = jnp.stack([jnp.arctanh(jnp.array(stream["xs"])), jnp.array(stream["marks"], jnp.float64)], axis=-1)
+    lstm = jaxlstm.LSTM(2, 1, param_dtype=jnp.float64)
+
+    def loss(bf, wf, bi, wi):
+        w_x = jnp.array([[0, wi], [0, wf], [1, 0], [0, 0]], jnp.float64)
+        weights = lstm.init(jax.random.key(0)).layers[0].forward
+        weights = weights._replace(w_x=w_x, w_h=jnp.zeros((4, 1)), b=jnp.array([bi, bf, 0, 0], jnp.float64))
+        params = jaxlstm.Params((jaxlstm.Layer(weights),), None)
+        c = diagnostics.trace(lstm, params, xs).layers[0].forward.c[:, 0]
+        return ((c - jnp.array(task["target"])) ** 2).mean()
+
+    value, gradient = jax.value_and_grad(loss, argnums=(0, 1, 2, 3))(*map(jnp.float64, params))
+    assert result["loss"] == pytest.approx(float(value), rel=1e-9)
+    np.testing.assert_allclose(result["gradient"], np.array(gradient), rtol=1e-9)
+
+
 def test_lesson_recordings_are_small():
     assert (STATIC / "recordings.json").stat().st_size < 500_000
     assert sorted(json.loads((STATIC / "recordings.json").read_text())) == sorted(NETWORKS)
@@ -154,8 +175,12 @@ def browser():
 
 @pytest.fixture
 def open_page(site, browser):
-    """Opens the page in a window or on a phone, and fails if a script raises an error."""
+    """Opens the page in a window or on a phone; fails if a script raises an error or leaves this machine."""
     contexts, errors = [], []
+
+    def check_address(request):
+        if not request.url.startswith((site.rpartition("/")[0], "data:")):
+            errors.append(request.url)
 
     def open_page(device, scheme="light"):
         is_phone = device == "phone"
@@ -163,6 +188,7 @@ def open_page(site, browser):
         contexts.append(browser.new_context(viewport=size, color_scheme=scheme, has_touch=is_phone, is_mobile=is_phone))
         page = contexts[-1].new_page()
         page.on("pageerror", lambda error: errors.append(str(error)))
+        page.on("request", check_address)
         page.goto(site)
         page.locator("[data-widget=gradient] dl").wait_for()  # drawn last, after its numbers are loaded
         return page
@@ -189,29 +215,27 @@ def move(page, device, slider, setting):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("device", WIDTHS)
-@pytest.mark.parametrize("task", TASKS)
-def test_lesson_task_is_solved_by_hand(open_page, device, task):
-    name, sliders = TASKS[task]
+def test_lesson_tasks_are_solved_by_hand(open_page, device):
     page = open_page(device)
-    verdict = widget(page, name).get_by_role("status")
-    for label, setting in sliders.items():
-        assert verdict.inner_text() == "Not yet."
-        move(page, device, widget(page, name).get_by_role("slider", name=label, exact=True), setting)
-    assert verdict.inner_text() == "Solved."
+    for name, settings in SOLUTIONS.items():
+        verdict = widget(page, name).get_by_role("status")
+        for label, setting in settings.items():
+            assert verdict.inner_text() == "Not yet."
+            move(page, device, widget(page, name).get_by_role("slider", name=label, exact=True), setting)
+        assert verdict.inner_text() == "Solved."
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("task", TASKS)
-def test_lesson_task_is_solved_with_preactivations(open_page, task):
-    name, sliders = TASKS[task]
+def test_lesson_tasks_are_solved_with_preactivations(open_page):
     page = open_page("wide")
-    widget(page, name).get_by_label("pre-activations").check()
-    for label, setting in sliders.items():
-        slider = widget(page, name).get_by_role("slider", name=label, exact=True)
-        slider.press("End" if setting == OPEN else "Home")
-        z, gate = re.fullmatch(r"z = (\S+), \w = (\S+)", slider.get_attribute("aria-valuetext")).groups()
-        assert float(gate) == pytest.approx(1 / (1 + np.exp(-float(z.replace("−", "-")))), abs=1e-4)
-    assert widget(page, name).get_by_role("status").inner_text() == "Solved."
+    for name, settings in SOLUTIONS.items():
+        widget(page, name).get_by_label("pre-activations").check()
+        for label, setting in settings.items():
+            slider = widget(page, name).get_by_role("slider", name=label, exact=True)
+            move(page, "wide", slider, setting)
+            z, gate = re.fullmatch(r"z = (\S+), \w = (\S+)", slider.get_attribute("aria-valuetext")).groups()
+            assert float(gate) == pytest.approx(1 / (1 + np.exp(-float(z.replace("−", "-")))), abs=1e-4)
+        assert widget(page, name).get_by_role("status").inner_text() == "Solved."
 
 
 @pytest.mark.slow
@@ -252,6 +276,35 @@ def test_lesson_play_moves_to_the_last_step(open_page):
 
 
 @pytest.mark.slow
+def test_lesson_chart_sets_the_step(open_page):
+    page = open_page("phone")
+    chart = widget(page, "output").locator(".chart svg")
+    chart.scroll_into_view_if_needed()
+    box = chart.bounding_box()
+    for share, low, high in ((0.99, 59, 59), (0.5, 23, 29), (0.05, 0, 0)):
+        page.touchscreen.tap(box["x"] + share * box["width"], box["y"] + 50)
+        step = widget(page, "output").get_by_role("slider", name="step t")
+        assert low <= int(step.input_value()) <= high
+
+
+@pytest.mark.slow
+def test_lesson_training_solves_the_task(open_page):
+    page = open_page("phone")
+    page.emulate_media(reduced_motion="reduce")  # all updates at once
+    training = widget(page, "training")
+    for bias in ("-3", "3"):
+        training.get_by_role("slider", name="initial forget bias").fill(bias)
+        assert "after 0 of" in training.inner_text()
+        assert training.get_by_role("status").inner_text() == ""
+        training.get_by_role("button", name="Train").click()
+        assert training.get_by_role("status").inner_text() == "Task 3 is solved."
+    page.emulate_media(reduced_motion="no-preference")
+    training.get_by_role("button", name="Again").click()
+    training.get_by_role("button", name="Pause").click()
+    assert training.get_by_role("button", name="Train").is_visible()
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("device", WIDTHS)
 def test_lesson_gradient_shows_the_numbers_of_gradient_flow(open_page, device):
     page = open_page(device)
@@ -288,7 +341,7 @@ def test_lesson_fits_the_screen(open_page, device, scheme):
     page = open_page(device, scheme)
     assert page.evaluate("document.documentElement.dataset.theme") == scheme
     assert page.evaluate("document.documentElement.scrollWidth") <= WIDTHS[device]
-    assert page.locator(".lesson").count() == 7
+    assert page.locator(".lesson").count() == 8
     cut = page.locator(".lesson :not(option, svg.lstm-cell *)").evaluate_all(
         """elements => elements.filter((element) => {
             const inner = element.getBoundingClientRect();

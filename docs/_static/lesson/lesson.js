@@ -337,7 +337,7 @@
 
     const verdict = make("p", { class: "verdict", role: "status" });
     const reason = make("p", { class: "reason" });
-    const taskBox = task && make("div", { class: "task" }, make("p", { class: "title" }, title), verdict, reason);
+    const taskBox = task && make("div", { class: "task" }, make("p", { class: "title" }, title), verdict, " ", reason);
     const drawing = withDrawing && document.querySelector("svg.lstm-cell").cloneNode(true);
 
     function refreshTask(steps) {
@@ -385,6 +385,79 @@
       make("div", { class: "player" }, play, stepSlider.element),
     );
     refresh();
+  }
+
+  /** Gradient descent on the parameters of the gates, for the third task. */
+  function drawTraining(host) {
+    const [numUpdates, updatesPerFrame, learningRate] = [400, 4, 0.1];
+    const task = TASKS.restart;
+    let timer = null;
+    let [params, optimizer, count] = [];
+    const chart = makeChart();
+    const forget = makeEquation(["f", "z_f"], "=", ["f", "b_f"], "+", ["f", "w_f"], "· mark");
+    const input = makeEquation(["i", "z_i"], "=", ["i", "b_i"], "+", ["i", "w_i"], "· mark");
+    const progress = make("p", { class: "reason" });
+    const verdict = make("p", { class: "verdict", role: "status" });
+    const bias = makeSlider("initial forget bias", { min: -3, max: 3, step: 0.1, value: 1, kind: "f" }, (value) => format(value, 1), restart);
+    const train = make("button", { type: "button", click: () => (timer ? stop() : run()) });
+
+    function stop() {
+      clearInterval(timer);
+      timer = null;
+      refresh();
+    }
+
+    function restart(forgetBias) {
+      params = [forgetBias, 0, 0, 0];
+      optimizer = makeOptimizer(params, learningRate);
+      count = 0;
+      stop();
+    }
+
+    function update(updates) {
+      for (let n = 0; n < updates; n++) params = optimizer(lossAndGradient(params, STREAMS.restart, task.target).gradient);
+      count += updates;
+      if (count === numUpdates) stop();
+      else refresh();
+    }
+
+    function run() {
+      if (count === numUpdates) restart(bias.set({}));
+      if (matchMedia("(prefers-reduced-motion: reduce)").matches) update(numUpdates - count);
+      else timer = setInterval(() => update(updatesPerFrame), 1000 / STEPS_PER_SECOND);
+      refresh();
+    }
+
+    function refresh() {
+      const steps = simulate(gateValues(params), STREAMS.restart);
+      const { loss } = lossAndGradient(params, STREAMS.restart, task.target);
+      const { solved } = checkTask(task, steps);
+      const [bf, wf, bi, wi] = params;
+      forget.update([bf + wf, bf, wf]);
+      input.update([bi + wi, bi, wi]);
+      progress.textContent = `Loss ${formatSmall(loss)} after ${count} of ${numUpdates} updates.`;
+      const text = solved ? "Task 3 is solved." : "";
+      if (verdict.textContent !== text) verdict.textContent = text;
+      train.textContent = timer ? "Pause" : count === numUpdates ? "Again" : "Train";
+      chart.draw({
+        lines: [
+          { kind: "target", values: task.target },
+          { kind: "c", values: steps.map(({ c }) => c) },
+        ],
+        low: -0.1,
+        high: Math.max(1.5, ...steps.map(({ c }) => c)) + 0.1,
+        marks: STREAMS.restart.marks,
+        xTicks: everyTen(NUM_STEPS),
+        description: `Cell state c and its target after ${count} updates, with loss ${formatSmall(loss)}`,
+      });
+    }
+    host.append(
+      make("div", { class: "controls" }, bias.element, make("div", { class: "player" }, train, make("div", {}, progress, " ", verdict))),
+      make("div", { class: "equations" }, make("p", {}, "At a mark:"), forget.element, input.element),
+      chart.element,
+      makeLegend({ c: "c, cell state", target: "the target of task 3", event: "marked steps" }),
+    );
+    restart(1);
   }
 
   /** Jacobians through time of recorded networks. */
@@ -487,6 +560,7 @@
   const WIDGETS = {
     both: drawBoth,
     sigmoid: drawSigmoid,
+    training: drawTraining,
     gradient: drawGradient,
     forget: (host) =>
       drawCell(host, {

@@ -79,6 +79,49 @@ function checkTask(task, steps) {
   return { solved: error(worst) <= task.tolerance, step: worst, c: steps[worst].c, target: task.target[worst] };
 }
 
+// Training. The forget and input gates have a bias and a weight of the mark: z_f = b_f + w_f mark, z_i = b_i + w_i mark.
+
+/** Returns the values of the gates at ordinary and marked steps, for parameters [b_f, w_f, b_i, w_i]. */
+function gateValues([bf, wf, bi, wi]) {
+  return { f0: sigmoid(bf), f1: sigmoid(bf + wf), i0: sigmoid(bi), i1: sigmoid(bi + wi), o0: 1, o1: 1 };
+}
+
+/** Returns {loss, gradient} of the mean squared error of c, with the derivatives of c carried along from step to step. */
+function lossAndGradient(params, stream, target) {
+  let dc = [0, 0, 0, 0];
+  let loss = 0;
+  const gradient = [0, 0, 0, 0];
+  simulate(gateValues(params), stream).forEach(({ f, i, g, c, cBefore }, t) => {
+    const mark = Number(stream.marks[t]);
+    const df = cBefore * f * (1 - f);
+    const di = g * i * (1 - i);
+    const direct = [df, df * mark, di, di * mark];
+    dc = dc.map((d, k) => f * d + direct[k]);
+    const error = c - target[t];
+    loss += error ** 2 / NUM_STEPS;
+    dc.forEach((d, k) => (gradient[k] += (2 * error * d) / NUM_STEPS));
+  });
+  return { loss, gradient };
+}
+
+/** Returns an optimizer, Adam, that starts at `params`: each call of it takes a gradient and returns the new ones. */
+function makeOptimizer(params, learningRate) {
+  const [decay, squareDecay] = [0.9, 0.999];
+  const mean = params.map(() => 0);
+  const square = params.map(() => 0);
+  let count = 0;
+  return (gradient) => {
+    count++;
+    params = params.map((value, k) => {
+      mean[k] += (1 - decay) * (gradient[k] - mean[k]);
+      square[k] += (1 - squareDecay) * (gradient[k] ** 2 - square[k]);
+      const step = mean[k] / (1 - decay ** count);
+      return value - (learningRate * step) / (Math.sqrt(square[k] / (1 - squareDecay ** count)) + 1e-8);
+    });
+    return params;
+  };
+}
+
 // Jacobians. A matrix is a list of rows.
 
 const identity = (size) => Array.from({ length: size }, (_, j) => Array.from({ length: size }, (_, k) => +(j === k)));
