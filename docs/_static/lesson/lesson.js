@@ -128,21 +128,36 @@
     function draw(chart) {
       last = chart;
       if (width === 0) return;
-      const { lines, low, high, description, cursor, faint, marks = [], xTicks, yTicks = ticksBetween(low, high) } = chart;
+      const {
+        lines,
+        low,
+        high,
+        description,
+        cursor,
+        faint,
+        marks = [],
+        xTicks,
+        yTicks = ticksBetween(low, high),
+      } = chart;
       const { xLabel = String, yLabel = (y) => format(y, high - low < 3 ? 1 : 0) } = chart;
       count = Math.max(2, lines[0].values.length);
       const top = (y) => margin.top + ((high - y) / (high - low)) * (height - margin.top - margin.bottom);
       const points = (values) => values.map((y, n) => `${left(n).toFixed(1)},${top(y).toFixed(1)}`).join(" ");
       const parts = [];
       for (const y of yTicks) {
-        parts.push(makeSvg("line", { class: "grid", x1: margin.left, x2: width - margin.right, y1: top(y), y2: top(y) }));
+        parts.push(
+          makeSvg("line", { class: "grid", x1: margin.left, x2: width - margin.right, y1: top(y), y2: top(y) }),
+        );
         parts.push(makeSvg("text", { class: "end", x: margin.left - 6, y: top(y) + 4 }, yLabel(y)));
       }
       for (const n of xTicks) {
         parts.push(makeSvg("text", { class: "middle", x: left(n), y: height - 7 }, xLabel(n)));
       }
       marks.forEach((mark, n) => {
-        if (mark) parts.push(makeSvg("line", { class: "event", x1: left(n), x2: left(n), y1: margin.top, y2: height - margin.bottom }));
+        if (mark)
+          parts.push(
+            makeSvg("line", { class: "event", x1: left(n), x2: left(n), y1: margin.top, y2: height - margin.bottom }),
+          );
       });
       for (const { kind, values } of lines) {
         if (faint) parts.push(makeSvg("polyline", { class: `line ${kind} faint`, points: points(values) }));
@@ -205,12 +220,22 @@
       });
     }
     const slider = (name, key, max) =>
-      makeSlider(name, { min: 0, max, step: 0.01, value: values[key], kind: key }, (value) => format(value), (value) => {
-        values[key] = value;
-        refresh();
-      }).element;
+      makeSlider(
+        name,
+        { min: 0, max, step: 0.01, value: values[key], kind: key },
+        (value) => format(value),
+        (value) => {
+          values[key] = value;
+          refresh();
+        },
+      ).element;
     host.append(
-      make("div", { class: "controls" }, slider("recurrent weight w of the RNN", "w", 1.5), slider("forget gate f of the LSTM", "f", 1)),
+      make(
+        "div",
+        { class: "controls" },
+        slider("recurrent weight w of the RNN", "w", 1.5),
+        slider("forget gate f of the LSTM", "f", 1),
+      ),
       make("div", { class: "equations" }, vanilla.element, lstm.element),
       chart.element,
       makeLegend({ h: "h of the RNN", c: "c of the LSTM", event: "the impulse" }),
@@ -242,12 +267,23 @@
       });
     }
     const slider = (name, key, range) =>
-      makeSlider(name, { min: -range, max: range, step: 0.1, value: values[key], kind: key }, (value) => format(value, 1), (value) => {
-        values[key] = value;
-        refresh();
-      }).element;
+      makeSlider(
+        name,
+        { min: -range, max: range, step: 0.1, value: values[key], kind: key },
+        (value) => format(value, 1),
+        (value) => {
+          values[key] = value;
+          refresh();
+        },
+      ).element;
     host.append(
-      make("div", { class: "controls" }, slider("weight w", "w", 4), slider("input x", "x", 2), slider("bias b", "b", 6)),
+      make(
+        "div",
+        { class: "controls" },
+        slider("weight w", "w", 4),
+        slider("input x", "x", 2),
+        slider("bias b", "b", 6),
+      ),
       make("div", { class: "equations" }, sum.element, gate.element),
       chart.element,
       makeLegend({ f: "σ(z), over z" }),
@@ -371,7 +407,7 @@
         cursor,
         faint: true,
         xTicks: everyTen(NUM_STEPS),
-        description: `Cell state c and output h over ${NUM_STEPS} steps; at step ${cursor}: c = ${format(now.c)}, h = ${format(now.h)}`,
+        description: `Cell state and output over time; at step ${cursor}: c = ${format(now.c)}, h = ${format(now.h)}`,
       });
     }
 
@@ -398,7 +434,12 @@
     const input = makeEquation(["i", "z_i"], "=", ["i", "b_i"], "+", ["i", "w_i"], "· mark");
     const progress = make("p", { class: "reason" });
     const verdict = make("p", { class: "verdict", role: "status" });
-    const bias = makeSlider("initial forget bias", { min: -3, max: 3, step: 0.1, value: 1, kind: "f" }, (value) => format(value, 1), restart);
+    const bias = makeSlider(
+      "initial forget bias",
+      { min: -3, max: 3, step: 0.1, value: 1, kind: "f" },
+      (value) => format(value, 1),
+      restart,
+    );
     const train = make("button", { type: "button", click: () => (timer ? stop() : run()) });
 
     function stop() {
@@ -415,7 +456,8 @@
     }
 
     function update(updates) {
-      for (let n = 0; n < updates; n++) params = optimizer(lossAndGradient(params, STREAMS.restart, task.target).gradient);
+      for (let n = 0; n < updates; n++)
+        params = optimizer(lossAndGradient(params, STREAMS.restart, task.target).gradient);
       count += updates;
       if (count === numUpdates) stop();
       else refresh();
@@ -452,7 +494,12 @@
       });
     }
     host.append(
-      make("div", { class: "controls" }, bias.element, make("div", { class: "player" }, train, make("div", {}, progress, " ", verdict))),
+      make(
+        "div",
+        { class: "controls" },
+        bias.element,
+        make("div", { class: "player" }, train, make("div", {}, progress, " ", verdict)),
+      ),
       make("div", { class: "equations" }, make("p", {}, "At a mark:"), forget.element, input.element),
       chart.element,
       makeLegend({ c: "c, cell state", target: "the target of task 3", event: "marked steps" }),
@@ -479,7 +526,11 @@
         state[key] = event.target.value;
         refresh();
       };
-      const input = make("select", { change }, ...Object.entries(options).map(([value, text]) => make("option", { value }, text)));
+      const input = make(
+        "select",
+        { change },
+        ...Object.entries(options).map(([value, text]) => make("option", { value }, text)),
+      );
       input.value = state[key];
       return { element: make("label", { class: "choice" }, name, input), input };
     };
@@ -487,12 +538,17 @@
     const bias = select("forget bias", Object.fromEntries(biases.map((value) => [value, value])), "bias");
     const maxLength = recordings.rnn.steps.h.length;
     state.length = maxLength;
-    const length = makeSlider("T, number of steps", { min: 1, max: maxLength, step: 1, value: maxLength }, String, (value) => {
-      state.length = value;
-      state.step = Math.min(state.step, value - 1);
-      step.set({ max: value - 1, value: state.step });
-      refresh();
-    });
+    const length = makeSlider(
+      "T, number of steps",
+      { min: 1, max: maxLength, step: 1, value: maxLength },
+      String,
+      (value) => {
+        state.length = value;
+        state.step = Math.min(state.step, value - 1);
+        step.set({ max: value - 1, value: state.step });
+        refresh();
+      },
+    );
     const pick = (value) => {
       state.step = value;
       refresh();
@@ -543,11 +599,17 @@
         cursor: state.step,
         xTicks: everyTen(state.length),
         yLabel: powerOfTen,
-        description: `Norm of the Jacobian from step t to the last, on a logarithmic scale; at step ${state.step}: ${full.textContent}`,
+        description: `Norms of Jacobians on a logarithmic scale; at step ${state.step}: ${full.textContent}`,
       });
     }
     host.append(
-      make("div", { class: "controls" }, make("div", { class: "choices" }, kinds.element, bias.element), length.element, step.element),
+      make(
+        "div",
+        { class: "controls" },
+        make("div", { class: "choices" }, kinds.element, bias.element),
+        length.element,
+        step.element,
+      ),
       rows,
       chart.element,
       makeLegend({ full: "full Jacobian", along: "gates alone" }),

@@ -79,14 +79,14 @@ function checkTask(task, steps) {
   return { solved: error(worst) <= task.tolerance, step: worst, c: steps[worst].c, target: task.target[worst] };
 }
 
-// Training. The forget and input gates have a bias and a weight of the mark: z_f = b_f + w_f mark, z_i = b_i + w_i mark.
+// Training. Two gates have a bias and a weight of the mark: z_f = b_f + w_f mark, z_i = b_i + w_i mark.
 
 /** Returns the values of the gates at ordinary and marked steps, for parameters [b_f, w_f, b_i, w_i]. */
 function gateValues([bf, wf, bi, wi]) {
   return { f0: sigmoid(bf), f1: sigmoid(bf + wf), i0: sigmoid(bi), i1: sigmoid(bi + wi), o0: 1, o1: 1 };
 }
 
-/** Returns {loss, gradient} of the mean squared error of c, with the derivatives of c carried along from step to step. */
+/** Returns {loss, gradient} of the mean squared error of c; the derivatives of c are carried along with it. */
 function lossAndGradient(params, stream, target) {
   let dc = [0, 0, 0, 0];
   let loss = 0;
@@ -149,9 +149,7 @@ const STEP_JACOBIANS = {
       const dn = (1 - u) * (1 - n * n);
       const du = (steps.h[t - 1][j] - n) * u * (1 - u);
       const dr = dn * nH * r * (1 - r);
-      return weights.u[j].map(
-        (w, k) => (j === k ? u : 0) + du * w + dn * r * weights.n_h[j][k] + dr * weights.r[j][k],
-      );
+      return weights.u[j].map((w, k) => (j === k ? u : 0) + du * w + dn * r * weights.n_h[j][k] + dr * weights.r[j][k]);
     });
   },
 
