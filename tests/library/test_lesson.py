@@ -265,26 +265,20 @@ def test_lesson_equations_light_up_where_values_change(open_page):
 
 
 @pytest.mark.slow
-def test_lesson_play_moves_to_the_last_step(open_page):
-    page = open_page("wide")
+def test_lesson_chart_and_play_set_the_step(open_page):
+    page = open_page("phone")
     output = widget(page, "output")
     step = output.get_by_role("slider", name="step t")
-    step.fill("55")
-    output.get_by_role("button", name="Play").click()
-    page.wait_for_function("document.querySelector('[data-widget=output] .player input').value === '59'")
-    output.get_by_role("button", name="Play").wait_for()  # and not "Pause"
-
-
-@pytest.mark.slow
-def test_lesson_chart_sets_the_step(open_page):
-    page = open_page("phone")
-    chart = widget(page, "output").locator(".chart svg")
+    chart = output.locator(".chart svg")
     chart.scroll_into_view_if_needed()
     box = chart.bounding_box()
     for share, low, high in ((0.99, 59, 59), (0.5, 23, 29), (0.05, 0, 0)):
         page.touchscreen.tap(box["x"] + share * box["width"], box["y"] + 50)
-        step = widget(page, "output").get_by_role("slider", name="step t")
         assert low <= int(step.input_value()) <= high
+    step.fill("55")
+    output.get_by_role("button", name="Play").click()
+    page.wait_for_function("document.querySelector('[data-widget=output] .player input').value === '59'")
+    output.get_by_role("button", name="Play").wait_for()  # and not "Pause"
 
 
 @pytest.mark.slow
@@ -305,9 +299,8 @@ def test_lesson_training_solves_the_task(open_page):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("device", WIDTHS)
-def test_lesson_gradient_shows_the_numbers_of_gradient_flow(open_page, device):
-    page = open_page(device)
+def test_lesson_gradient_shows_the_numbers_of_gradient_flow(open_page):
+    page = open_page("phone")
     gradient = widget(page, "gradient")
     for name, num_steps, step in (("lstm 1", 37, 4), ("gru", 64, 0), ("rnn", 64, 63), ("lstm 1", 64, 0)):
         kind, *bias = name.split()
