@@ -83,11 +83,13 @@ def adding_task() -> dict[str, str]:
     for prefix, name in NETWORKS.items():
         result, (lstm, _) = results[name], networks[name]
         numbers[f"{prefix}_error"] = f"{result.errors[-1]:.4f}"
-        for when, norms, params in (
-            ("before", result.gradient_norms_before, result.params_before),
-            ("after", result.gradient_norms_after, result.params_after),
+        for when, norms, elementwise, params in (
+            ("before", result.gradient_norms_before, result.elementwise_norms_before, result.params_before),
+            ("after", result.gradient_norms_after, result.elementwise_norms_after, result.params_after),
         ):
             numbers[f"{prefix}_{when}"] = format_number(norms[0] / norms[-1])
+            if prefix != "rnn":
+                numbers[f"{prefix}_elementwise_{when}"] = format_number(elementwise[0] / norms[-1])
             flow = diagnostics.gradient_flow(
                 lstm, params.lstm, probe.inputs, lambda ys: (ys**2).sum(), jacobian="spectral"
             )

@@ -37,6 +37,9 @@ class GradientFlow(NamedTuple):
     jacobian: tuple[PerDirection[Array], ...] | None  # (T, *batch), norm of the Jacobian of a layer's final state with
     # respect to its state after step t, for fixed inputs of the layer; None if no Jacobian was requested
     network_jacobian: Array | None  # (T, *batch), the same for the states of all layers; None if bidirectional
+    elementwise: tuple[PerDirection[GradientNorms], ...]  # of the part of the gradient that passes from step to step
+    # without W_h, unit by unit: along c in an LSTM, by forget gates and peepholes; along h in a GRU, by its update gate
+    through_w_h: tuple[PerDirection[GradientNorms], ...]  # of the rest: at some step it passes through W_h h
 
 
 def gradient_flow(
@@ -52,11 +55,14 @@ def gradient_flow(
     reverse: bool = False,
     jacobian: MatrixNorm | None = "frobenius",
 ) -> GradientFlow:
-    """Computes the norms of dL/dh_t, dL/dc_t and of the Jacobian of the final state with respect to state t, for all t.
+    """Computes the norms of dL/dh_t, dL/dc_t, of their parts, and of the Jacobian of the final state by state t.
 
-    The results are exact. One backward pass gives the gradients. Another one, which propagates a matrix instead of a
-    vector, gives the Jacobian; it costs as much as one backward pass per number in the state. The memory of both is
-    linear in T.
+    The results are exact. One backward pass gives the gradients, a second one, whose gradient does not pass through
+    ``W_h h``, their elementwise part. Another one, which propagates a matrix instead of a vector, gives the Jacobian;
+    it costs as much as one backward pass per number in the state. The memory of all is linear in T.
+
+    The gradient is the sum of two vectors, whose norms are ``elementwise`` and ``through_w_h``. A vanilla network has
+    no elementwise path: before the last step all of its gradient passes through ``W_h``.
 
     Args:
       lstm: the network.
@@ -81,8 +87,10 @@ def gradient_flow(
         raise ValueError(f"jacobian={jacobian!r} supports plain stacks only, got {lstm!r}; set jacobian=None")
     reverse = validation.flag("reverse", reverse)
 
-    def perturbed_loss(perturbations: Sequence[PerDirection[Perturbations]]) -> tuple[Array, Trace]:
-        trace = record_trace(lstm, args, reverse, perturbations)
+    def perturbed_loss(
+        perturbations: Sequence[PerDirection[Perturbations]], cut_w_h: bool = False
+    ) -> tuple[Array, Trace]:
+        trace = record_trace(lstm, args, reverse, perturbations, cut_w_h=cut_w_h)
         value = loss(trace.ys)
         if jnp.shape(value) != ():
             raise ValueError(f"loss must return a scalar, got shape {list(jnp.shape(value))}")
@@ -90,9 +98,11 @@ def gradient_flow(
 
     perturbations = _zero_perturbations(lstm, args.xs)
     (value, trace), gradients = jax.value_and_grad(perturbed_loss, has_aux=True)(perturbations)
-    norms = tuple(PerDirection(*map(_gradient_norms, layer.directions)) for layer in gradients)
+    elementwise = jax.grad(partial(perturbed_loss, cut_w_h=True), has_aux=True)(perturbations)[0]
+    through_w_h = jax.tree.map(jnp.subtract, gradients, elementwise)
+    norms, *parts = map(_norms_by_layer, (gradients, elementwise, through_w_h))
     if jacobian is None:
-        return GradientFlow(value, norms, None, None)
+        return GradientFlow(value, norms, None, None, *parts)
     layer_jacobians = _layer_jacobian_norms(lstm, args, trace, reverse, jacobian)
     if lstm.bidirectional:
         network_jacobian = None
@@ -100,7 +110,7 @@ def gradient_flow(
         network_jacobian = layer_jacobians[0].forward
     else:
         network_jacobian = _jacobian_norms(lstm, args, reverse, jacobian)
-    return GradientFlow(value, norms, layer_jacobians, network_jacobian)
+    return GradientFlow(value, norms, layer_jacobians, network_jacobian, *parts)
 
 
 def _zero_perturbations(lstm: RNN, xs: Array) -> tuple[PerDirection[Perturbations], ...]:
@@ -113,6 +123,10 @@ def _zero_perturbations(lstm: RNN, xs: Array) -> tuple[PerDirection[Perturbation
 
     each = Perturbations(zeros(shapes.h), jax.tree.map(zeros, shapes.c))
     return (PerDirection(*[each] * lstm.num_directions),) * lstm.num_layers
+
+
+def _norms_by_layer(gradients: Sequence[PerDirection[Perturbations]]) -> tuple[PerDirection[GradientNorms], ...]:
+    return tuple(PerDirection(*map(_gradient_norms, layer.directions)) for layer in gradients)
 
 
 def _gradient_norms(gradient: Perturbations) -> GradientNorms:

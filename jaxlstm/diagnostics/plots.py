@@ -113,18 +113,29 @@ def draw_cell_states(
     return figure
 
 
-def draw_norms(axes: "Axes", norms: Mapping[str, Float[ArrayLike, " T"]], *, title: str = "") -> None:
+def draw_norms(
+    axes: "Axes",
+    norms: Mapping[str, Float[ArrayLike, " T"]],
+    *,
+    parts: Mapping[str, Float[ArrayLike, " T"]] | None = None,
+    title: str = "",
+) -> None:
     """Draws gradient norms over time on a log scale, each relative to its value at the last step.
 
     Args:
       axes: axes to draw on.
       norms: norms by the label of the line.
+      parts: norms of a part of each gradient by the same labels, drawn as thin lines relative to the whole at the last
+        step; None for none.
       title: title of the axes.
     """
-    for (color, style), (name, values) in zip(cycle(LINES), norms.items()):
-        a = np.asarray(values, np.float64)
-        relative = np.where(a > 0, a / a[-1], np.nan)  # norms that underflow to zero have no logarithm
-        axes.semilogy(np.arange(1, len(a) + 1), relative, style, color=color, label=literal(name))
+    last = {name: np.asarray(values, np.float64)[-1] for name, values in norms.items()}
+    for lines, width in ((norms, None), (parts or {}, 0.8)):
+        for (color, style), (name, values) in zip(cycle(LINES), lines.items()):
+            a = np.asarray(values, np.float64)
+            relative = np.where(a > 0, a / last[name], np.nan)  # norms that underflow to zero have no logarithm
+            label = None if width else literal(name)
+            axes.semilogy(np.arange(1, len(a) + 1), relative, style, color=color, linewidth=width, label=label)
     axes.set(xlabel="step t", ylabel="gradient at step t / at the last step", title=literal(title))
     axes.set_ylim(bottom=max(axes.get_ylim()[0], 1e-20))
 

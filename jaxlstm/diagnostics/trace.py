@@ -7,7 +7,7 @@ from typing import Any, Generic, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
-from jax import Array
+from jax import Array, lax
 from jax.typing import ArrayLike
 from jaxtyping import Bool, Float, Int
 
@@ -122,12 +122,14 @@ def check_args(lstm: RNN, params: Params, xs: Any, state: Any = None, **options:
     return args
 
 
-@partial(jax.jit, static_argnames=("lstm", "reverse"))
+@partial(jax.jit, static_argnames=("lstm", "reverse", "cut_w_h"))
 def record_trace(
     lstm: RNN,
     args: CallArgs,
     reverse: bool,
     perturbations: Sequence[PerDirection[Perturbations]] | None = None,
+    *,
+    cut_w_h: bool = False,
 ) -> Trace:
     """Records a call by the equations of the reference backend, as a compiled function.
 
@@ -136,13 +138,14 @@ def record_trace(
       args: from `check_args`.
       reverse: whether time runs backward.
       perturbations: added to the states, by layer; None for none.
+      cut_w_h: whether no gradient passes through ``W_h h``: only elementwise paths lead from a step to the next one.
     """
     layers: list[PerDirection[DirectionTrace]] = []
 
     def run_layer(layer: Layer, xs: Array, state: State, inputs: LayerInputs, reverse: bool) -> tuple[Array, State]:
         added = None if perturbations is None else perturbations[len(layers)]
         values, new_state = masking.scan_masked(
-            _recording_backend(lstm, added, reverse),
+            _recording_backend(lstm, added, reverse, cut_w_h),
             layer,
             xs,
             state,
@@ -162,7 +165,7 @@ def record_trace(
 
 
 def _recording_backend(
-    lstm: RNN, perturbations: PerDirection[Perturbations] | None, reverse: bool
+    lstm: RNN, perturbations: PerDirection[Perturbations] | None, reverse: bool, cut_w_h: bool
 ) -> Callable[[tuple[Direction, ...]], Results]:
     """Returns a backend whose outputs are `DirectionTrace`."""
     # Without rematerialization: the recorded values are kept anyway, and perturbations cover the whole sequence.
@@ -174,14 +177,14 @@ def _recording_backend(
             added = None if perturbations is None else perturbations.directions[d]
             if reverse ^ (d == 1):  # a direction that runs backward in time is flipped, and so are its perturbations
                 added = jax.tree.map(lambda a: jnp.flip(a, 0), added)
-            fns.append(_recording_fns(lstm.resolved_cell, direction, context, added))
+            fns.append(_recording_fns(lstm.resolved_cell, direction, context, added, cut_w_h))
         return scan_directions(fns, directions, context)
 
     return run
 
 
 def _recording_fns(
-    cell: Cell, direction: Direction, context: ScanContext, perturbations: Perturbations | None
+    cell: Cell, direction: Direction, context: ScanContext, perturbations: Perturbations | None, cut_w_h: bool
 ) -> ScanFns:
     """Returns the recurrence of one direction; its inputs at a step are ``(z_x, perturbations)``."""
     weights = direction.weights
@@ -196,7 +199,15 @@ def _recording_fns(
         z_x, perturbation = inputs_t
         recording_cell, recorded = _record(cell, None if perturbation is None else perturbation.c)
         new_state = recurrent_step(
-            recording_cell, weights, z_x, state, context.dtype, context.rates, masks, z_static=direction.z_static
+            recording_cell,
+            weights,
+            z_x,
+            state,
+            context.dtype,
+            context.rates,
+            masks,
+            z_static=direction.z_static,
+            multiplied_h=lax.stop_gradient(state.h) if cut_w_h else None,
         )
         if perturbation is not None:
             new_state = new_state._replace(h=new_state.h + perturbation.h)

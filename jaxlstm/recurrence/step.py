@@ -188,6 +188,7 @@ def recurrent_step(
     masks: RegularizerMasks,
     mesh_axis: str | None = None,
     z_static: Float[Array, "*batch SH"] | None = None,
+    multiplied_h: Float[Array, "*batch P"] | None = None,
 ) -> State:
     """Takes one step, from the projected inputs and the state to the new state.
 
@@ -201,8 +202,9 @@ def recurrent_step(
       masks: masks of this step, ``(*batch, .)``.
       mesh_axis: mesh axis over which the units are sharded; None if each device has all units.
       z_static: from `project_static`; None if no gate reads static features.
+      multiplied_h: the h that ``W_h`` multiplies, for example without its gradient; None for the h of ``state``.
     """
-    h, z_h = state.h, None
+    h, z_h = state.h if multiplied_h is None else multiplied_h, None
     if weights.w_h is not None:
         if mesh_axis is not None and weights.w_p is None:
             h = lax.all_gather(h.astype(dtype), mesh_axis, axis=h.ndim - 1, tiled=True)  # the exchange of a step

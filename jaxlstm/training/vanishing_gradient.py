@@ -32,7 +32,8 @@ class AdderParams(NamedTuple):
 class TrainingResult(NamedTuple):
     """The learning curve of one network and its gradients before and after training.
 
-    A gradient norm is the norm of the gradient of the loss with respect to the state after each step.
+    A gradient norm is the norm of the gradient of the loss with respect to the state after each step. Its elementwise
+    part passes from step to step along c alone, not through ``W_h``.
     """
 
     gradient_norms_before: np.ndarray  # (T,) before training
@@ -41,6 +42,8 @@ class TrainingResult(NamedTuple):
     errors: np.ndarray  # (N,) mean squared training error; every batch is new
     params_before: AdderParams
     params_after: AdderParams
+    elementwise_norms_before: np.ndarray  # (T,) before training
+    elementwise_norms_after: np.ndarray  # (T,) after training
 
 
 def compared_networks(hidden_size: int) -> dict[str, tuple[LSTM, float]]:
@@ -104,13 +107,17 @@ def train_network(
         errors.append(float(error))
         on_progress(end, errors[-1])
     probe = synthetic.adding(np.random.default_rng(seed + 1), steps, 32)
+    norms_before, elementwise_before = gradient_norms(lstm, params_before, probe)
+    norms_after, elementwise_after = gradient_norms(lstm, params, probe)
     return TrainingResult(
-        gradient_norms_before=gradient_norms(lstm, params_before, probe),
-        gradient_norms_after=gradient_norms(lstm, params, probe),
+        gradient_norms_before=norms_before,
+        gradient_norms_after=norms_after,
         updates=np.array(ends),
         errors=np.array(errors),
         params_before=params_before,
         params_after=params,
+        elementwise_norms_before=elementwise_before,
+        elementwise_norms_after=elementwise_after,
     )
 
 
@@ -144,14 +151,14 @@ def _train_chunk(
     return params, opt_state, errors.mean()
 
 
-def gradient_norms(lstm: LSTM, params: AdderParams, batch: synthetic.AddingBatch) -> np.ndarray:
+def gradient_norms(lstm: LSTM, params: AdderParams, batch: synthetic.AddingBatch) -> tuple[np.ndarray, np.ndarray]:
     """Returns the gradient norms of the loss with respect to the state after each step, ``(T,)``, mean over the batch.
 
-    The state is c, or h for a cell without c.
+    The state is c, or h for a cell without c. The second array has the norms of the elementwise part of the gradient.
     """
 
     @jax.jit
-    def norms(params: AdderParams) -> Array:
+    def norms(params: AdderParams) -> list[Array]:
         flow = gradient_flow(
             lstm,
             params.lstm,
@@ -159,10 +166,11 @@ def gradient_norms(lstm: LSTM, params: AdderParams, batch: synthetic.AddingBatch
             lambda ys: mean_squared_error(params, ys, batch.targets),
             jacobian=None,
         )
-        layer = flow.layers[0].forward
-        return (layer.h if layer.c is None else layer.c).mean(1)
+        layers = (flow.layers[0].forward, flow.elementwise[0].forward)
+        return [(layer.h if layer.c is None else layer.c).mean(1) for layer in layers]
 
-    return np.asarray(norms(params))
+    total, elementwise = norms(params)
+    return np.asarray(total), np.asarray(elementwise)
 
 
 def format_summary(results: Mapping[str, TrainingResult], steps: int) -> str:
@@ -173,11 +181,16 @@ def format_summary(results: Mapping[str, TrainingResult], steps: int) -> str:
         f" (always answering 1 has a mean squared error of {synthetic.ADDING_BASELINE:.3f}):"
     ]
     for name, result in results.items():
-        before, after = (
-            float(norms[0] / norms[-1]) for norms in (result.gradient_norms_before, result.gradient_norms_after)
+        (before, along_before), (after, along_after) = (
+            (norms[0] / norms[-1], elementwise[0] / norms[-1])
+            for norms, elementwise in (
+                (result.gradient_norms_before, result.elementwise_norms_before),
+                (result.gradient_norms_after, result.elementwise_norms_after),
+            )
         )
         lines.append(
             f"  {name}: mean squared error {result.errors[-1]:.4f}; gradient norm at the first step relative to the"
-            f" last step {before:.1e} before training, {after:.1e} after."
+            f" last step {before:.1e} before training, {after:.1e} after, without W_h {along_before:.1e} and"
+            f" {along_after:.1e}."
         )
     return "\n".join(lines)

@@ -20,10 +20,12 @@ def draw_vanishing(results: Mapping[str, TrainingResult], *, title: str = "") ->
     figure = Figure(figsize=(11, 3.6), layout="constrained")
     before, after, learning = figure.subplots(1, 3)
     after.sharey(before)
-    draw_norms(
-        before, {name: result.gradient_norms_before for name, result in results.items()}, title="before training"
-    )
-    draw_norms(after, {name: result.gradient_norms_after for name, result in results.items()}, title="after training")
+    for axes, when in ((before, "before"), (after, "after")):
+        norms, elementwise = (
+            {name: getattr(result, f"{kind}_norms_{when}") for name, result in results.items()}
+            for kind in ("gradient", "elementwise")
+        )
+        draw_norms(axes, norms, parts=elementwise, title=f"{when} training (thin: along c alone)")
     after.set_ylabel("")
     for (color, style), (name, result) in zip(cycle(LINES), results.items()):
         marker = "." if len(result.updates) == 1 else ""

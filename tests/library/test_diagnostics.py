@@ -1,5 +1,6 @@
 """Recorded values, gradient norms, Jacobians, unit statistics and plots of a network."""
 
+import itertools
 import sys
 
 import jax
@@ -117,10 +118,13 @@ def test_trace_of_a_user_defined_cell_has_its_gates():
     assert diagnostics.gate_statistics(trace).layers[0].forward.time_constant.shape == (H,)
 
 
-def perturbed_outputs(params, xs, where=None, amount=0.0):
-    """Runs two layers in NumPy, with lengths and resets, and adds ``amount`` to one number of h or c."""
+def perturbed_outputs(params, xs, where=None, amount=0.0, multiplied=None):
+    """Runs two layers in NumPy, with lengths and resets, and adds ``amount`` to one number of h or c.
+
+    Returns the outputs, and the h that ``W_h`` multiplied in each layer at each step; ``multiplied`` replaces them.
+    """
     lengths, resets = np.asarray(MASKS["lengths"]), np.asarray(MASKS["resets"])
-    ys = np.zeros((STEPS, B, H), complex)
+    ys, read = np.zeros((STEPS, B, H), complex), np.zeros((2, STEPS, B, H), complex)
     for b in range(B):
         h, c = np.zeros((2, H), complex), np.zeros((2, H), complex)
         for t in range(lengths[b]):
@@ -129,7 +133,8 @@ def perturbed_outputs(params, xs, where=None, amount=0.0):
             x = xs[t, b]
             for n, layer in enumerate(params.layers):
                 w = layer.forward
-                i, f, g, o = np.split(w.w_x @ x + w.w_h @ h[n] + w.b, 4)
+                read[n, t, b] = h[n] if multiplied is None else multiplied[n, t, b]
+                i, f, g, o = np.split(w.w_x @ x + w.w_h @ read[n, t, b] + w.b, 4)
                 i, f, o = (1 / (1 + np.exp(-a)) for a in (i, f, o))
                 c[n] = f * c[n] + i * np.tanh(g)
                 if where and where[:4] == ("c", n, t, b):
@@ -139,7 +144,7 @@ def perturbed_outputs(params, xs, where=None, amount=0.0):
                     h[n, where[4]] += amount
                 x = h[n]
             ys[t, b] = x
-    return ys
+    return ys, read
 
 
 def test_gradient_flow_equals_complex_step_derivatives():
@@ -153,18 +158,106 @@ def test_gradient_flow_equals_complex_step_derivatives():
 
     flow = diagnostics.gradient_flow(lstm, params, xs, loss, **masks, jacobian=None)
     arrays, xs = jax.tree.map(np.asarray, (params, xs))
-    np.testing.assert_allclose(flow.loss, loss(perturbed_outputs(arrays, xs)).real, **BOUND)
-    for n in range(2):
-        for name in "hc":
-            derivative = np.zeros((STEPS, B, H))
-            for t, b, unit in np.ndindex(STEPS, B, H):
-                ys = perturbed_outputs(arrays, xs, (name, n, t, b, unit), 1e-30j)
-                derivative[t, b, unit] = loss(ys).imag / 1e-30
-            expected = np.linalg.norm(derivative, axis=-1)
-            np.testing.assert_allclose(getattr(flow.layers[n].forward, name), expected, **BOUND)
-            assert (expected[3:, 1] == 0).all()  # past the length
-            assert (expected[:3, 1] > 0).any()
+    ys, read = perturbed_outputs(arrays, xs)
+    np.testing.assert_allclose(flow.loss, loss(ys).real, **BOUND)
+    for n, name in itertools.product(range(2), "hc"):
+        derivative = np.zeros((2, STEPS, B, H))  # in all, and with a constant h in the product with W_h
+        for part, t, b, unit in np.ndindex(derivative.shape):
+            ys, _ = perturbed_outputs(arrays, xs, (name, n, t, b, unit), 1e-30j, read if part else None)
+            derivative[part, t, b, unit] = loss(ys).imag / 1e-30
+        gradients = (derivative[0], derivative[1], derivative[0] - derivative[1])
+        for norms, gradient in zip((flow.layers, flow.elementwise, flow.through_w_h), gradients):
+            np.testing.assert_allclose(getattr(norms[n].forward, name), np.linalg.norm(gradient, axis=-1), **BOUND)
+        assert (derivative[0][3:, 1] == 0).all()  # past the length
+        assert (derivative[0][:3, 1] != 0).any()
     assert flow.jacobian is flow.network_jacobian is None
+
+
+def lstm_by_hand(w, x, multiplied_h, h, c):
+    """One step with the h that ``W_h`` multiplies as an argument of its own; w_c has the peepholes of i, f and o."""
+    del h
+    z = jnp.split(w.w_x @ x + w.w_h @ multiplied_h + w.b, 4)
+    w_c = jnp.zeros((3, H)) if w.w_c is None else w.w_c
+    f = jax.nn.sigmoid(z[1] + w_c[1] * c)
+    c = f * c + jax.nn.sigmoid(z[0] + w_c[0] * c) * jnp.tanh(z[2])
+    return jax.nn.sigmoid(z[3] + w_c[2] * c) * jnp.tanh(c), c
+
+
+def gru_by_hand(w, x, multiplied_h, h, c):
+    r_x, u_x, n_x = jnp.split(w.w_x @ x, 3)
+    r_h, u_h, n_h = jnp.split(w.w_h @ multiplied_h, 3)
+    b_r, b_u, b_n_x, b_n_h = jnp.split(w.b, 4)
+    r, u = jax.nn.sigmoid(r_x + r_h + b_r), jax.nn.sigmoid(u_x + u_h + b_u)
+    return u * h + (1 - u) * jnp.tanh(n_x + b_n_x + r * (n_h + b_n_h)), c
+
+
+def rnn_by_hand(w, x, multiplied_h, h, c):
+    del h
+    return jnp.tanh(w.w_x @ x + w.w_h @ multiplied_h + w.b), c
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("cell", "step"),
+    [("lstm", lstm_by_hand), ("peephole", lstm_by_hand), ("gru", gru_by_hand), ("rnn", rnn_by_hand)],
+)
+def test_gradient_flow_parts_equal_products_of_dense_jacobians(cell, step):
+    """Each step has a dense Jacobian with, and one without, the path through ``W_h``."""
+    lstm, params = make_network(cell=cell)
+    xs, w, weight = draw_inputs(), params.layers[0].forward, np.random.default_rng(1).standard_normal((STEPS, H))
+    flow = diagnostics.gradient_flow(lstm, params, xs, lambda ys: (weight * ys).sum(), jacobian=None)
+    states = [jnp.zeros((2, H))]  # h and c
+    jacobians = {"all": [], "elementwise": []}
+
+    def stacked_step(x, multiplied_h, state):
+        return jnp.stack(step(w, x, multiplied_h, *state))
+
+    for x in xs:
+        h = states[-1][0]
+        multiplied, direct = jax.jacobian(stacked_step, (1, 2))(x, h, states[-1])
+        direct = direct.reshape(2 * H, 2 * H)
+        jacobians["elementwise"].append(direct)
+        jacobians["all"].append(direct.at[:, :H].add(multiplied.reshape(2 * H, H)))
+        states.append(stacked_step(x, h, states[-1]))
+
+    def show(c, t):  # c_t is perturbed before h_t is computed from it
+        w_c = jnp.zeros(H) if w.w_c is None else w.w_c[2]
+        z_o = jnp.split(w.w_x @ xs[t] + w.w_h @ states[t][0] + w.b, lstm.resolved_cell.num_gates)[-1]
+        return jax.nn.sigmoid(z_o + w_c * c) * jnp.tanh(c)
+
+    gradients = {"all": [], "elementwise": []}
+    for name, factors in jacobians.items():
+        after = np.zeros(2 * H)
+        for t in reversed(range(STEPS)):
+            total_h = after[:H] + weight[t]
+            total_c = after[H:] if cell == "gru" else after[H:] + total_h @ jax.jacobian(show)(states[t + 1][1], t)
+            gradients[name].insert(0, (total_h, total_c))
+            after = np.concatenate([total_h, after[H:]]) @ np.asarray(factors[t])
+    rest = [(a[0] - b[0], a[1] - b[1]) for a, b in zip(gradients["all"], gradients["elementwise"])]
+    for norms, expected in (
+        (flow.layers, gradients["all"]),
+        (flow.elementwise, gradients["elementwise"]),
+        (flow.through_w_h, rest),
+    ):
+        values = norms[0].forward
+        np.testing.assert_allclose(values.h, [np.linalg.norm(h) for h, _ in expected], **BOUND)
+        if lstm.resolved_cell.has_cell_state:
+            np.testing.assert_allclose(values.c, [np.linalg.norm(c) for _, c in expected], **BOUND)
+    if cell == "rnn":
+        np.testing.assert_allclose(flow.elementwise[0].forward.h, np.linalg.norm(weight, axis=-1), **BOUND)
+
+
+@pytest.mark.slow
+def test_gradient_flow_along_c_is_the_product_of_forget_gates():
+    lstm, params = make_network()
+    xs = draw_inputs()
+    flow = diagnostics.gradient_flow(lstm, params, xs, lambda ys: (ys[-1] ** 2).sum(), jacobian=None)
+    gates = diagnostics.trace(lstm, params, xs).layers[0].forward.gates
+    later = np.cumprod(np.asarray(gates["f"])[::-1], 0)[::-1]  # f_t ... f_T
+    last = jax.grad(lambda c: ((gates["o"][-1] * jnp.tanh(c)) ** 2).sum())
+    c = diagnostics.trace(lstm, params, xs).layers[0].forward.c[-1]
+    expected = np.linalg.norm(np.concatenate([later[1:], np.ones((1, H))]) * np.asarray(last(c)), axis=-1)
+    np.testing.assert_allclose(flow.elementwise[0].forward.c, expected, **BOUND)
 
 
 @pytest.mark.slow
@@ -353,10 +446,14 @@ def test_draw_cell_states_wraps_the_text():
 
 def test_draw_norms_are_relative_to_the_last_step():
     axes = Figure().subplots()
-    plots.draw_norms(axes, {"a": np.array([0.0, 1.0, 4.0]), "b": np.array([2.0, 1.0, 1.0])}, title="title")
+    norms = {"a": np.array([0.0, 1.0, 4.0]), "b": np.array([2.0, 1.0, 1.0])}
+    parts = {"a": np.array([0.0, 0.0, 2.0]), "b": np.array([1.0, 1.0, 1.0])}
+    plots.draw_norms(axes, norms, parts=parts, title="title")
     np.testing.assert_allclose(axes.lines[0].get_ydata(), [np.nan, 0.25, 1])
     np.testing.assert_allclose(axes.lines[1].get_ydata(), [2, 1, 1])
-    assert [line.get_label() for line in axes.lines] == ["a", "b"]
+    np.testing.assert_allclose(axes.lines[2].get_ydata(), [np.nan, np.nan, 0.5])
+    assert [line.get_label() for line in axes.lines[:2]] == ["a", "b"]
+    assert [line.get_color() for line in axes.lines[2:]] == [line.get_color() for line in axes.lines[:2]]
 
 
 @pytest.mark.parametrize("options", [{}, {"proj_size": 2}, {"cell": "rnn"}, {"cell": "cifg"}], ids=str)

@@ -37,7 +37,10 @@ def test_figure_and_summary_show_the_results_of_training():
         assert result.updates.tolist() == list(range(3, 61, 3))
         assert result.gradient_norms_before.shape == result.gradient_norms_after.shape == (12,)
         assert (result.gradient_norms_before > 0).all()
+        assert result.elementwise_norms_after[-1] == pytest.approx(result.gradient_norms_after[-1])
         assert not np.allclose(result.gradient_norms_before, result.gradient_norms_after)
+    assert (results["vanilla RNN"].elementwise_norms_before[:-1] == 0).all()
+    assert (results["LSTM, forget bias 1"].elementwise_norms_before > 0).all()
     bias_0, bias_1 = (results[f"LSTM, forget bias {b}"].gradient_norms_before for b in (0, 1))
     assert bias_0[0] / bias_0[-1] < 0.1 * bias_1[0] / bias_1[-1]
     figure = draw_vanishing(results)
