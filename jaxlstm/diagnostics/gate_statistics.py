@@ -33,6 +33,14 @@ class GateStatistics(NamedTuple):
     report: str  # summary in words, with remedies
 
 
+class ChosenUnit(NamedTuple):
+    """The unit that correlates most with a signal."""
+
+    unit: int
+    chosen: float  # Pearson's correlation on the data of the choice, where it is biased upward
+    held_out: float  # on other data
+
+
 def gate_statistics(trace: Trace) -> GateStatistics:
     """Computes time constants, saturation and inactive units of a traced call, and a report in words.
 
@@ -85,6 +93,34 @@ def correlated_units(
     correlations = np.divide((x * y).sum(0), scale, out=np.zeros(x.shape[1]), where=scale > 0)
     units = np.argsort(-np.abs(correlations), kind="stable")
     return units, correlations[units]
+
+
+def held_out_unit(
+    values: Shaped[ArrayLike, "T *batch H"],
+    signal: Shaped[ArrayLike, "T *batch"],
+    test_values: Shaped[ArrayLike, "N *test_batch H"],
+    test_signal: Shaped[ArrayLike, "N *test_batch"],
+) -> ChosenUnit:
+    """Chooses the unit that correlates most with a signal, and computes its correlation on data the choice did not see.
+
+    The largest of many correlations is large by chance. On other data the chosen unit has no such advantage. Compare
+    it with untrained networks, too: their units also follow the recent inputs.
+
+    Args:
+      values: values of the units, to choose by.
+      signal: one number per step and sequence.
+      test_values: values of the same units over other data.
+      test_signal: the signal over other data.
+
+    Raises:
+      ValueError: if a signal does not have one number per step and sequence, or the numbers of units differ.
+    """
+    units, correlations = correlated_units(values, signal)
+    if np.shape(test_values)[-1] != len(units):
+        raise ValueError(f"test_values must have {len(units)} units as values, got {np.shape(test_values)[-1]}")
+    unit = int(units[0])
+    _, tested = correlated_units(np.asarray(test_values)[..., unit : unit + 1], test_signal)
+    return ChosenUnit(unit, float(correlations[0]), float(tested[0]))
 
 
 def sigmoid_gates(cell: Cell) -> list[str]:

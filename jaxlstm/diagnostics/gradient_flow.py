@@ -130,8 +130,14 @@ def _norms_by_layer(gradients: Sequence[PerDirection[Perturbations]]) -> tuple[P
 
 
 def _gradient_norms(gradient: Perturbations) -> GradientNorms:
-    h, c = gradient
-    return GradientNorms(jnp.linalg.norm(h, axis=-1), jax.tree.map(lambda a: jnp.linalg.norm(a, axis=-1), c))
+    return GradientNorms(*jax.tree.map(_scaled_norm, tuple(gradient)))
+
+
+def _scaled_norm(a: Array) -> Array:
+    """Returns the norm over the last axis; the squares of small numbers do not underflow."""
+    scale = lax.stop_gradient(jnp.abs(a).max(-1))
+    scale = jnp.where(scale > 0, scale, 1)
+    return jnp.linalg.norm(a / scale[..., None], axis=-1) * scale
 
 
 def _layer_jacobian_norms(

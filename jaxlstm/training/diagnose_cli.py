@@ -110,8 +110,8 @@ class Inspect:
             "eigenvalues": plots.draw_eigenvalues(model.lstm, params.lstm, layer=self.layer),
         }
         if steps.c is not None:
-            units = inspect_run.most_predictive_units(steps.c, self.text)
-            figures["cell_states"] = plots.draw_cell_states(steps.c, self.text, units)
+            titles = inspect_run.unit_titles(inspect_run.property_units(steps.c, self.text))
+            figures["cell_states"] = plots.draw_cell_states(steps.c, self.text, titles)
         folder.mkdir(parents=True, exist_ok=True)
         for name, figure in figures.items():
             figure.savefig(folder / f"{name}.png", dpi=150)

@@ -1,13 +1,15 @@
 """Loads a trained character model, and finds the units that track properties of a text."""
 
 import itertools
+import re
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 from jax.typing import ArrayLike
 from jaxtyping import Float
 
-from jaxlstm.diagnostics.gate_statistics import correlated_units
+from jaxlstm.diagnostics.gate_statistics import ChosenUnit, held_out_unit
 from jaxlstm.training import params_file
 from jaxlstm.training.config import load_config
 from jaxlstm.training.data.text import CharVocabulary
@@ -33,40 +35,52 @@ def load_character_model(run_dir: Path, text: str) -> tuple[LanguageModel, Langu
 
 
 def text_properties(text: str) -> dict[str, np.ndarray]:
-    """Returns properties of a text that a unit may track, one number per character: ``(T,)`` each."""
+    """Returns properties of a text that a unit may track, one number per character: ``(T,)`` each.
+
+    Quotes and brackets are counted from the start of a paragraph, so that one without its partner ends with it.
+    """
     characters = np.array(list(text))
     is_newline = characters == "\n"
     line_number = np.cumsum(is_newline) - is_newline
     line_starts = np.concatenate([[0], np.flatnonzero(is_newline) + 1])
     line_position = np.arange(len(text)) - line_starts[line_number]
-    inside_quotes = np.cumsum(characters == '"') % 2
-    opens, closes = (np.isin(characters, list(brackets)).astype(int) for brackets in ("([{", ")]}"))
-    depth = np.cumsum(opens - closes)
+    paragraphs = [0, *(match.end() for match in re.finditer(r"\n\n+", text)), len(text)]
+    depth, inside_quotes = np.zeros((2, len(text)), int)
+    for start, stop in itertools.pairwise(paragraphs):
+        part = characters[start:stop]
+        inside_quotes[start:stop] = np.cumsum(part == '"') % 2
+        height = np.cumsum(np.isin(part, list("([{")).astype(int) - np.isin(part, list(")]}")))
+        depth[start:stop] = height - np.minimum.accumulate(np.minimum(height, 0))  # not below 0
     word_position = [n for _, group in itertools.groupby(text, str.isalnum) for n, _ in enumerate(group)]
     return {
         "position in the line": line_position,
         "inside quotes": inside_quotes,
-        "inside brackets": depth > 0,
+        "inside brackets": (depth > 0).astype(int),
         "position in the word": np.where(np.char.isalnum(characters), word_position, -1),
     }
 
 
-def most_predictive_units(c: Float[ArrayLike, "T H"], text: str) -> dict[int, str]:
-    """Returns, for each property that varies in the text, the unit that correlates most with it, and a plot title.
+def property_units(c: Float[ArrayLike, "T H"], text: str) -> dict[str, ChosenUnit]:
+    """Returns the unit that correlates most with each property of a text, chosen on its first half.
+
+    A property that does not vary in both halves is left out.
 
     Args:
       c: cell states of one layer and direction.
       text: T characters, the inputs.
-
-    Returns:
-      Titles by unit. A unit that is chosen for several properties has one title; without any property, unit 0.
     """
+    states, half = np.tanh(np.asarray(c)), len(text) // 2
+    return {
+        name: held_out_unit(states[:half], values[:half], states[half:], values[half:])
+        for name, values in text_properties(text).items()
+        if len(set(values[:half].tolist())) > 1 and len(set(values[half:].tolist())) > 1
+    }
+
+
+def unit_titles(units: Mapping[str, ChosenUnit]) -> dict[int, str]:
+    """Returns the titles of a plot of units by their number, or a title of unit 0 if there are none."""
     titles: dict[int, str] = {}
-    for name, values in text_properties(text).items():
-        if values.min() == values.max():
-            continue
-        units, correlations = correlated_units(np.tanh(np.asarray(c)), values)
-        unit = int(units[0])
-        label = f"{name} (correlation {correlations[0]:+.2f})"
+    for name, (unit, chosen, held_out) in units.items():
+        label = f"{name} (correlation {chosen:+.2f} on the half it is chosen by, {held_out:+.2f} on the other)"
         titles[unit] = f"{titles[unit]}, {label}" if unit in titles else f"unit {unit}: {label}"
     return titles or {0: "unit 0"}

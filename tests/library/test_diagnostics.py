@@ -248,6 +248,17 @@ def test_gradient_flow_parts_equal_products_of_dense_jacobians(cell, step):
 
 
 @pytest.mark.slow
+def test_gradient_flow_norms_do_not_underflow():
+    lstm = jaxlstm.LSTM(INPUT, H)
+    params, xs = lstm.init(jax.random.key(0)), jnp.ones((2, INPUT), jnp.float32)
+    small, large = (
+        diagnostics.gradient_flow(lstm, params, xs, lambda ys, scale=scale: scale * ys.sum(), jacobian=None)
+        for scale in (1e-30, 1.0)
+    )
+    np.testing.assert_allclose(small.layers[0].forward.c * 1e30, large.layers[0].forward.c, rtol=1e-5)
+
+
+@pytest.mark.slow
 def test_gradient_flow_along_c_is_the_product_of_forget_gates():
     lstm, params = make_network()
     xs = draw_inputs()
@@ -391,6 +402,20 @@ def test_correlated_units_are_ranked_by_magnitude():
     np.testing.assert_allclose(correlations[0], -1)
     np.testing.assert_allclose(correlations[1], np.corrcoef((signal**3).ravel(), signal.ravel())[0, 1])
     assert correlations[-1] == 0
+
+
+def test_held_out_unit_is_scored_on_other_data():
+    rng = np.random.default_rng(0)
+    signal, test_signal = rng.standard_normal((2, 20))
+    noise, test_noise = rng.standard_normal((2, 20, 500))
+    lucky = diagnostics.held_out_unit(noise, signal, test_noise, test_signal)
+    correlations = [np.corrcoef(noise[:, n], signal)[0, 1] for n in range(500)]
+    assert lucky.unit == np.argmax(np.abs(correlations))
+    assert lucky.chosen == pytest.approx(correlations[lucky.unit])
+    assert lucky.held_out == pytest.approx(np.corrcoef(test_noise[:, lucky.unit], test_signal)[0, 1])
+    assert abs(lucky.held_out) < 0.5 < abs(lucky.chosen)
+    with pytest.raises(ValueError, match="test_values must have 500 units as values, got 3"):
+        diagnostics.held_out_unit(noise, signal, test_noise[:, :3], test_signal)
 
 
 def test_diagnostics_reject_wrong_arguments():

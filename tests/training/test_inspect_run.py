@@ -6,7 +6,7 @@ import pytest
 from training_runs import write_config
 
 from jaxlstm.training.config import Options
-from jaxlstm.training.inspect_run import load_character_model, most_predictive_units, text_properties
+from jaxlstm.training.inspect_run import load_character_model, property_units, text_properties, unit_titles
 from jaxlstm.training.params_file import BEST, save_params
 from jaxlstm.training.tasks.language import build_language_model
 
@@ -21,14 +21,26 @@ def test_text_properties_of_every_character():
     assert properties["position in the word"].tolist() == [0, 1, -1, -1, 0, -1, -1, 0, -1, -1, 0]
 
 
-def test_most_predictive_units_finds_a_planted_unit():
-    c = np.random.default_rng(0).standard_normal((len(TEXT), 3))
-    c[:, 1] = -text_properties(TEXT)["inside quotes"]
-    assert most_predictive_units(c, TEXT)[1].startswith("unit 1: inside quotes (correlation -1.00)")
+def test_text_properties_end_with_the_paragraph():
+    properties = text_properties('a ") ("\n\n)(a "b')
+    assert properties["inside brackets"].tolist() == [0] * 5 + [1] * 4 + [0] + [1] * 5
+    assert properties["inside quotes"].tolist() == [0, 0, 1, 1, 1, 1, 0, 0, 0, 0, 0, 0, 0, 1, 1]
 
 
-def test_most_predictive_units_of_a_text_without_properties_is_unit_0():
-    assert most_predictive_units(np.ones((1, 3)), "a") == {0: "unit 0"}
+def test_property_units_finds_a_planted_unit_and_scores_it_on_the_other_half():
+    text = 'a "b" c (d)' * 2
+    c = np.random.default_rng(0).standard_normal((len(text), 3))
+    c[:, 1] = np.arctanh(-0.5 * text_properties(text)["inside quotes"])
+    c[len(text) // 2 :, 1] *= -1
+    units = property_units(c, text)
+    assert units["inside quotes"].unit == 1
+    assert units["inside quotes"][1:] == pytest.approx((-1, 1))
+    title = "inside quotes (correlation -1.00 on the half it is chosen by, +1.00 on the other)"
+    assert unit_titles({"inside quotes": units["inside quotes"]}) == {1: f"unit 1: {title}"}
+
+
+def test_unit_titles_without_properties_have_unit_0():
+    assert unit_titles(property_units(np.ones((1, 3)), "a")) == {0: "unit 0"}
 
 
 def write_run(run_dir, task="charlm"):
