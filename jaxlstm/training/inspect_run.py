@@ -78,9 +78,12 @@ def property_units(c: Float[ArrayLike, "T H"], text: str) -> dict[str, ChosenUni
 
 
 def unit_titles(units: Mapping[str, ChosenUnit]) -> dict[int, str]:
-    """Returns the titles of a plot of units by their number, or a title of unit 0 if there are none."""
+    """Returns the titles of a plot of units by their number, or a title of unit 0 if there are none.
+
+    They have the correlation on the data of the choice and on held-out data.
+    """
     titles: dict[int, str] = {}
     for name, (unit, chosen, held_out) in units.items():
-        label = f"{name} (correlation {chosen:+.2f} on the half it is chosen by, {held_out:+.2f} on the other)"
+        label = f"{name} (correlation {chosen:+.2f}, held out {held_out:+.2f})"
         titles[unit] = f"{titles[unit]}, {label}" if unit in titles else f"unit {unit}: {label}"
     return titles or {0: "unit 0"}

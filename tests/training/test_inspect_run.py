@@ -35,7 +35,7 @@ def test_property_units_finds_a_planted_unit_and_scores_it_on_the_other_half():
     units = property_units(c, text)
     assert units["inside quotes"].unit == 1
     assert units["inside quotes"][1:] == pytest.approx((-1, 1))
-    title = "inside quotes (correlation -1.00 on the half it is chosen by, +1.00 on the other)"
+    title = "inside quotes (correlation -1.00, held out +1.00)"
     assert unit_titles({"inside quotes": units["inside quotes"]}) == {1: f"unit 1: {title}"}
 
 
