@@ -54,6 +54,7 @@ def gradient_flow(
     resets: Bool[ArrayLike, "T *batch"] | None = None,
     reverse: bool = False,
     jacobian: MatrixNorm | None = "frobenius",
+    static: Float[ArrayLike, "*batch S"] | None = None,
 ) -> GradientFlow:
     """Computes the norms of dL/dh_t, dL/dc_t, of their parts, and of the Jacobian of the final state by state t.
 
@@ -76,13 +77,14 @@ def gradient_flow(
       reverse: as in the call.
       jacobian: ``"frobenius"``, the root of the sum of squares; ``"spectral"``, the largest factor by which a
         perturbation grows; None for no Jacobian.
+      static: as in the call.
 
     Raises:
       ValueError, TypeError: as the call does, and for a sequence without steps or a loss that is not a scalar.
     """
     if jacobian is not None:
         validation.choice("jacobian", jacobian, NORM_ORDERS)
-    args = check_args(lstm, params, xs, state, lengths=lengths, mask=mask, resets=resets)
+    args = check_args(lstm, params, xs, state, lengths=lengths, mask=mask, resets=resets, static=static)
     if jacobian is not None and lstm.residual:
         raise ValueError(f"jacobian={jacobian!r} supports plain stacks only, got {lstm!r}; set jacobian=None")
     reverse = validation.flag("reverse", reverse)
@@ -185,7 +187,7 @@ def _jacobian_norms(lstm: RNN, args: CallArgs, reverse: bool, norm: MatrixNorm) 
 
     def apply_step(state: State, inputs_t: Any) -> State:
         x, mask, resets = jax.tree.map(lambda a: a[None], inputs_t)
-        return lstm(args.params, x, state, mask=mask, resets=resets, reverse=reverse)[1]
+        return lstm(args.params, x, state, mask=mask, resets=resets, reverse=reverse, static=args.static)[1]
 
     def forward_step(state: State, inputs_t: Any) -> tuple[State, State]:
         return apply_step(state, inputs_t), state

@@ -171,7 +171,8 @@ class Options:
     )
     diagnose: int = _option(
         250,
-        "Interval in steps between rows of gate saturation and gradient norms per layer; 0 turns them off.",
+        "Interval in steps between rows of gate saturation and gradient norms per layer; from then on each validation "
+        "also writes gates and gradient flow of a fixed sample to diagnosis.jsonl; 0 turns both off.",
         "non-negative",
     )
     tensorboard: bool = _option(False, "Write the metrics for TensorBoard too.")

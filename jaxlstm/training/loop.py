@@ -19,6 +19,7 @@ from jaxlstm.training.config import CONFIG, Options
 from jaxlstm.training.memory import check_memory, num_bytes
 from jaxlstm.training.metrics import Report, draw_curves, print_line, summary_writer
 from jaxlstm.training.optimizer import learning_rate_schedule, make_optimizer
+from jaxlstm.training.playback import Diagnosis
 from jaxlstm.training.processes import check_same_data, connected_processes
 from jaxlstm.training.profiling import StepProfiler
 from jaxlstm.training.run_directory import RunRecord
@@ -81,6 +82,8 @@ class Trainer:
         """
         with contextlib.ExitStack() as exit_stack:
             self.setup(exit_stack)
+            if self.diagnosis is not None:
+                exit_stack.callback(self.diagnosis.close)
             with self.checkpoints, self.report:
                 self.fit()
             self.finish()
@@ -268,6 +271,7 @@ class Trainer:
             self.record.step,
             tensorboard=options.tensorboard,
         )
+        self.diagnosis = Diagnosis(run_dir, task, self.record.step) if options.diagnose else None
         self.profiler = StepProfiler(run_dir / "profile", options.profile)
 
     def print_start(self) -> None:
@@ -397,12 +401,16 @@ class Trainer:
             record.best_digest = params_file.save_params(self.run_dir / params_file.BEST, params)
         sample = task.sample(params, jax.random.fold_in(self.key, record.step))
         self.report.validation_row(record.step, figures, speed, is_best=is_best, sample=sample)
+        if self.diagnosis is not None and record.step >= self.options.diagnose:
+            self.diagnosis.write(record.step, params)
         self.state = train_step.maybe_start_averaging(self.state, record.valid_losses)
         record.valid_seconds = time.perf_counter() - start
 
     def save(self) -> None:
         """Starts to write a checkpoint of state and record, once the rows that it counts are on disk."""
         self.report.sync()
+        if self.diagnosis is not None:
+            self.diagnosis.sync()
         record = dataclasses.replace(
             self.record, seconds=self.seconds, rows=len(self.report.rows), losses=self.losses_since_row()
         )

@@ -1,7 +1,7 @@
 """The run directory: creation, lock, record of the run in each checkpoint, and the copy for other processes.
 
-Each run writes ``config.json``, ``metrics.jsonl``, ``best.safetensors``, ``checkpoints/``, ``summary.json`` and
-``curves.png`` into it.
+Each run writes ``config.json``, ``metrics.jsonl``, ``diagnosis.jsonl``, ``best.safetensors``, ``checkpoints/``,
+``summary.json`` and ``curves.png`` into it.
 """
 
 import contextlib
@@ -31,6 +31,7 @@ from jaxlstm.training.data import labeled_sequences
 from jaxlstm.training.data.text import DOWNLOADS, EMBEDDED
 from jaxlstm.training.file_lock import file_lock
 from jaxlstm.training.params_file import BEST, check_finite
+from jaxlstm.training.playback import DIAGNOSIS
 from jaxlstm.training.tasks.task import Task
 from jaxlstm.training.train_step import TrainState
 
@@ -157,7 +158,7 @@ def check_paths(run_dir: Path, options: Options) -> None:
     Raises:
       ValueError: names the first path that is of another kind.
     """
-    files = [run_dir / name for name in (config.CONFIG, "metrics.jsonl", BEST, "summary.json", "curves.png")]
+    files = [run_dir / name for name in (config.CONFIG, "metrics.jsonl", DIAGNOSIS, BEST, "summary.json", "curves.png")]
     folders = [run_dir / "checkpoints", *(run_dir / "checkpoints").glob(UNFINISHED)]
     folders += [run_dir / "checkpoints" / str(step) for step in checkpoint_steps(run_dir / "checkpoints")]
     folders += [run_dir / "tensorboard"] if options.tensorboard else []
