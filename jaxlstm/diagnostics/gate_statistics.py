@@ -4,15 +4,17 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 from jaxtyping import Shaped
 
 from jaxlstm import validation
-from jaxlstm.cells import Cell, sigmoid
+from jaxlstm.cells import Cell, sigmoid, tanh
 from jaxlstm.diagnostics.trace import DirectionTrace, PerDirection, Trace
 
 SHUT, OPEN = 0.1, 0.9  # a gate below the first or above the second is saturated (Karpathy, Johnson & Fei-Fei 2015)
+ALMOST_ALWAYS = 0.99  # fraction of the steps
 INACTIVE = 0.01  # a unit is dead if |output| never exceeds this, frozen if its cell state has a smaller deviation
 
 
@@ -24,6 +26,8 @@ class UnitStatistics(NamedTuple):
     open: dict[str, np.ndarray]  # (H,) by gate, fraction of the steps at which the gate is above 0.9
     dead: np.ndarray  # (H,) bool: the magnitude of the output never exceeds 0.01
     frozen: np.ndarray | None  # (H,) bool: the standard deviation of the cell state is below 0.01; None without c
+    saturated: dict[str, np.ndarray]  # (H,) bool by gate: shut, or open, at more than 99% of the steps; of a vanilla
+    # network with tanh "output": the magnitude of the output is above 0.9 as often
 
 
 class GateStatistics(NamedTuple):
@@ -136,12 +140,19 @@ def _unit_statistics(cell: Cell, values: DirectionTrace, step_mask: np.ndarray) 
         with np.errstate(divide="ignore"):  # a mean of 0 or 1
             time_constant = 1 / np.abs(np.log(gates[cell.forget_gate].mean(0)))
     c = cell.states_by_name(values.c).get("c")
+    outputs = np.abs(np.asarray(values.cell_output)[step_mask])
+    shut = {name: (a < SHUT).mean(0) for name, a in gates.items()}
+    opened = {name: (a > OPEN).mean(0) for name, a in gates.items()}
+    saturated = {name: (shut[name] > ALMOST_ALWAYS) | (opened[name] > ALMOST_ALWAYS) for name in gates}
+    if cell.num_gates == 1 and set(cell.activations.values()) <= {tanh, jnp.tanh}:
+        saturated["output"] = (outputs > OPEN).mean(0) > ALMOST_ALWAYS
     return UnitStatistics(
         time_constant,
-        shut={name: (a < SHUT).mean(0) for name, a in gates.items()},
-        open={name: (a > OPEN).mean(0) for name, a in gates.items()},
-        dead=np.abs(np.asarray(values.cell_output)[step_mask]).max(0) <= INACTIVE,
+        shut,
+        opened,
+        dead=outputs.max(0) <= INACTIVE,
         frozen=None if c is None else np.asarray(c, np.float64)[step_mask].std(0) < INACTIVE,
+        saturated=saturated,
     )
 
 
@@ -164,11 +175,12 @@ def _describe(units: UnitStatistics, longest: int) -> Iterator[str]:
     for name, shut in units.shut.items():
         opened = units.open[name]
         yield f"gate {name}: shut at {shut.mean():.0%} of the steps, open at {opened.mean():.0%}"
-        saturated = int(((shut > 0.99) | (opened > 0.99)).sum())
-        if saturated > total / 4:
+    for name, is_saturated in units.saturated.items():
+        count = int(is_saturated.sum())
+        if count > total / 4:
             yield (
-                f"  {saturated} of {total} units are saturated at almost every step, where the sigmoid has almost no"
-                " gradient. A lower learning rate, layer_norm or smaller inputs prevent saturation."
+                f"  {name}: {count} of {total} units are saturated at almost every step, where the activation has"
+                " almost no gradient. A lower learning rate, layer_norm or smaller inputs prevent saturation."
             )
     inactive = [(units.dead, "dead: the output never exceeds 0.01")]
     if units.frozen is not None:

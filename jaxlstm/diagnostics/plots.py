@@ -9,6 +9,8 @@ from jax.typing import ArrayLike
 from jaxtyping import Float
 
 from jaxlstm.cells import Cell
+from jaxlstm.diagnostics.dynamics import FixedPoints
+from jaxlstm.diagnostics.effective_memory import EffectiveMemory
 from jaxlstm.diagnostics.trace import DirectionTrace, sort_gates
 from jaxlstm.errors import optional_package
 from jaxlstm.params import Params, Weights
@@ -161,16 +163,63 @@ def draw_eigenvalues(lstm: RNN, params: Params, *, layer: int = 0, direction: in
     matrices = _recurrent_matrices(lstm.resolved_cell, params.layers[layer].directions[direction])
     figure = _new_figure(2.6 * len(matrices) + 0.4, 3.0)
     figure.set_layout_engine("compressed")  # for panels of equal aspect; otherwise their titles are cut
-    angles = np.linspace(0, 2 * np.pi, 200)
     panels = figure.subplots(1, len(matrices), squeeze=False, sharex=True, sharey=True)[0]
     for axes, (name, matrix) in zip(panels, matrices.items()):
         values = np.linalg.eigvals(matrix)
-        axes.plot(np.cos(angles), np.sin(angles), color="0.6", linewidth=0.8)
-        axes.scatter(np.real(values), np.imag(values), s=8, color=LINES[2][0], alpha=0.7, linewidths=0)
-        axes.set(xlabel="real", aspect="equal")
+        _draw_spectrum(axes, values)
         axes.set_title(f"{name}: largest {np.abs(values).max():.2f}", fontsize=9)
     figure.supylabel("imaginary", fontsize=10)
     return figure
+
+
+def draw_fixed_points(points: FixedPoints) -> "Figure":
+    """Draws the eigenvalues of the Jacobian at each fixed point in the complex plane, with the unit circle.
+
+    A state near the point returns to it along modes inside the circle and leaves it along modes outside.
+
+    Args:
+      points: of N starts; a panel each.
+
+    Raises:
+      ImportError: without matplotlib.
+    """
+    figure = _new_figure(2.6 * len(points.eigenvalues) + 0.4, 3.0)
+    figure.set_layout_engine("compressed")
+    panels = figure.subplots(1, len(points.eigenvalues), squeeze=False, sharex=True, sharey=True)[0]
+    for n, (axes, values) in enumerate(zip(panels, points.eigenvalues)):
+        _draw_spectrum(axes, values)
+        axes.set_title(f"start {n}: speed {float(points.speed[n]):.0e}\nlargest {np.abs(values).max():.2f}", fontsize=9)
+    figure.supylabel("imaginary", fontsize=10)
+    return figure
+
+
+def draw_effective_memory(memories: Mapping[str, EffectiveMemory]) -> "Figure":
+    """Draws the change of the last output over the number of last steps that are kept, on log scales.
+
+    Args:
+      memories: results by the label of the line.
+
+    Raises:
+      ImportError: without matplotlib.
+    """
+    figure = _new_figure(5.0, 3.4)
+    axes = figure.subplots()
+    for (color, style), (name, memory) in zip(cycle(LINES), memories.items()):
+        change = np.where(memory.change > 0, memory.change, np.nan)
+        axes.loglog(memory.spans, change, style, color=color, marker=".", label=literal(name))
+        axes.axhline(memory.threshold, color="0.4", linewidth=0.8)
+    axes.set(xlabel="last steps that are kept", ylabel="relative change of the output")
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8)
+    return figure
+
+
+def _draw_spectrum(axes: "Axes", eigenvalues: np.ndarray) -> None:
+    """Draws eigenvalues in the complex plane, with the unit circle."""
+    angles = np.linspace(0, 2 * np.pi, 200)
+    axes.plot(np.cos(angles), np.sin(angles), color="0.6", linewidth=0.8)
+    axes.scatter(np.real(eigenvalues), np.imag(eigenvalues), s=8, color=LINES[2][0], alpha=0.7, linewidths=0)
+    axes.set(xlabel="real", aspect="equal")
 
 
 def _new_figure(width: float, height: float) -> "Figure":

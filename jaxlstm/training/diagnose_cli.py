@@ -8,14 +8,15 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import jax
+import numpy as np
 import tyro
 from rich.console import Console
 from rich.progress import Progress
 
-from jaxlstm.diagnostics import gate_statistics, plots, trace
+from jaxlstm.diagnostics import gate_statistics, gradient_advice, plots, trace
 from jaxlstm.training import cli, inspect_run, vanishing_gradient, vanishing_plots
 from jaxlstm.training.cli import help_text
-from jaxlstm.training.config import check_limit, check_seed
+from jaxlstm.training.config import check_limit, check_seed, load_config
 from jaxlstm.training.memory import check_memory
 from jaxlstm.training.metrics import print_line
 
@@ -116,6 +117,10 @@ class Inspect:
         for name, figure in figures.items():
             figure.savefig(folder / f"{name}.png", dpi=150)
         print_line(console, gate_statistics(traced).report)
+        norms = inspect_run.recorded_gradient_norms(self.run_dir)
+        if np.isfinite(norms).any():
+            clip = load_config(self.run_dir, "RUN_DIR")[0].clip
+            print_line(console, gradient_advice(norms, clip=clip).report)
         print_line(console, f"{folder}: {', '.join(f'{name}.png' for name in figures)}")
 
 

@@ -13,6 +13,7 @@ from jaxlstm.diagnostics.gate_statistics import ChosenUnit, held_out_unit
 from jaxlstm.training import params_file
 from jaxlstm.training.config import load_config
 from jaxlstm.training.data.text import CharVocabulary
+from jaxlstm.training.metrics import parse_row
 from jaxlstm.training.models.language_model import LanguageModel, LanguageModelParams
 from jaxlstm.training.tasks.language import build_language_model
 
@@ -32,6 +33,21 @@ def load_character_model(run_dir: Path, text: str) -> tuple[LanguageModel, Langu
     vocabulary = CharVocabulary(config["vocabulary"])
     model = build_language_model(options, len(vocabulary))
     return model, params_file.load_params(run_dir / params_file.BEST, model.init), vocabulary.encode(text)
+
+
+def recorded_gradient_norms(run_dir: Path) -> np.ndarray:
+    """Returns the global gradient norms before clipping that a run recorded in ``metrics.jsonl``, ``(N,)``.
+
+    The norm of a row is NaN if the gradient was not finite.
+    """
+    path = run_dir / "metrics.jsonl"
+    rows = [parse_row(line) for line in path.read_bytes().split(b"\n")] if path.exists() else []
+    norms = []
+    for row in rows:
+        if row is not None and row["split"] == "diagnosis":
+            parts = [value for name, value in row.items() if name.startswith("gradient.")]
+            norms.append(np.linalg.norm([np.nan if value is None else value for value in parts]))
+    return np.array(norms)
 
 
 def text_properties(text: str) -> dict[str, np.ndarray]:

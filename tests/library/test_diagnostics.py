@@ -369,6 +369,7 @@ def test_gate_statistics_of_known_values():
     assert "g" not in units.open
     np.testing.assert_array_equal(units.dead, [False, True, False])
     np.testing.assert_array_equal(units.frozen, [False, False, True])
+    np.testing.assert_array_equal(units.saturated["f"], [False, False, True])
     assert "layer 0: 3 units, 2 steps" in statistics.report
     assert "gate f: shut at 17% of the steps, open at 50%" in statistics.report
     assert "1 of 3 units are dead" in statistics.report
@@ -391,6 +392,17 @@ def test_gate_statistics_of_a_cell_without_gates():
     statistics = diagnostics.gate_statistics(diagnostics.trace(lstm, params, draw_inputs(B)))
     assert statistics.layers[0].backward.time_constant is statistics.layers[0].backward.frozen is None
     assert "layer 0, backward" in statistics.report
+
+
+def test_gate_statistics_of_a_saturated_vanilla_network():
+    h = np.array([[0.95, 0.5], [-0.99, 0.95]])
+    values = diagnostics.DirectionTrace({}, None, h, h)
+    trace = diagnostics.Trace((diagnostics.PerDirection(values),), np.ones(2, bool), h, None, cells.RNN["tanh"])
+    statistics = diagnostics.gate_statistics(trace)
+    np.testing.assert_array_equal(statistics.layers[0].forward.saturated["output"], [True, False])
+    assert "output: 1 of 2 units are saturated" in statistics.report
+    relu = diagnostics.gate_statistics(trace._replace(cell=cells.RNN["relu"]))
+    assert relu.layers[0].forward.saturated == {}
 
 
 def test_correlated_units_are_ranked_by_magnitude():

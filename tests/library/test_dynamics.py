@@ -122,6 +122,21 @@ def test_effective_memory_of_a_known_decay():
     assert memory._replace(threshold=1e-9).steps is None
 
 
+def test_draw_fixed_points_and_effective_memory_draw_their_numbers():
+    eigenvalues = np.array([[0.5 + 0.5j, 0.1], [2.0, -0.3j]])
+    points = diagnostics.FixedPoints(jaxlstm.State(jnp.zeros((1, 2, 2)), None), jnp.zeros(2), jnp.eye(2), eigenvalues)
+    figure = diagnostics.plots.draw_fixed_points(points)
+    for axes, values in zip(figure.axes, eigenvalues):
+        np.testing.assert_allclose(axes.collections[0].get_offsets() @ [1, 1j], values)
+    assert "largest 2.00" in figure.axes[1].get_title()
+    memory = diagnostics.EffectiveMemory(np.array([1, 2, 4]), np.array([0.5, 0.1, 0.0]), 0.2)
+    (axes,) = diagnostics.plots.draw_effective_memory({"a": memory}).axes
+    np.testing.assert_array_equal(axes.lines[0].get_xdata(), [1, 2, 4])
+    np.testing.assert_array_equal(axes.lines[0].get_ydata(), [0.5, 0.1, np.nan])
+    assert axes.lines[1].get_ydata()[0] == 0.2
+
+
+@pytest.mark.slow
 def test_dynamics_reject_wrong_arguments():
     lstm, params = make_network("lstm")
     both = jaxlstm.LSTM(2, H, bidirectional=True, param_dtype=jnp.float64)

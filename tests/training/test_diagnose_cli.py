@@ -30,10 +30,19 @@ def trained_run(tmp_path):
 @pytest.mark.slow
 def test_inspect_writes_figures_and_prints_the_report(trained_run, tmp_path, capsys):
     text = 'abc (ab)\n"c" a'
+    (trained_run / "metrics.jsonl").write_text(
+        '{"step": 1, "split": "diagnosis", "gradient.a": 3.0, "gradient.b": 4.0, "gates.x": 9.0}\n'
+        '{"step": 2, "split": "diagnosis", "gradient.a": null, "gradient.b": 4.0}\n'
+        '{"step": 2, "split": "train", "loss": 4.0}\n'
+    )
+    np.testing.assert_equal(inspect_run.recorded_gradient_norms(trained_run), [5, np.nan])
     out = tmp_path / "pictures"
     Inspect(trained_run, text, layer=1, out=out).run(Console())
     assert {path.name for path in out.iterdir()} == {"gates.png", "eigenvalues.png", "cell_states.png"}
-    assert f"layer 1: 8 units, {len(text)} steps" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert f"layer 1: 8 units, {len(text)} steps" in printed
+    assert "gradient norms of 1 steps: 0.1: 5" in printed
+    assert "1 of 2 gradients are not finite" in printed
     model, params, ids = inspect_run.load_character_model(trained_run, text)
     assert ids.tolist() == ['\n "()abc'.index(character) for character in text]
     jax.tree.map(np.testing.assert_array_equal, params, model.init(jax.random.key(0)))
