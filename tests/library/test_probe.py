@@ -6,7 +6,7 @@ import pytest
 from jaxlstm import diagnostics
 from jaxlstm.diagnostics import ProbeData
 
-RIDGE = 0.5
+RIDGE = 300.0  # changes the answers
 
 
 def draw_data(rng, size, num_types=40, features=30):
@@ -39,6 +39,7 @@ def test_probe_equals_ridge_regression_on_both_tasks():
     control = [np.array([random_labels[name] for name in data.types]) for data in (train, test)]
     assert result.control == accuracy_by_least_squares(train, test, *control)
     assert result.selectivity == result.task - result.control > 0.2
+    assert diagnostics.probe(train, test, seed=3) != result  # the default is another ridge
     assert result.majority == (test.labels == np.bincount(train.labels).argmax()).mean()
 
 
