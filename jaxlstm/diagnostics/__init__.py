@@ -9,6 +9,7 @@ from jaxlstm.diagnostics.dynamics import fixed_points as fixed_points
 from jaxlstm.diagnostics.dynamics import lyapunov_exponents as lyapunov_exponents
 from jaxlstm.diagnostics.effective_memory import EffectiveMemory as EffectiveMemory
 from jaxlstm.diagnostics.effective_memory import effective_memory as effective_memory
+from jaxlstm.diagnostics.explorer import explore as explore
 from jaxlstm.diagnostics.gate_statistics import ChosenUnit as ChosenUnit
 from jaxlstm.diagnostics.gate_statistics import GateStatistics as GateStatistics
 from jaxlstm.diagnostics.gate_statistics import UnitStatistics as UnitStatistics

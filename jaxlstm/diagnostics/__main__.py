@@ -1,4 +1,4 @@
-"""The commands ``jaxlstm inspect`` and ``jaxlstm vanishing`` as ``python -m jaxlstm.diagnostics``."""
+"""The commands ``jaxlstm inspect``, ``explore`` and ``vanishing`` as ``python -m jaxlstm.diagnostics``."""
 
 import sys
 

@@ -14,6 +14,10 @@ COMMANDS = {
     "train": ("jaxlstm.training.cli:train_main", "train a recurrent network, by default on real text"),
     "sample": ("jaxlstm.training.cli:sample_main", "write text with a trained language model"),
     "inspect": ("jaxlstm.training.diagnose_cli:inspect_main", "draw gates and cell states of a trained model"),
+    "explore": (
+        "jaxlstm.training.diagnose_cli:explore_main",
+        "write a page that shows a trained model at work on a text",
+    ),
     "vanishing": ("jaxlstm.training.diagnose_cli:vanishing_main", "compare gradients through time of RNN and LSTM"),
 }
 HELP = "\n".join(

@@ -1,4 +1,4 @@
-"""The commands ``inspect`` and ``vanishing``: figures of a trained network, and of gradients through time."""
+"""The commands ``inspect``, ``explore`` and ``vanishing``: views of trained networks and of gradients through time."""
 
 import time
 from collections.abc import Callable, Sequence
@@ -13,10 +13,12 @@ import tyro
 from rich.console import Console
 from rich.progress import Progress
 
-from jaxlstm.diagnostics import gate_statistics, gradient_advice, plots, trace
+from jaxlstm.atomic_write import atomic_write
+from jaxlstm.diagnostics import explore, gate_statistics, gradient_advice, plots, trace
 from jaxlstm.training import cli, inspect_run, vanishing_gradient, vanishing_plots
 from jaxlstm.training.cli import help_text
 from jaxlstm.training.config import check_limit, check_seed, load_config
+from jaxlstm.training.data.text import read_text
 from jaxlstm.training.memory import check_memory
 from jaxlstm.training.metrics import print_line
 
@@ -24,8 +26,10 @@ DESCRIPTION = """Look inside recurrent networks.
 
 {prog} vanishing                          why an LSTM learns over long spans, in one figure
 {prog} inspect runs/NAME --text "..."     the gates of a trained network
+{prog} explore runs/NAME --text FILE      a page with its units, predictions and gradients
 """
 SHOWN_CHARACTERS = 120  # in the figure of the gates
+EXPLORED_CHARACTERS = 2000  # in the page of `Explore`
 
 
 @dataclass(frozen=True)
@@ -55,7 +59,7 @@ class Vanishing:
 
     def run(self, console: Console) -> None:
         """Trains the networks, draws the figure and prints its numbers."""
-        out = check_new_figure(self.out)
+        out = check_new_file(self.out, ".png", ".pdf", ".svg")
         recurrent_weights, outputs = 4 * self.hidden**2, self.steps * self.batch * self.hidden
         check_memory(4 * (recurrent_weights + outputs), "--hidden, --steps or --batch")
         results = {}
@@ -124,16 +128,55 @@ class Inspect:
         print_line(console, f"{folder}: {', '.join(f'{name}.png' for name in figures)}")
 
 
-def check_new_figure(path: Path) -> Path:
-    """Returns the path of a figure, if it can be written without replacing a file.
+@dataclass(frozen=True)
+class Explore:
+    """Write a page that shows the units, predictions and gradients of a trained character model over a text."""
+
+    run_dir: Annotated[Path, tyro.conf.Positional]
+    """Run directory."""
+    text: Path
+    """Text file in UTF-8; the page shows its first 2,000 characters."""
+    layer: int = 0
+    """Layer, from 0."""
+    out: Path = Path("explorer.html")
+    """File of the page, ending in .html."""
+
+    def run(self, console: Console) -> None:
+        """Traces the network and writes the page."""
+        out = check_new_file(self.out, ".html")
+        text = read_text(self.text)[: EXPLORED_CHARACTERS + 1]  # the last one is predicted only
+        model, params, ids = inspect_run.load_character_model(self.run_dir, text)
+        if len(text) < 2:
+            raise ValueError(f"--text {self.text} must have at least two characters: each predicts the next one")
+        page = explore(
+            model.lstm,
+            params.lstm,
+            params.embedding[ids[:-1]],
+            labels=text[:-1],
+            layer=self.layer,
+            logits=partial(model.logits, params),
+            targets=ids[1:],
+            classes=list(load_config(self.run_dir, "RUN_DIR")[1]["vocabulary"]),
+            properties=inspect_run.text_properties(text[:-1]),
+            title=f"{self.run_dir.name}: {self.text.name}",
+        )
+        with atomic_write(out, overwrite=False) as file:
+            file.write(page.encode())
+        print_line(console, f"{out}: {len(text) - 1:,} characters")
+
+
+def check_new_file(path: Path, *endings: str) -> Path:
+    """Returns the path of a new file, if it can be written without replacing one.
 
     Raises:
       ValueError: if it exists, has another ending, or its folder does not exist.
     """
     if path.exists():
-        raise ValueError(f"--out {path} exists; a picture never replaces another file")
-    if path.suffix.lower() not in (".png", ".pdf", ".svg"):
-        raise ValueError(f"--out must end in .png, .pdf or .svg, got {path}")
+        raise ValueError(f"--out {path} exists; the command never replaces a file")
+    if path.suffix.lower() not in endings:
+        *others, last = endings
+        expected = f"{', '.join(others)} or {last}" if others else last
+        raise ValueError(f"--out must end in {expected}, got {path}")
     if not path.parent.is_dir():
         raise ValueError(f"--out {path}: its folder does not exist")
     return path
@@ -144,6 +187,11 @@ def inspect_main(arguments: Sequence[str], prog: str = "jaxlstm inspect") -> Non
     _run(prog, partial(tyro.cli, Inspect, prog=prog, args=list(arguments)))
 
 
+def explore_main(arguments: Sequence[str], prog: str = "jaxlstm explore") -> None:
+    """Runs the command ``jaxlstm explore``."""
+    _run(prog, partial(tyro.cli, Explore, prog=prog, args=list(arguments)))
+
+
 def vanishing_main(arguments: Sequence[str], prog: str = "jaxlstm vanishing") -> None:
     """Runs the command ``jaxlstm vanishing``."""
     _run(prog, partial(tyro.cli, Vanishing, prog=prog, args=list(arguments)))
@@ -151,7 +199,7 @@ def vanishing_main(arguments: Sequence[str], prog: str = "jaxlstm vanishing") ->
 
 def main(arguments: Sequence[str], prog: str = "python -m jaxlstm.diagnostics") -> None:
     """Runs ``python -m jaxlstm.diagnostics``, whose first argument is the command."""
-    commands: dict[str, Any] = {"vanishing": Vanishing, "inspect": Inspect}
+    commands: dict[str, Any] = {"vanishing": Vanishing, "inspect": Inspect, "explore": Explore}
     description = help_text(DESCRIPTION.format(prog=prog))
     parse = partial(
         tyro.extras.subcommand_cli_from_dict, commands, prog=prog, description=description, args=list(arguments)

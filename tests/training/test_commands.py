@@ -27,13 +27,13 @@ def run_jaxlstm(monkeypatch, capsys, *arguments, fails=False):
 def test_jaxlstm_without_arguments_prints_help(monkeypatch, capsys):
     printed = run_jaxlstm(monkeypatch, capsys)
     assert printed == run_jaxlstm(monkeypatch, capsys, "--help")
-    for name in ("train", "sample", "inspect", "vanishing"):
+    for name in ("train", "sample", "inspect", "explore", "vanishing"):
         assert f"\n  {name} " in printed
 
 
 def test_jaxlstm_names_an_unknown_command(monkeypatch, capsys):
     printed = run_jaxlstm(monkeypatch, capsys, "fit", fails=True)
-    assert printed == "jaxlstm: no command 'fit', expected one of train, sample, inspect, vanishing"
+    assert printed == "jaxlstm: no command 'fit', expected one of train, sample, inspect, explore, vanishing"
 
 
 @pytest.mark.parametrize("name", commands.COMMANDS)

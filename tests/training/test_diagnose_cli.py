@@ -1,5 +1,7 @@
-"""The commands ``inspect`` and ``vanishing``."""
+"""The commands ``inspect``, ``explore`` and ``vanishing``."""
 
+import json
+import re
 import subprocess
 import sys
 
@@ -10,7 +12,7 @@ from rich.console import Console
 from training_runs import write_config
 
 from jaxlstm.training import cli, config, inspect_run, params_file
-from jaxlstm.training.diagnose_cli import Inspect, main
+from jaxlstm.training.diagnose_cli import Explore, Inspect, main
 from jaxlstm.training.tasks import language
 
 
@@ -76,6 +78,42 @@ def test_inspect_errors_are_one_clear_line(trained_run, tmp_path, capsys, monkey
     assert "expected a run of --task charlm" in error_of(run, "--text", "a")
 
 
+@pytest.mark.slow
+def test_explore_writes_a_page_about_the_text(trained_run, tmp_path, capsys):
+    text = 'abc (ab)\n"c" a'
+    (tmp_path / "text.txt").write_text(text, encoding="utf-8")
+    Explore(trained_run, tmp_path / "text.txt", layer=1, out=tmp_path / "page.html").run(Console(width=500))
+    assert f"page.html: {len(text) - 1} characters" in capsys.readouterr().out
+    page = (tmp_path / "page.html").read_text(encoding="utf-8")
+    header = json.loads(re.search(r'id="header">(.*?)</script>', page)[1])
+    assert header["labels"] == list(text[:-1])
+    assert header["layer"] == 1
+    assert header["classes"] == list('\n "()abc')
+    assert header["title"] == "run: text.txt"
+    assert header["arrays"]["gradients"] == ["float16", [len(text) - 1, 64]]
+    assert "property inside quotes" in header["arrays"]
+
+
+def test_explore_errors_are_one_clear_line(trained_run, tmp_path, monkeypatch):
+    monkeypatch.setattr(cli, "set_up_process", lambda: None)
+
+    def error_of(text, out="page.html"):
+        (tmp_path / "text.txt").write_text(text, encoding="utf-8")
+        with pytest.raises(SystemExit) as stop:
+            main(["explore", str(trained_run), "--text", str(tmp_path / "text.txt"), "--out", str(tmp_path / out)])
+        assert "\n" not in str(stop.value)
+        return str(stop.value)
+
+    (tmp_path / "old.html").touch()
+    assert "old.html exists; the command never replaces a file" in error_of("ab", "old.html")
+    assert "--out must end in .html, got" in error_of("ab", "page.png")
+    assert "must have at least two characters" in error_of("a")
+    assert "not in the vocabulary of 8 characters: 'z'" in error_of("az")
+    write_config(trained_run, config.Options(task="digits"))
+    assert "is a run of --task digits; expected a run of --task charlm" in error_of("ab")
+    assert not (tmp_path / "page.html").exists()
+
+
 def command(*arguments):
     run = subprocess.run(
         [sys.executable, "-m", "jaxlstm.diagnostics", *map(str, arguments)], capture_output=True, text=True
@@ -93,4 +131,4 @@ def test_vanishing_writes_the_figure_and_prints_the_summary(tmp_path):
     assert (tmp_path / "v.png").read_bytes().startswith(b"\x89PNG")
     again = command("vanishing", "--out", tmp_path / "v.png")
     assert again.returncode != 0
-    assert "exists; a picture never replaces another file" in again.stderr
+    assert "exists; the command never replaces a file" in again.stderr

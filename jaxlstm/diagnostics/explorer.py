@@ -1,0 +1,264 @@
+"""Writes an interactive page about a traced network: units over time, predictions, and gradients through time."""
+
+import base64
+import html
+import json
+import zlib
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from importlib import resources
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array, lax
+from jax.typing import ArrayLike
+from jaxtyping import Float, Int, Shaped
+
+from jaxlstm.cells import Cell
+from jaxlstm.diagnostics.gate_statistics import sigmoid_gates
+from jaxlstm.diagnostics.trace import DirectionTrace, Trace, trace
+from jaxlstm.params import Params
+from jaxlstm.rnn import RNN
+
+MAX_BYTES = 5_000_000  # of a page
+LEVELS = (254, 126, 62, 30, 14)  # steps of the quantization, the first that fits; even, so that zero stays zero
+GRADIENT_STEPS = 64  # gradients reach this far back
+NUM_PREDICTIONS = 8  # most probable classes shown at each step
+NAMES = {
+    "i": "input gate i",
+    "f": "forget gate f",
+    "g": "candidate g",
+    "o": "output gate o",
+    "c": "cell state c",
+    "h": "hidden state h",
+}
+
+
+def explore(
+    lstm: RNN,
+    params: Params,
+    xs: Float[ArrayLike, "T I"],
+    *,
+    labels: Sequence[str] | None = None,
+    layer: int = 0,
+    logits: Callable[[Array], Array] | None = None,
+    targets: Int[ArrayLike, " T"] | None = None,
+    classes: Sequence[str] | None = None,
+    properties: Mapping[str, Shaped[ArrayLike, " T"]] | None = None,
+    title: str = "Explorer",
+) -> str:
+    """Returns an HTML page that shows the gates and states of one layer at every step.
+
+    The page is one file without references to others; any current browser opens it. It has a heat map of all units,
+    the labels shaded by a unit, and a search for the steps at which the units of a selected range are active again
+    (Strobelt et al. 2018). Units are ordered by index, by the time constant -1 / mean(ln f), by their correlation with
+    a property, or by clusters. Values are rounded to 255 levels, or to fewer (at least 15) if the page would exceed
+    5 MB.
+
+    With ``logits`` and ``targets`` it also shows the most probable classes, the loss of every step in nats, and the
+    norm of its gradient with respect to the state (h and c of all layers) after each of the 64 steps before, as
+    float16. A bidirectional network has no such gradient in its page; its backward units follow the forward ones.
+
+    Args:
+      lstm: the network.
+      params: from ``lstm.init``.
+      xs: inputs of one sequence, with T at least 1.
+      labels: T texts, for example the characters; the numbers of the steps by default.
+      layer: the layer to show, from 0.
+      logits: from outputs ``(T, D*P)`` to the logits ``(T, V)`` of a prediction at each step.
+      targets: the class that each prediction is compared with.
+      classes: V names of the classes; their numbers by default.
+      properties: numbers per step that units may track, by name.
+      title: title of the page.
+
+    Raises:
+      ValueError, TypeError: as the call of the network does, and for batch axes, a layer that does not exist,
+        ``logits`` without ``targets``, arrays of other lengths, values that are not finite, or too many values.
+    """
+    traced = trace(lstm, params, xs)
+    shape = traced.step_mask.shape
+    if len(shape) != 1:
+        raise ValueError(f"xs must be one sequence (T, I) without batch axes, got shape {list(np.shape(xs))}")
+    if not 0 <= layer < lstm.num_layers:
+        raise ValueError(f"layer must be one of 0 to {lstm.num_layers - 1}, got {layer}")
+    if (logits is None) != (targets is None):
+        raise ValueError("logits and targets belong together: give both or neither")
+    labels = [str(t) for t in range(shape[0])] if labels is None else list(labels)
+    tracked = {name: np.asarray(values, np.float32) for name, values in (properties or {}).items()}
+    for name, length in (("labels", len(labels)), *((name, len(values)) for name, values in tracked.items())):
+        if length != shape[0]:
+            raise ValueError(f"{name} must have one entry per step of xs, {shape[0]}, got {length}")
+    units = _unit_values(traced, layer)
+    arrays: dict[str, np.ndarray] = {"clusters": cluster_order(units["c" if "c" in units else [*units][-1]])}
+    header: dict[str, Any] = {
+        "title": title,
+        "layer": layer,
+        "labels": labels,
+        "values": {name: NAMES.get(name, name) for name in units},
+    }
+    if traced.cell.forget_gate in set(units) & set(sigmoid_gates(traced.cell)):
+        arrays["timeConstants"] = _time_constants(units[traced.cell.forget_gate])
+    if logits is not None:
+        targets = jnp.asarray(targets)
+        if targets.shape != shape:
+            raise ValueError(f"targets must have one entry per step of xs, {shape[0]}, got shape {list(targets.shape)}")
+        log_probabilities = np.asarray(jax.nn.log_softmax(logits(traced.ys)), np.float32)
+        header["classes"] = list(classes or map(str, range(log_probabilities.shape[-1])))
+        arrays |= _predictions(log_probabilities, np.asarray(targets))
+        tracked["surprise"] = arrays["surprise"]
+        if not lstm.bidirectional:
+            norms = np.asarray(loss_gradients(lstm, params, jnp.asarray(xs), targets, logits, GRADIENT_STEPS))
+            scale = float(norms.max()) or 1.0
+            arrays["gradients"] = (norms / scale).astype(np.float16)
+            header["gradientScale"] = scale
+    arrays |= {f"property {name}": values for name, values in tracked.items()}
+    for name, values in (units | arrays).items():
+        if name != "timeConstants" and not np.isfinite(values).all():  # a unit that never forgets is infinite
+            raise ValueError(f"the page needs finite numbers, but {name} has values that are not")
+    for levels in LEVELS:
+        quantized = _quantize(traced.cell, units, levels)
+        page = _page(header | {"levels": levels}, quantized | arrays)
+        if len(page.encode()) <= MAX_BYTES:
+            return page
+    size = f"{shape[0]} steps of {units['h'].shape[1] if 'h' in units else lstm.hidden_size} units"
+    raise ValueError(f"a page holds {MAX_BYTES:,} bytes, too few for {size}; give fewer steps")
+
+
+def _unit_values(traced: Trace, layer: int) -> dict[str, np.ndarray]:
+    """Returns gates, cell states and outputs of a layer by name, ``(T, D*H)`` each."""
+
+    def by_name(values: DirectionTrace) -> dict[str, Array]:
+        # A projected h has no value per unit.
+        h = {"h": values.h} if values.h.shape == values.cell_output.shape else {"output": values.cell_output}
+        return values.gates | traced.cell.states_by_name(values.c) | h
+
+    directions = [by_name(values) for values in traced.layers[layer].directions]
+    return {
+        name: np.concatenate([np.asarray(each[name], np.float32) for each in directions], 1) for name in directions[0]
+    }
+
+
+def _time_constants(f: np.ndarray) -> np.ndarray:
+    """Returns -1 / mean(ln f) of each unit, the steps in which c decays to 1/e on average; infinite if f stays 1."""
+    with np.errstate(divide="ignore"):
+        return (1 / -np.log(np.maximum(f, np.finfo(np.float32).tiny)).mean(0, dtype=np.float64)).astype(np.float32)
+
+
+def cluster_order(values: Shaped[np.ndarray, "T H"]) -> np.ndarray:
+    """Returns the units in the order of their clusters: average linkage by the magnitude of Pearson's correlation."""
+    centered = values - values.mean(0, dtype=np.float64)
+    norms = np.linalg.norm(centered, axis=0)
+    centered /= np.where(norms > 0, norms, 1)
+    similarity = np.abs(centered.T @ centered)
+    np.fill_diagonal(similarity, -1)
+    members = [[n] for n in range(len(similarity))]
+    for _ in range(len(members) - 1):
+        a, b = sorted(map(int, np.unravel_index(similarity.argmax(), similarity.shape)))
+        sizes = len(members[a]), len(members[b])
+        merged = np.average(similarity[[a, b]], axis=0, weights=sizes)
+        merged[similarity[a] == -2] = -2
+        similarity[a] = similarity[:, a] = merged
+        similarity[a, a] = -1
+        similarity[b] = similarity[:, b] = -2  # merged into a
+        members[a] += members[b]
+    return np.array(members[0], np.uint16)
+
+
+def _predictions(log_probabilities: np.ndarray, targets: np.ndarray) -> dict[str, np.ndarray]:
+    """Returns the most probable classes of each step, their probabilities, the targets and their surprise in nats."""
+    top = np.argsort(-log_probabilities, axis=-1, kind="stable")[:, :NUM_PREDICTIONS]
+    return {
+        "targets": targets.astype(np.uint16),
+        "surprise": -np.take_along_axis(log_probabilities, targets[:, None], -1)[:, 0],
+        "topClasses": top.astype(np.uint16),
+        "topProbabilities": np.exp(np.take_along_axis(log_probabilities, top, -1)),
+    }
+
+
+@partial(jax.jit, static_argnames=("lstm", "logits", "num_steps"))
+def loss_gradients(
+    lstm: RNN,
+    params: Params,
+    xs: Float[Array, "T I"],
+    targets: Int[Array, " T"],
+    logits: Callable[[Array], Array],
+    num_steps: int,
+) -> Float[Array, "T K"]:
+    """Computes norms of the gradient of every step's cross-entropy with respect to the states before it.
+
+    All steps are one batch: a backward pass through one step propagates the gradients of all losses by one step, so
+    that K passes give all numbers.
+
+    Args:
+      lstm: the network, in one direction.
+      params: its parameters.
+      xs: inputs.
+      targets: classes.
+      logits: from outputs ``(T, P)`` to logits ``(T, V)``.
+      num_steps: K.
+
+    Returns:
+      At ``[t, k]`` the Euclidean norm of the gradient of the loss of step t with respect to the state of all layers
+      after step t-1-k; zero if t-1-k is negative.
+    """
+
+    def run_step(state: Any, x: Array) -> tuple[Any, Any]:
+        return lstm.step(params, state, x)[0], state
+
+    def run_steps(states: Any) -> tuple[Any, Array]:
+        new_states, ys = lstm.step(params, states, xs)
+        log_probabilities = jax.nn.log_softmax(logits(ys))
+        return new_states, -jnp.take_along_axis(log_probabilities, targets[:, None], -1)[:, 0]
+
+    states = lax.scan(run_step, lstm.initial_state((), params), xs)[1]
+    states = jax.tree.map(lambda a: jnp.moveaxis(a, 0, 1), states)  # before each step, as a batch: (L, T, units)
+    (_, losses), vjp = jax.vjp(run_steps, states)
+
+    def norm(gradient: Any) -> Array:
+        return jnp.sqrt(sum(jnp.square(a).sum((0, -1)) for a in jax.tree.leaves(gradient)))
+
+    def step_back(gradient: Any, _: None) -> tuple[Any, Array]:
+        """From the states before each step to the states before the step before it, for losses k steps later."""
+        later = jax.tree.map(lambda a: jnp.concatenate([a[:, 1:], jnp.zeros_like(a[:, :1])], 1), gradient)
+        return vjp((later, jnp.zeros_like(losses)))[0], norm(gradient)
+
+    first = vjp((jax.tree.map(jnp.zeros_like, states), jnp.ones_like(losses)))[0]
+    norms = lax.scan(step_back, first, length=num_steps)[1]  # (K, T), at [k, s] of the loss of step s + k
+    steps, back = jnp.arange(len(xs))[:, None], jnp.arange(num_steps)[None]
+    return jnp.where(steps - back > 0, norms[back, steps - back], 0)  # the state before step s is the one after s - 1
+
+
+def _quantize(cell: Cell, units: Mapping[str, np.ndarray], levels: int) -> dict[str, np.ndarray]:
+    """Returns integers from 0 to ``levels`` by name, and scales by ``scale NAME``, ``(H,)``.
+
+    Gates between 0 and 1 are ``integer / levels``, other values ``(2 * integer / levels - 1) * scale``.
+    """
+    result = {}
+    for name, values in units.items():
+        if name in sigmoid_gates(cell):
+            result[name] = np.rint(values * levels).astype(np.uint8)
+            continue
+        scale = np.abs(values).max(0)
+        result[f"scale {name}"] = scale
+        result[name] = np.rint((values / np.where(scale > 0, scale, 1) + 1) / 2 * levels).astype(np.uint8)
+    return result
+
+
+def _page(header: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> str:
+    """Returns the page: code, style, header and the compressed arrays in one file."""
+    described = {name: [a.dtype.name, a.shape] for name, a in arrays.items()}
+    content = b"".join(a.astype(a.dtype.newbyteorder("<")).tobytes() for a in arrays.values())
+    parts = {
+        "TITLE": html.escape(header["title"]),
+        "HEADER": json.dumps({**header, "arrays": described}, ensure_ascii=False).replace("<", "\\u003c"),
+        "ARRAYS": base64.b64encode(zlib.compress(content)).decode(),
+    }
+    web = resources.files("jaxlstm.diagnostics").joinpath("web")
+    page = web.joinpath("explorer.html").read_text(encoding="utf-8")
+    for name, file in (("STYLE", "explorer.css"), ("SCRIPT", "explorer.js")):
+        parts[name] = web.joinpath(file).read_text(encoding="utf-8")
+    before, *rest = page.split("{{")  # each piece begins with a name
+    pieces = (piece.split("}}", 1) for piece in rest)
+    return before + "".join(parts[name] + after for name, after in pieces)

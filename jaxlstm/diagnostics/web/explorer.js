@@ -1,0 +1,616 @@
+// Drawn on a canvas by hand: a heat map, three strips and shaded text need no drawing library in every page.
+"use strict";
+
+// Color maps as 17 colors: cividis (Nuñez, Anderton & Renslow 2018) for values from 0, PuOr (ColorBrewer) on a light
+// page and berlin (Crameri 2018) on a dark one for values of either sign. Their zero has the color of the page.
+const MAPS = {
+  cividis: "00224e002e6a1a386f32436d434e6c535a6d61656f6f70737d7c788c88789b9476aba072bcae6ccdbb63dec958f0d846fee838",
+  puor: "2d004b4518715f3a917b6aa89990bfb7b1d5cfcfe5e4e5f0f7f7f6fce8cdfed59ffdbc6bee9b39d97b12bd61099e4c077f3b08",
+  berlin: "9eb0ff79abed519fd33685ad2868861d4b6114303e111a20190c092b0e014112015b1d087d341e9e513fbe6f63df8f89ffadad",
+};
+const BYTES = { uint8: Uint8Array, uint16: Uint16Array, float32: Float32Array, float16: Uint16Array };
+const MARGIN = { left: 34, right: 4 };
+const DECADES = 4; // of gradients that are drawn
+const MAX_MATCHES = 20;
+const $ = (id) => document.getElementById(id);
+const clamp = (x, low, high) => Math.min(Math.max(x, low), high);
+const dark = matchMedia("(prefers-color-scheme: dark)");
+
+let head, data, numSteps, numUnits;
+const view = {
+  values: "", order: "index", span: 200, first: 0, shade: "values", threshold: 0.3,
+  pinned: { step: 0, unit: 0 }, hovered: null, range: null,
+};
+let order = [], rank = [], active = [], matches = [], tints = {}, image = null, imageKey = "";
+
+// ---- Data
+
+async function load() {
+  head = JSON.parse($("header").textContent);
+  const packed = Uint8Array.from(atob($("arrays").textContent.trim()), (c) => c.charCodeAt(0));
+  const stream = new Blob([packed]).stream().pipeThrough(new DecompressionStream("deflate"));
+  const buffer = await new Response(stream).arrayBuffer();
+  data = {};
+  let offset = 0;
+  for (const [name, [type, shape]] of Object.entries(head.arrays)) {
+    const size = shape.reduce((a, b) => a * b, 1) * BYTES[type].BYTES_PER_ELEMENT;
+    const raw = new BYTES[type](buffer.slice(offset, offset + size));
+    data[name] = type === "float16" ? Float32Array.from(raw, halfToNumber) : raw;
+    offset += size;
+  }
+  numSteps = head.labels.length;
+  numUnits = head.arrays[Object.keys(head.values)[0]][1][1];
+}
+
+function halfToNumber(bits) {
+  const exponent = (bits >> 10) & 31, fraction = bits & 1023;
+  return exponent ? 2 ** (exponent - 15) * (1 + fraction / 1024) : fraction * 2 ** -24;
+}
+
+const isSigned = (name) => "scale " + name in data;
+
+// In units of the scale: 0 to 1 for a gate, -1 to 1 for other values.
+function relative(name, step, unit) {
+  const part = data[name][step * numUnits + unit] / head.levels;
+  return isSigned(name) ? 2 * part - 1 : part;
+}
+
+const scaleOf = (name, unit) => (isSigned(name) ? data["scale " + name][unit] : 1);
+const value = (name, step, unit) => relative(name, step, unit) * scaleOf(name, unit);
+
+// Norm of the gradient of the loss at `step` with respect to the state after step `before`.
+function gradient(step, before) {
+  const length = head.arrays.gradients[1][1], back = step - 1 - before;
+  return back >= 0 && back < length ? data.gradients[step * length + back] * head.gradientScale : 0;
+}
+
+// From 0 at 10^-DECADES times the largest gradient of the step, to 1 at the largest.
+function gradientShades(step) {
+  const norms = Array.from({ length: numSteps }, (_, s) => gradient(step, s));
+  const largest = Math.max(...norms);
+  return norms.map((g) => (g > 0 ? clamp(1 + Math.log10(g / largest) / DECADES, 0, 1) : 0));
+}
+
+// ---- Order of the units
+
+function correlations(name, signal) {
+  const meanSignal = signal.reduce((a, b) => a + b, 0) / numSteps;
+  const sum = new Float64Array(numUnits), squares = new Float64Array(numUnits), products = new Float64Array(numUnits);
+  let signalSquares = 0;
+  for (let t = 0; t < numSteps; t++) {
+    const y = signal[t] - meanSignal;
+    signalSquares += y * y;
+    for (let u = 0; u < numUnits; u++) {
+      const x = data[name][t * numUnits + u];
+      sum[u] += x;
+      squares[u] += x * x;
+      products[u] += x * y;
+    }
+  }
+  return Array.from(sum, (s, u) => {
+    const scale = Math.sqrt((squares[u] - (s * s) / numSteps) * signalSquares);
+    return scale > 1e-9 ? products[u] / scale : 0;
+  });
+}
+
+function sortUnits() {
+  const indices = Array.from({ length: numUnits }, (_, u) => u);
+  const descending = (key) => indices.sort((a, b) => key[b] - key[a] || a - b);
+  let note = "";
+  if (view.order === "index") order = indices;
+  else if (view.order === "clusters") order = Array.from(data.clusters);
+  else if (view.order === "time constant") {
+    order = descending(data.timeConstants);
+    note = `time constant from ${format(data.timeConstants[order.at(-1)])} (bottom) to ${format(data.timeConstants[order[0]])} steps (top)`;
+  } else {
+    const found = correlations(view.values, data[view.order]);
+    order = descending(found.map(Math.abs));
+    note = `unit ${order[0]} on top: correlation ${found[order[0]].toFixed(2)}`;
+  }
+  rank = [];
+  order.forEach((unit, row) => (rank[unit] = row));
+  $("order-note").textContent = note;
+  imageKey = "";
+}
+
+// ---- Search: the units that are active at every selected step, and the ranges of the same length where most are again
+
+// +1 or -1 if a unit is at least `threshold` of its scale, else 0. The sign matters: a unit may count with either.
+function activity(step, unit) {
+  const x = relative(view.values, step, unit);
+  return Math.abs(x) >= view.threshold - 1e-9 ? Math.sign(x) : 0;
+}
+
+function search() {
+  active = [];
+  matches = [];
+  if (!view.range) return;
+  const [from, to] = view.range, length = to - from + 1;
+  for (let u = 0; u < numUnits; u++) {
+    const sign = activity(from, u);
+    let same = sign !== 0;
+    for (let t = from + 1; t <= to && same; t++) same = activity(t, u) === sign;
+    if ($("before").checked && from > 0) same &&= activity(from - 1, u) !== sign;
+    if ($("after").checked && to < numSteps - 1) same &&= activity(to + 1, u) !== sign;
+    if (same) active.push([u, sign]);
+  }
+  if (!active.length) return;
+  const share = Array.from({ length: numSteps }, (_, t) => active.filter(([u, sign]) => activity(t, u) === sign).length / active.length);
+  const candidates = [];
+  let sum = 0;
+  for (let t = 0; t < numSteps; t++) {
+    sum += share[t] - (t >= length ? share[t - length] : 0);
+    if (t >= length - 1) candidates.push({ from: t - length + 1, to: t, share: sum / length });
+  }
+  candidates.sort((a, b) => b.share - a.share || a.from - b.from);
+  const taken = [view.range];
+  for (const place of candidates) {
+    if (matches.length === MAX_MATCHES || place.share < 1e-9) break;
+    if (taken.some(([a, b]) => place.from <= b && a <= place.to)) continue;
+    taken.push([place.from, place.to]);
+    matches.push(place);
+  }
+}
+
+// ---- Colors
+
+function buildTints() {
+  const colors = (hex) => {
+    const stops = hex.match(/../g).map((part) => parseInt(part, 16));
+    return Array.from({ length: 256 }, (_, n) => {
+      const at = (n / 255) * 16, low = Math.min(Math.floor(at), 15);
+      return [0, 1, 2].map((c) => Math.round(stops[3 * low + c] + (at - low) * (stops[3 * low + 3 + c] - stops[3 * low + c])));
+    });
+  };
+  const signed = colors(dark.matches ? MAPS.berlin : MAPS.puor);
+  tints = { signed, gate: colors(MAPS.cividis), strength: Array.from({ length: 256 }, (_, n) => signed[128 + Math.floor(n / 2)]) };
+  imageKey = "";
+}
+
+const tint = (map, part) => tints[map][Math.round(clamp(part, 0, 1) * 255)];
+const mapOf = (name) => (isSigned(name) ? "signed" : "gate");
+const css = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
+
+function drawLegend(id, map) {
+  const context = $(id).getContext("2d");
+  for (let x = 0; x < 160; x++) {
+    context.fillStyle = `rgb(${tint(map, x / 159)})`;
+    context.fillRect(x, 0, 1, 1);
+  }
+}
+
+// ---- Heat map and strips
+
+function buildImage() {
+  const key = [view.values, view.order, dark.matches].join();
+  if (key === imageKey) return;
+  imageKey = key;
+  image = new OffscreenCanvas(numSteps, numUnits);
+  const context = image.getContext("2d"), pixels = context.createImageData(numSteps, numUnits);
+  const map = mapOf(view.values), source = data[view.values];
+  const colors = Array.from({ length: head.levels + 1 }, (_, n) => tint(map, n / head.levels));
+  for (let row = 0; row < numUnits; row++)
+    for (let t = 0; t < numSteps; t++) {
+      const color = colors[source[t * numUnits + order[row]]], at = 4 * (row * numSteps + t);
+      pixels.data[at] = color[0];
+      pixels.data[at + 1] = color[1];
+      pixels.data[at + 2] = color[2];
+      pixels.data[at + 3] = 255;
+    }
+  context.putImageData(pixels, 0, 0);
+}
+
+// Places of everything on the canvas, in CSS pixels.
+function layout() {
+  const width = $("map").clientWidth, steps = Math.min(view.span, numSteps);
+  const heat = clamp(numUnits * 14, 140, Math.min(512, 0.6 * Math.max(innerHeight, 400)));
+  const parts = { width, steps, heat, cell: (width - MARGIN.left - MARGIN.right) / steps, row: heat / numUnits, top: 12, strips: [] };
+  let y = parts.top + heat;
+  parts.labels = y;
+  y += 20;
+  for (const name of ["unit", "surprise", "gradients"]) {
+    if (name !== "unit" && !(name in data)) continue;
+    parts.strips.push({ name, top: y + 18, height: 44 });
+    y += 66;
+  }
+  parts.height = y + 4;
+  return parts;
+}
+
+const shownLabel = (label) => (label === "\n" ? "↵" : label === " " ? "␣" : label === "\t" ? "⇥" : label);
+const current = () => view.hovered ?? view.pinned;
+
+function drawMap() {
+  const parts = layout(), canvas = $("map"), ratio = devicePixelRatio || 1;
+  canvas.style.height = parts.height + "px";
+  canvas.width = Math.round(parts.width * ratio);
+  canvas.height = Math.round(parts.height * ratio);
+  const context = canvas.getContext("2d"), { step, unit } = current();
+  context.scale(ratio, ratio);
+  buildImage();
+  const x = (t) => MARGIN.left + (t - view.first) * parts.cell;
+  const inView = (t) => t >= view.first && t < view.first + parts.steps;
+  const ink = css("--ink"), faint = css("--faint"), accent = css("--accent");
+  context.imageSmoothingEnabled = parts.row < 1 || parts.cell < 1;
+  context.drawImage(image, view.first, 0, parts.steps, numUnits, MARGIN.left, parts.top, parts.cell * parts.steps, parts.heat);
+
+  context.save();
+  context.beginPath();
+  context.rect(MARGIN.left, 0, parts.cell * parts.steps, parts.height);
+  context.clip();
+  for (const place of matches) {
+    context.fillStyle = accent;
+    context.fillRect(x(place.from), 4, Math.max(2, (place.to - place.from + 1) * parts.cell), 5);
+  }
+  if (view.range) {
+    const [from, to] = view.range, width = (to - from + 1) * parts.cell;
+    context.fillStyle = css("--select");
+    context.fillRect(x(from), 0, width, parts.height);
+    context.strokeStyle = accent;
+    context.lineWidth = 2;
+    context.strokeRect(x(from), 1, width, parts.height - 2);
+  }
+  context.font = "13px ui-monospace, 'DejaVu Sans Mono', monospace";
+  context.textAlign = "center";
+  context.fillStyle = ink;
+  if (parts.cell >= 8)
+    for (let t = view.first; t < view.first + parts.steps; t++) {
+      const label = shownLabel(head.labels[t]);
+      if (context.measureText(label).width <= parts.cell + 2) context.fillText(label, x(t) + parts.cell / 2, parts.labels + 15);
+    }
+  for (const strip of parts.strips) drawStrip(context, strip, parts, x);
+  context.restore();
+
+  if (inView(step)) {
+    context.strokeStyle = ink;
+    context.lineWidth = 1.5;
+    context.strokeRect(x(step), parts.top, Math.max(2, parts.cell), parts.height - parts.top - 2);
+  }
+  context.strokeStyle = ink;
+  context.strokeRect(MARGIN.left, parts.top + rank[unit] * parts.row, parts.cell * parts.steps, Math.max(2, parts.row));
+  context.font = "12px system-ui, sans-serif";
+  context.textAlign = "right";
+  context.fillStyle = faint;
+  context.fillText(String(unit), MARGIN.left - 5, clamp(parts.top + (rank[unit] + 0.5) * parts.row + 4, parts.top + 9, parts.top + parts.heat));
+  canvas.setAttribute("aria-label", `Heat map of ${head.values[view.values]}, ${numUnits} units by ${numSteps} steps, steps ${view.first} to ${view.first + parts.steps - 1} in view`);
+}
+
+function drawStrip(context, strip, parts, x) {
+  const { step, unit } = current(), bottom = strip.top + strip.height, zero = isSigned(view.values) ? strip.top + strip.height / 2 : bottom;
+  const shades = strip.name === "gradients" ? gradientShades(step) : null;
+  const largest = strip.name === "surprise" ? data.surprise.reduce((a, b) => Math.max(a, b), 1e-9) : 1;
+  const titles = {
+    unit: `unit ${unit}: ${head.values[view.values]}, up to ${isSigned(view.values) ? "±" : ""}${format(scaleOf(view.values, unit))}`,
+    surprise: `surprise of each prediction, up to ${format(largest)} nats`,
+    gradients: `gradient of the loss at step ${step}, log, ${DECADES} decades`,
+  };
+  context.save();
+  context.font = "12px system-ui, sans-serif";
+  context.textAlign = "left";
+  context.fillStyle = css("--faint");
+  context.fillText(titles[strip.name], MARGIN.left, strip.top - 5);
+  context.fillRect(MARGIN.left, strip.name === "unit" ? zero : bottom, parts.cell * parts.steps, 1);
+  context.fillStyle = css("--ink");
+  for (let t = view.first; t < view.first + parts.steps; t++) {
+    let from = bottom, to;
+    if (strip.name === "unit") {
+      from = zero;
+      to = zero - relative(view.values, t, unit) * (zero === bottom ? strip.height : strip.height / 2);
+    } else to = bottom - (shades ? shades[t] : data.surprise[t] / largest) * strip.height;
+    context.fillRect(x(t), Math.min(from, to), Math.max(1, parts.cell - 1), Math.abs(from - to));
+  }
+  context.restore();
+}
+
+// ---- Text
+
+function buildText() {
+  const text = $("text");
+  text.classList.toggle("words", head.labels.some((label) => [...label].length > 1));
+  head.labels.forEach((label, t) => {
+    const span = document.createElement("span");
+    span.dataset.step = t;
+    if (label === "\n") {
+      const mark = document.createElement("i");
+      mark.className = "mark";
+      mark.textContent = "↵";
+      span.append(mark);
+      text.append(span, "\n");
+    } else {
+      span.textContent = label;
+      text.append(span, text.classList.contains("words") ? " " : "");
+    }
+  });
+}
+
+function shadeText() {
+  const { step, unit } = current(), spans = $("text").querySelectorAll("span[data-step]");
+  const isMatch = new Uint8Array(numSteps);
+  for (const place of matches) isMatch.fill(1, place.from, place.to + 1);
+  let map = "strength", part, low = "0", high;
+  if (view.shade === "surprise") {
+    const largest = data.surprise.reduce((a, b) => Math.max(a, b), 1e-9);
+    part = (t) => data.surprise[t] / largest;
+    high = `${format(largest)} nats, surprise of the prediction at the step`;
+  } else if (view.shade === "gradients") {
+    const shades = gradientShades(step);
+    part = (t) => shades[t];
+    low = `at most 10⁻⁴`;
+    high = `largest gradient of the loss at step ${step}`;
+  } else {
+    map = mapOf(view.values);
+    const half = isSigned(view.values);
+    part = (t) => (half ? (relative(view.values, t, unit) + 1) / 2 : relative(view.values, t, unit));
+    low = half ? "−" + format(scaleOf(view.values, unit)) : "0";
+    high = `${format(scaleOf(view.values, unit))}, ${head.values[view.values]} of unit ${unit}`;
+  }
+  spans.forEach((span, t) => {
+    const [r, g, b] = tint(map, part(t));
+    span.style.background = `rgb(${r},${g},${b})`;
+    span.style.color = 0.299 * r + 0.587 * g + 0.114 * b > 128 ? "#000" : "#fff";
+    span.className = [t === step && "now", isMatch[t] && "match", view.range && t >= view.range[0] && t <= view.range[1] && "range"].filter(Boolean).join(" ");
+  });
+  drawLegend("text-scale", map);
+  $("text-low").textContent = low;
+  $("text-high").textContent = high;
+}
+
+// ---- Details
+
+function format(x) {
+  if (x === Infinity) return "∞";
+  const size = Math.abs(x);
+  return (size !== 0 && (size < 0.01 || size >= 10000) ? x.toExponential(1) : size >= 100 ? x.toFixed(0) : x.toFixed(2)).replace("-", "−");
+}
+
+function describe() {
+  const { step, unit } = current();
+  let text = `Step ${step} of ${numSteps}, “${shownLabel(head.labels[step])}”. Unit ${unit}: ${head.values[view.values]} ${format(value(view.values, step, unit))}`;
+  if ("timeConstants" in data) text += `, time constant ${format(data.timeConstants[unit])} steps`;
+  if ("surprise" in data) {
+    const [first, target] = [data.topClasses[step * topSize()], data.targets[step]].map((n) => shownLabel(head.classes[n]));
+    text += `. Most probable next: “${first}” ${percent(data.topProbabilities[step * topSize()])}; actual: “${target}”, surprise ${format(data.surprise[step])} nats`;
+  }
+  return text + ".";
+}
+
+const topSize = () => head.arrays.topClasses[1][1];
+const percent = (p) => (p < 0.0005 ? "0" : (100 * p).toFixed(p < 0.0995 ? 1 : 0)) + "%";
+
+function showDetails() {
+  const { step, unit } = current();
+  $("readout").textContent = describe();
+  fillTable($("values"), `unit ${unit} at step ${step}`, Object.entries(head.values).map(([name, label]) => ({ cells: [label, format(value(name, step, unit))] })));
+  if (!("surprise" in data)) return;
+  const rows = Array.from({ length: topSize() }, (_, n) => {
+    const index = data.topClasses[step * topSize() + n], p = data.topProbabilities[step * topSize() + n];
+    return { cells: [shownLabel(head.classes[index]), percent(p)], bar: p, target: index === data.targets[step] };
+  });
+  fillTable($("predictions"), "next; the actual one in bold", rows);
+}
+
+function fillTable(table, title, rows) {
+  const caption = document.createElement("caption");
+  caption.textContent = title;
+  const lines = rows.map(({ cells, bar, target }) => {
+    const line = document.createElement("tr");
+    line.className = target ? "target" : "";
+    const name = document.createElement("th"), number = document.createElement("td");
+    name.scope = "row";
+    [name.textContent, number.textContent] = cells;
+    line.append(name, number);
+    if (bar !== undefined) {
+      const cell = document.createElement("td"), box = document.createElement("span");
+      cell.className = "bar";
+      box.style.width = 100 * bar + "%";
+      cell.append(box);
+      line.append(cell);
+    }
+    return line;
+  });
+  table.replaceChildren(caption, ...lines);
+}
+
+function showMatches() {
+  const button = (content, action) => {
+    const element = document.createElement("button");
+    element.type = "button";
+    element.append(...content);
+    element.addEventListener("click", action);
+    return element;
+  };
+  $("threshold-value").textContent = `${Math.round(100 * view.threshold)} %`;
+  if (!view.range) $("found").textContent = "Select steps: drag over the text or the heat map, or hold Shift and press ← or →.";
+  else {
+    const [from, to] = view.range, text = head.labels.slice(from, to + 1).map(shownLabel).join(head.labels.some((label) => label.length > 1) ? " " : "");
+    $("found").textContent = `Steps ${from} to ${to}, “${text.length > 60 ? text.slice(0, 60) + "…" : text}”: ${active.length} of ${numUnits} units are active throughout` + (active.length ? `, and again at ${matches.length} places${matches.length === MAX_MATCHES ? " or more" : ""}.` : ". Lower the threshold, select fewer steps, or allow activity before and after.");
+  }
+  $("active").replaceChildren(...active.slice(0, 40).map(([u, sign]) => button([`${sign < 0 ? "−" : ""}${u}`], () => pin({ step: current().step, unit: u }))));
+  $("active").setAttribute("aria-label", "Active units");
+  $("matches").replaceChildren(
+    ...matches.map((place) => {
+      const part = (a, b) => head.labels.slice(Math.max(a, 0), b).map(shownLabel).join($("text").classList.contains("words") ? " " : "");
+      const mark = document.createElement("mark"), note = document.createElement("small"), line = document.createElement("li");
+      mark.textContent = part(place.from, place.to + 1);
+      note.textContent = `  step ${place.from}, ${percent(place.share)}`;
+      line.append(button([part(place.from - 16, place.from), mark, part(place.to + 1, place.to + 17), note], () => pin({ step: place.from, unit: current().unit })));
+      return line;
+    })
+  );
+}
+
+// ---- Changes of the view
+
+let isScheduled = false;
+
+function refresh() {
+  if (isScheduled) return;
+  isScheduled = true;
+  requestAnimationFrame(() => {
+    isScheduled = false;
+    drawMap();
+    shadeText();
+    showDetails();
+  });
+}
+
+function hover(place) {
+  view.hovered = place;
+  refresh();
+}
+
+function pin({ step, unit }) {
+  view.hovered = null;
+  view.pinned = { step: clamp(step, 0, numSteps - 1), unit: clamp(unit, 0, numUnits - 1) };
+  const span = Math.min(view.span, numSteps);
+  if (view.pinned.step < view.first || view.pinned.step >= view.first + span) view.first = Math.round(view.pinned.step - span / 2);
+  view.first = clamp(view.first, 0, numSteps - span);
+  $("unit").value = view.pinned.unit;
+  $("live").textContent = describe();
+  const box = $("text"), top = box.querySelector(`[data-step="${view.pinned.step}"]`).offsetTop - box.offsetTop;
+  if (top < box.scrollTop || top + 24 > box.scrollTop + box.clientHeight) box.scrollTop = top - box.clientHeight / 2;
+  refresh();
+}
+
+function select(range) {
+  view.range = range;
+  search();
+  showMatches();
+  refresh();
+}
+
+function changeValues() {
+  sortUnits();
+  drawLegend("scale", mapOf(view.values));
+  $("low").textContent = isSigned(view.values) ? "− scale of the unit" : "0";
+  $("high").textContent = isSigned(view.values) ? "+ scale (largest magnitude)" : "1";
+  select(view.range);
+}
+
+// ---- Input
+
+function onKey(event) {
+  const { step, unit } = view.pinned, row = rank[unit];
+  const move = { ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, -1], ArrowDown: [0, 1], Home: [-numSteps, 0], End: [numSteps, 0] }[event.key];
+  if (event.key === "Escape") select(null);
+  else if (move && !event.ctrlKey && !event.metaKey && !event.altKey) {
+    pin({ step: step + move[0], unit: order[clamp(row + move[1], 0, numUnits - 1)] });
+    if (event.shiftKey && move[0]) {
+      view.anchor ??= step;
+      select([Math.min(view.anchor, view.pinned.step), Math.max(view.anchor, view.pinned.step)]);
+    } else view.anchor = null;
+  } else return;
+  event.preventDefault();
+}
+
+// Hover, click and drag on an element; `place` returns the step and unit under the pointer, or null.
+function followPointer(element, place) {
+  let start = null, moved = false;
+  element.addEventListener("pointerdown", (event) => {
+    start = event.button === 0 ? place(event) : null;
+    moved = false;
+  });
+  element.addEventListener("pointermove", (event) => {
+    const here = place(event);
+    if (start && here && here.step !== start.step) moved = true;
+    if (start && here && moved) {
+      if (event.pointerType === "touch") element.setPointerCapture(event.pointerId);
+      view.hovered = here;
+      select([Math.min(start.step, here.step), Math.max(start.step, here.step)]);
+    } else if (event.pointerType !== "touch") hover(here);
+  });
+  const end = (event) => {
+    const here = place(event);
+    if (start && event.type === "pointerup") pin(moved ? { ...start, unit: view.pinned.unit } : (here ?? start));
+    start = null;
+  };
+  element.addEventListener("pointerup", end);
+  element.addEventListener("pointercancel", end);
+  element.addEventListener("pointerleave", () => hover(null));
+}
+
+function placeOnMap(event) {
+  const parts = layout(), box = $("map").getBoundingClientRect();
+  const column = Math.floor((event.clientX - box.left - MARGIN.left) / parts.cell), row = Math.floor((event.clientY - box.top - parts.top) / parts.row);
+  if (column < 0 || column >= parts.steps) return null;
+  return { step: view.first + column, unit: row >= 0 && row < numUnits ? order[row] : view.pinned.unit };
+}
+
+function placeInText(event) {
+  const span = document.elementFromPoint(event.clientX, event.clientY)?.closest("[data-step]");
+  return span ? { step: Number(span.dataset.step), unit: view.pinned.unit } : null;
+}
+
+function addOptions(select, options, chosen, action) {
+  select.append(...options.map(([name, label]) => new Option(label, name, false, name === chosen)));
+  select.addEventListener("change", () => action(select.value));
+}
+
+function start() {
+  const names = Object.keys(head.values);
+  view.values = names.includes("c") ? "c" : names.at(-1);
+  for (const name of names) {
+    const label = document.createElement("label"), input = document.createElement("input");
+    Object.assign(input, { type: "radio", name: "shown", value: name, checked: name === view.values });
+    input.setAttribute("aria-label", head.values[name]);
+    input.addEventListener("change", () => {
+      view.values = name;
+      changeValues();
+    });
+    label.title = head.values[name];
+    label.append(input, name);
+    $("shown").append(label);
+  }
+  const orders = [["index", "index"], ["clusters", "clusters by correlation"]];
+  if ("timeConstants" in data) orders.push(["time constant", "time constant"]);
+  for (const name of Object.keys(data)) if (name.startsWith("property ")) orders.push([name, `correlation with ${name.slice(9)}`]);
+  addOptions($("order"), orders, view.order, (name) => {
+    view.order = name;
+    sortUnits();
+    refresh();
+  });
+  const spans = [50, 100, 200, 400, 1000].filter((n) => n < numSteps).map((n) => [String(n), String(n)]);
+  view.span = numSteps > 200 ? (innerWidth < 700 ? 50 : 100) : numSteps;
+  addOptions($("span"), [...spans, [String(numSteps), `all ${numSteps}`]], String(view.span), (n) => {
+    view.span = Number(n);
+    view.first = Math.round(view.pinned.step - view.span / 2);
+    pin(view.pinned);
+  });
+  const shades = [["values", "the unit’s value"]];
+  if ("surprise" in data) shades.push(["surprise", "surprise"]);
+  if ("gradients" in data) shades.push(["gradients", "gradient of the step’s loss"]);
+  addOptions($("shade"), shades, view.shade, (name) => {
+    view.shade = name;
+    refresh();
+  });
+  $("unit").max = numUnits - 1;
+  $("unit").addEventListener("input", () => $("unit").value !== "" && pin({ step: view.pinned.step, unit: Math.round(Number($("unit").value)) }));
+  $("threshold").addEventListener("input", () => {
+    view.threshold = Number($("threshold").value) / 100;
+    select(view.range);
+  });
+  for (const id of ["before", "after"]) $(id).addEventListener("change", () => select(view.range));
+  $("clear").addEventListener("click", () => select(null));
+  for (const form of document.forms) form.addEventListener("submit", (event) => event.preventDefault());
+  for (const [id, place] of [["map", placeOnMap], ["text", placeInText]]) {
+    followPointer($(id), place);
+    $(id).addEventListener("keydown", onKey);
+  }
+  $("predictions").hidden = !("surprise" in data);
+  $("summary").textContent = `${numSteps.toLocaleString("en")} steps, ${numUnits} units of layer ${head.layer}; values are rounded to ${head.levels + 1} levels`;
+  new ResizeObserver(refresh).observe($("map"));
+  dark.addEventListener("change", () => {
+    buildTints();
+    changeValues();
+  });
+  buildTints();
+  buildText();
+  changeValues();
+  pin(view.pinned);
+  document.documentElement.dataset.ready = "";
+}
+
+load().then(start).catch((error) => {
+  $("failure").hidden = false;
+  $("failure").textContent = `This page needs a current browser: ${error}`;
+});

@@ -1,0 +1,194 @@
+"""The page of `jaxlstm.diagnostics.explore`: its arrays, gradients, order of units, size and errors."""
+
+import base64
+import json
+import re
+import zlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from scipy.cluster.hierarchy import fcluster, linkage
+from scipy.spatial.distance import squareform
+
+import jaxlstm
+from jaxlstm import diagnostics
+from jaxlstm.diagnostics import explorer
+
+T, H, V = 12, 5, 4  # steps, units, classes
+W_OUT = jax.random.normal(jax.random.key(9), (V, H), jnp.float32)
+TARGETS = np.random.default_rng(0).integers(0, V, T)
+
+
+def logits(ys):
+    return ys @ W_OUT.T.astype(ys.dtype)
+
+
+def make(network=None, num_steps=T):
+    lstm = jaxlstm.LSTM(3, H, num_layers=2) if network is None else network
+    return (
+        lstm,
+        lstm.init(jax.random.key(0)),
+        jax.random.normal(jax.random.key(1), (num_steps, lstm.input_size), jnp.float32),
+    )
+
+
+def read(page):
+    """Returns the header of a page and its arrays by name."""
+    header, packed = (re.search(rf'id="{name}">(.*?)</script>', page, re.DOTALL)[1] for name in ("header", "arrays"))
+    header, content = json.loads(header), zlib.decompress(base64.b64decode(packed))
+    arrays = {}
+    for name, (dtype, shape) in header["arrays"].items():
+        size = int(np.prod(shape)) * np.dtype(dtype).itemsize
+        arrays[name], content = np.frombuffer(content[:size], dtype).reshape(shape), content[size:]
+    assert not content
+    return header, arrays
+
+
+def decode(header, arrays, name):
+    """Returns the values of a name and the largest error that rounding may have."""
+    part = arrays[name] / header["levels"]
+    if f"scale {name}" not in arrays:
+        return part, 0.5 / header["levels"]
+    scale = arrays[f"scale {name}"]
+    return (2 * part - 1) * scale, scale / header["levels"]
+
+
+@pytest.mark.parametrize("levels", [254, pytest.param(14, marks=pytest.mark.slow)])
+def test_explore_values_are_the_recorded_ones_within_rounding(monkeypatch, levels):
+    monkeypatch.setattr(explorer, "LEVELS", (levels,))
+    lstm, params, xs = make()
+    header, arrays = read(diagnostics.explore(lstm, params, xs, layer=1))
+    recorded = diagnostics.trace(lstm, params, xs).layers[1].forward
+    assert header["levels"] == levels
+    assert list(header["values"]) == ["i", "f", "g", "o", "c", "h"]
+    for name in header["values"]:
+        expected = np.asarray(recorded.gates[name] if name in "ifgo" else getattr(recorded, name))
+        values, error = decode(header, arrays, name)
+        assert (np.abs(values - expected) <= error * 1.001 + 1e-6).all(), name
+    mean_log = np.log(np.asarray(recorded.gates["f"], np.float64)).mean(0)
+    np.testing.assert_allclose(arrays["timeConstants"], -1 / mean_log, rtol=1e-4)
+
+
+@pytest.mark.slow
+def test_explore_gradients_match_jax_grad():
+    lstm, params, xs = make()
+    header, arrays = read(diagnostics.explore(lstm, params, xs, logits=logits, targets=TARGETS))
+    norms = arrays["gradients"].astype(np.float64) * header["gradientScale"]
+    assert norms.shape == (T, explorer.GRADIENT_STEPS)
+
+    def loss(state, before, t):
+        ys, _ = lstm(params, xs[before + 1 : t + 1], state)
+        return -jax.nn.log_softmax(logits(ys[-1]))[TARGETS[t]]
+
+    for t, before in [(1, 0), (5, 4), (11, 3), (8, 0)]:
+        _, state = lstm(params, xs[: before + 1])
+        leaves = jax.tree.leaves(jax.grad(loss)(state, before, t))
+        expected = np.sqrt(sum(float((np.asarray(a, np.float64) ** 2).sum()) for a in leaves))
+        assert norms[t, t - 1 - before] == pytest.approx(expected, rel=2e-3, abs=1e-7 * header["gradientScale"])
+    assert not norms[np.arange(T)[:, None] - np.arange(norms.shape[1]) <= 0].any()  # before the first state
+
+
+def test_explore_predictions_are_the_most_probable_classes():
+    lstm, params, xs = make()
+    header, arrays = read(diagnostics.explore(lstm, params, xs, logits=logits, targets=TARGETS, classes="abcd"))
+    scores = np.exp(np.asarray(lstm(params, xs)[0], np.float64) @ np.asarray(W_OUT, np.float64).T)
+    probabilities = scores / scores.sum(-1, keepdims=True)
+    assert header["classes"] == list("abcd")
+    np.testing.assert_array_equal(arrays["topClasses"], np.argsort(-probabilities, -1))
+    np.testing.assert_allclose(arrays["topProbabilities"], -np.sort(-probabilities, -1), rtol=1e-5)
+    np.testing.assert_allclose(arrays["surprise"], -np.log(probabilities[np.arange(T), TARGETS]), rtol=1e-5)
+
+
+def test_cluster_order_keeps_the_clusters_of_scipy_together():
+    values = np.random.default_rng(0).standard_normal((40, 3))[:, np.arange(30) % 3]
+    values = values + 0.8 * np.random.default_rng(1).standard_normal((40, 30))
+    order = explorer.cluster_order(values)
+    assert sorted(order) == list(range(30))
+    tree = linkage(squareform(1 - np.abs(np.corrcoef(values.T)), checks=False), "average")
+    for number in (2, 3, 5, 10):
+        labels = fcluster(tree, number, "maxclust")[order]
+        assert (np.diff(labels) != 0).sum() == len(set(labels)) - 1  # each cluster is one interval
+
+
+def test_cluster_order_accepts_constant_units():
+    assert sorted(explorer.cluster_order(np.zeros((4, 3)))) == [0, 1, 2]
+
+
+def test_explore_labels_do_not_end_the_script():
+    lstm, params, xs = make()
+    labels = ["</script><b>"] * T
+    page = diagnostics.explore(lstm, params, xs, labels=labels, title="<i>{{SCRIPT}}")
+    assert read(page)[0]["labels"] == labels
+    assert "</script><b>" not in page
+    assert "<title>&lt;i&gt;{{SCRIPT}}</title>" in page
+    assert not re.search(r"https?:|src=|url\(", page)  # refers to nothing outside
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"layer": 2}, "layer must be one of 0 to 1, got 2"),
+        ({"labels": "abc"}, "labels must have one entry per step of xs, 12, got 3"),
+        ({"properties": {"depth": [1]}}, "depth must have one entry per step of xs, 12, got 1"),
+        ({"logits": logits}, "logits and targets belong together"),
+        ({"logits": logits, "targets": [0]}, r"targets must have one entry per step of xs, 12, got shape \[1\]"),
+        ({"properties": {"depth": [np.nan] * T}}, "finite numbers, but property depth has"),
+    ],
+)
+def test_explore_rejects_wrong_arguments(options, message):
+    with pytest.raises(ValueError, match=message):
+        diagnostics.explore(*make(), **options)
+
+
+def test_explore_rejects_a_batch():
+    lstm, params, xs = make()
+    with pytest.raises(ValueError, match=r"one sequence \(T, I\) without batch axes, got shape \[12, 1, 3\]"):
+        diagnostics.explore(lstm, params, xs[:, None])
+
+
+def test_explore_rejects_a_page_that_is_too_large(monkeypatch):
+    monkeypatch.setattr(explorer, "MAX_BYTES", 1000)
+    with pytest.raises(ValueError, match="1,000 bytes, too few for 12 steps of 5 units"):
+        diagnostics.explore(*make())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "network",
+    [
+        jaxlstm.LSTM(3, H, bidirectional=True),
+        jaxlstm.LSTM(3, H, cell="gru"),
+        jaxlstm.LSTM(3, H, cell="slstm"),
+        jaxlstm.LSTM(3, H, cell="minlstm"),
+        jaxlstm.LSTM(3, 7, proj_size=H),
+        jaxlstm.RNN(3, H, cell="rnn"),
+        jaxlstm.ResidualStack(3, H, num_layers=2),
+    ],
+    ids=repr,
+)
+def test_explore_shows_every_kind_of_network(network):
+    lstm, params, xs = make(network)
+    width = 2 * H if lstm.bidirectional else H
+    header, arrays = read(diagnostics.explore(lstm, params, xs, logits=lambda ys: ys[:, :V], targets=TARGETS))
+    units = 7 if lstm.hidden_size == 7 else width
+    assert {arrays[name].shape for name in header["values"]} == {(T, units)}
+    assert ("gradients" in arrays) is not lstm.bidirectional
+    assert ("timeConstants" in arrays) is (lstm.cell in ("lstm",))
+    name = "h" if "h" in header["values"] else "output"
+    directions = diagnostics.trace(lstm, params, xs).layers[0].directions
+    expected = np.concatenate([np.asarray(d.h if name == "h" else d.cell_output) for d in directions], -1)
+    values, error = decode(header, arrays, name)
+    assert (np.abs(values - expected) <= error * 1.001 + 1e-6).all()
+
+
+@pytest.mark.slow
+def test_explore_page_of_2000_steps_and_512_units_is_below_5_megabytes():
+    lstm = jaxlstm.LSTM(64, 512)
+    params, xs = lstm.init(jax.random.key(0)), jax.random.normal(jax.random.key(1), (2000, 64), jnp.float32)
+    targets = np.random.default_rng(0).integers(0, 100, 2000)
+    page = diagnostics.explore(lstm, params, xs, logits=lambda ys: ys[:, :100], targets=targets)
+    header, _ = read(page)
+    assert len(page.encode()) < 5_000_000
+    assert header["levels"] >= 30  # noise compresses worse than any text
