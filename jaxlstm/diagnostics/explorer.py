@@ -23,7 +23,7 @@ from jaxlstm.params import Params
 from jaxlstm.rnn import RNN
 
 MAX_BYTES = 5_000_000  # of a page
-LEVELS = (254, 126, 62, 30, 14)  # steps of the quantization, the first that fits; even, so that zero stays zero
+LEVELS = (254, 126, 62, 46, 30, 22, 14)  # steps of the quantization, the first that fits; even, so that zero stays zero
 GRADIENT_STEPS = 64  # gradients reach this far back
 NUM_PREDICTIONS = 8  # most probable classes shown at each step
 NAMES = {
@@ -173,7 +173,7 @@ def _predictions(log_probabilities: np.ndarray, targets: np.ndarray) -> dict[str
         "targets": targets.astype(np.uint16),
         "surprise": -np.take_along_axis(log_probabilities, targets[:, None], -1)[:, 0],
         "topClasses": top.astype(np.uint16),
-        "topProbabilities": np.exp(np.take_along_axis(log_probabilities, top, -1)),
+        "topProbabilities": np.exp(np.take_along_axis(log_probabilities, top, -1)).astype(np.float16),
     }
 
 
@@ -231,18 +231,19 @@ def loss_gradients(
 
 
 def _quantize(cell: Cell, units: Mapping[str, np.ndarray], levels: int) -> dict[str, np.ndarray]:
-    """Returns integers from 0 to ``levels`` by name, and scales by ``scale NAME``, ``(H,)``.
+    """Returns integers from 0 to ``levels`` by name, ``(H, T)``, and scales by ``scale NAME``, ``(H,)``.
 
-    Gates between 0 and 1 are ``integer / levels``, other values ``(2 * integer / levels - 1) * scale``.
+    Time is the last axis, since the values of one unit resemble each other and compress better side by side. Gates
+    between 0 and 1 are ``integer / levels``, other values ``(2 * integer / levels - 1) * scale``.
     """
     result = {}
     for name, values in units.items():
         if name in sigmoid_gates(cell):
-            result[name] = np.rint(values * levels).astype(np.uint8)
+            result[name] = np.rint(values.T * levels).astype(np.uint8)
             continue
         scale = np.abs(values).max(0)
         result[f"scale {name}"] = scale
-        result[name] = np.rint((values / np.where(scale > 0, scale, 1) + 1) / 2 * levels).astype(np.uint8)
+        result[name] = np.rint((values / np.where(scale > 0, scale, 1) + 1).T / 2 * levels).astype(np.uint8)
     return result
 
 
@@ -253,7 +254,7 @@ def _page(header: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> str:
     parts = {
         "TITLE": html.escape(header["title"]),
         "HEADER": json.dumps({**header, "arrays": described}, ensure_ascii=False).replace("<", "\\u003c"),
-        "ARRAYS": base64.b64encode(zlib.compress(content)).decode(),
+        "ARRAYS": base64.b64encode(zlib.compress(content, 9)).decode(),
     }
     web = resources.files("jaxlstm.diagnostics").joinpath("web")
     page = web.joinpath("explorer.html").read_text(encoding="utf-8")

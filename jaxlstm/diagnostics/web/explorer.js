@@ -11,7 +11,7 @@ const MAPS = {
 const BYTES = { uint8: Uint8Array, uint16: Uint16Array, float32: Float32Array, float16: Uint16Array };
 const MARGIN = { left: 34, right: 4 };
 const DECADES = 4; // of gradients that are drawn
-const MAX_MATCHES = 20;
+const MAX_MATCHES = 20, MAX_UNITS = 40; // in the lists
 const $ = (id) => document.getElementById(id);
 const clamp = (x, low, high) => Math.min(Math.max(x, low), high);
 const dark = matchMedia("(prefers-color-scheme: dark)");
@@ -39,7 +39,7 @@ async function load() {
     offset += size;
   }
   numSteps = head.labels.length;
-  numUnits = head.arrays[Object.keys(head.values)[0]][1][1];
+  numUnits = head.arrays[Object.keys(head.values)[0]][1][0];
 }
 
 function halfToNumber(bits) {
@@ -51,7 +51,7 @@ const isSigned = (name) => "scale " + name in data;
 
 // In units of the scale: 0 to 1 for a gate, -1 to 1 for other values.
 function relative(name, step, unit) {
-  const part = data[name][step * numUnits + unit] / head.levels;
+  const part = data[name][unit * numSteps + step] / head.levels;
   return isSigned(name) ? 2 * part - 1 : part;
 }
 
@@ -75,21 +75,17 @@ function gradientShades(step) {
 
 function correlations(name, signal) {
   const meanSignal = signal.reduce((a, b) => a + b, 0) / numSteps;
-  const sum = new Float64Array(numUnits), squares = new Float64Array(numUnits), products = new Float64Array(numUnits);
-  let signalSquares = 0;
-  for (let t = 0; t < numSteps; t++) {
-    const y = signal[t] - meanSignal;
-    signalSquares += y * y;
-    for (let u = 0; u < numUnits; u++) {
-      const x = data[name][t * numUnits + u];
-      sum[u] += x;
-      squares[u] += x * x;
-      products[u] += x * y;
+  const signalSquares = signal.reduce((a, b) => a + (b - meanSignal) ** 2, 0);
+  return Array.from({ length: numUnits }, (_, unit) => {
+    let sum = 0, squares = 0, products = 0;
+    for (let t = 0; t < numSteps; t++) {
+      const x = data[name][unit * numSteps + t];
+      sum += x;
+      squares += x * x;
+      products += x * (signal[t] - meanSignal);
     }
-  }
-  return Array.from(sum, (s, u) => {
-    const scale = Math.sqrt((squares[u] - (s * s) / numSteps) * signalSquares);
-    return scale > 1e-9 ? products[u] / scale : 0;
+    const scale = Math.sqrt((squares - (sum * sum) / numSteps) * signalSquares);
+    return scale > 1e-9 ? products / scale : 0;
   });
 }
 
@@ -191,7 +187,7 @@ function buildImage() {
   const colors = Array.from({ length: head.levels + 1 }, (_, n) => tint(map, n / head.levels));
   for (let row = 0; row < numUnits; row++)
     for (let t = 0; t < numSteps; t++) {
-      const color = colors[source[t * numUnits + order[row]]], at = 4 * (row * numSteps + t);
+      const color = colors[source[order[row] * numSteps + t]], at = 4 * (row * numSteps + t);
       pixels.data[at] = color[0];
       pixels.data[at + 1] = color[1];
       pixels.data[at + 2] = color[2];
@@ -423,9 +419,9 @@ function showMatches() {
   if (!view.range) $("found").textContent = "Select steps: drag over the text or the heat map, or hold Shift and press ← or →.";
   else {
     const [from, to] = view.range, text = head.labels.slice(from, to + 1).map(shownLabel).join(head.labels.some((label) => label.length > 1) ? " " : "");
-    $("found").textContent = `Steps ${from} to ${to}, “${text.length > 60 ? text.slice(0, 60) + "…" : text}”: ${active.length} of ${numUnits} units are active throughout` + (active.length ? `, and again at ${matches.length} places${matches.length === MAX_MATCHES ? " or more" : ""}.` : ". Lower the threshold, select fewer steps, or allow activity before and after.");
+    $("found").textContent = `Steps ${from} to ${to}, “${text.length > 60 ? text.slice(0, 60) + "…" : text}”: ${active.length} of ${numUnits} units are active throughout${active.length > MAX_UNITS ? ` (the first ${MAX_UNITS} below)` : ""}` + (active.length ? `, and again at ${matches.length} places${matches.length === MAX_MATCHES ? " or more" : ""}.` : ". Lower the threshold, select fewer steps, or uncheck “not just before” and “not just after”.");
   }
-  $("active").replaceChildren(...active.slice(0, 40).map(([u, sign]) => button([`${sign < 0 ? "−" : ""}${u}`], () => pin({ step: current().step, unit: u }))));
+  $("active").replaceChildren(...active.slice(0, MAX_UNITS).map(([u, sign]) => button([`${sign < 0 ? "−" : ""}${u}`], () => pin({ step: current().step, unit: u }))));
   $("active").setAttribute("aria-label", "Active units");
   $("matches").replaceChildren(
     ...matches.map((place) => {
@@ -567,7 +563,7 @@ function start() {
   addOptions($("order"), orders, view.order, (name) => {
     view.order = name;
     sortUnits();
-    refresh();
+    pin({ step: view.pinned.step, unit: order[0] });
   });
   const spans = [50, 100, 200, 400, 1000].filter((n) => n < numSteps).map((n) => [String(n), String(n)]);
   view.span = numSteps > 200 ? (innerWidth < 700 ? 50 : 100) : numSteps;
