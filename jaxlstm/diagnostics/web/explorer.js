@@ -16,7 +16,7 @@ const $ = (id) => document.getElementById(id);
 const clamp = (x, low, high) => Math.min(Math.max(x, low), high);
 const dark = matchMedia("(prefers-color-scheme: dark)");
 
-let head, data, numSteps, numUnits;
+let head, data, numSteps, numUnits, hasWords; // hasWords: labels of more than one character
 const view = {
   values: "", order: "index", span: 200, first: 0, shade: "values", threshold: 0.3,
   pinned: { step: 0, unit: 0 }, hovered: null, range: null,
@@ -39,6 +39,7 @@ async function load() {
     offset += size;
   }
   numSteps = head.labels.length;
+  hasWords = head.labels.some((label) => [...label].length > 1);
   numUnits = head.arrays[Object.keys(head.values)[0]][1][0];
 }
 
@@ -214,6 +215,7 @@ function layout() {
 }
 
 const shownLabel = (label) => (label === "\n" ? "↵" : label === " " ? "␣" : label === "\t" ? "⇥" : label);
+const joinLabels = (from, to) => head.labels.slice(Math.max(from, 0), to).map(shownLabel).join(hasWords ? " " : "");
 const current = () => view.hovered ?? view.pinned;
 
 function drawMap() {
@@ -274,9 +276,12 @@ function drawMap() {
 function drawStrip(context, strip, parts, x) {
   const { step, unit } = current(), bottom = strip.top + strip.height, zero = isSigned(view.values) ? strip.top + strip.height / 2 : bottom;
   const shades = strip.name === "gradients" ? gradientShades(step) : null;
-  const largest = strip.name === "surprise" ? data.surprise.reduce((a, b) => Math.max(a, b), 1e-9) : 1;
+  let largest = 1; // of the bars
+  if (strip.name === "surprise") largest = data.surprise.reduce((a, b) => Math.max(a, b), 1e-9);
+  else if (strip.name === "unit" && isSigned(view.values))
+    largest = Array.from({ length: parts.steps }, (_, n) => Math.abs(relative(view.values, view.first + n, unit))).reduce((a, b) => Math.max(a, b), 1e-9);
   const titles = {
-    unit: `unit ${unit}: ${head.values[view.values]}, up to ${isSigned(view.values) ? "±" : ""}${format(scaleOf(view.values, unit))}`,
+    unit: `unit ${unit}: ${head.values[view.values]}, up to ${isSigned(view.values) ? "±" : ""}${format(largest * scaleOf(view.values, unit))}`,
     surprise: `surprise of each prediction, up to ${format(largest)} nats`,
     gradients: `gradient of the loss at step ${step}, log, ${DECADES} decades`,
   };
@@ -291,7 +296,7 @@ function drawStrip(context, strip, parts, x) {
     let from = bottom, to;
     if (strip.name === "unit") {
       from = zero;
-      to = zero - relative(view.values, t, unit) * (zero === bottom ? strip.height : strip.height / 2);
+      to = zero - (relative(view.values, t, unit) / largest) * (zero === bottom ? strip.height : strip.height / 2);
     } else to = bottom - (shades ? shades[t] : data.surprise[t] / largest) * strip.height;
     context.fillRect(x(t), Math.min(from, to), Math.max(1, parts.cell - 1), Math.abs(from - to));
   }
@@ -302,7 +307,7 @@ function drawStrip(context, strip, parts, x) {
 
 function buildText() {
   const text = $("text");
-  text.classList.toggle("words", head.labels.some((label) => [...label].length > 1));
+  text.classList.toggle("words", hasWords);
   head.labels.forEach((label, t) => {
     const span = document.createElement("span");
     span.dataset.step = t;
@@ -314,7 +319,7 @@ function buildText() {
       text.append(span, "\n");
     } else {
       span.textContent = label;
-      text.append(span, text.classList.contains("words") ? " " : "");
+      text.append(span, hasWords ? " " : "");
     }
   });
 }
@@ -356,7 +361,7 @@ function shadeText() {
 function format(x) {
   if (x === Infinity) return "∞";
   const size = Math.abs(x);
-  return (size !== 0 && (size < 0.01 || size >= 10000) ? x.toExponential(1) : size >= 100 ? x.toFixed(0) : x.toFixed(2)).replace("-", "−");
+  return (size !== 0 && (size < 0.01 || size >= 10000) ? x.toExponential(1) : size >= 100 ? x.toFixed(0) : x.toFixed(2)).replaceAll("-", "−");
 }
 
 function describe() {
@@ -418,18 +423,19 @@ function showMatches() {
   $("threshold-value").textContent = `${Math.round(100 * view.threshold)} %`;
   if (!view.range) $("found").textContent = "Select steps: drag over the text or the heat map, or hold Shift and press ← or →.";
   else {
-    const [from, to] = view.range, text = head.labels.slice(from, to + 1).map(shownLabel).join(head.labels.some((label) => label.length > 1) ? " " : "");
+    const [from, to] = view.range, text = joinLabels(from, to + 1);
     $("found").textContent = `Steps ${from} to ${to}, “${text.length > 60 ? text.slice(0, 60) + "…" : text}”: ${active.length} of ${numUnits} units are active throughout${active.length > MAX_UNITS ? ` (the first ${MAX_UNITS} below)` : ""}` + (active.length ? `, and again at ${matches.length} places${matches.length === MAX_MATCHES ? " or more" : ""}.` : ". Lower the threshold, select fewer steps, or uncheck “not just before” and “not just after”.");
   }
   $("active").replaceChildren(...active.slice(0, MAX_UNITS).map(([u, sign]) => button([`${sign < 0 ? "−" : ""}${u}`], () => pin({ step: current().step, unit: u }))));
   $("active").setAttribute("aria-label", "Active units");
   $("matches").replaceChildren(
     ...matches.map((place) => {
-      const part = (a, b) => head.labels.slice(Math.max(a, 0), b).map(shownLabel).join($("text").classList.contains("words") ? " " : "");
       const mark = document.createElement("mark"), note = document.createElement("small"), line = document.createElement("li");
-      mark.textContent = part(place.from, place.to + 1);
-      note.textContent = `  step ${place.from}, ${percent(place.share)}`;
-      line.append(button([part(place.from - 16, place.from), mark, part(place.to + 1, place.to + 17), note], () => pin({ step: place.from, unit: current().unit })));
+      const { from, to, share } = place, around = hasWords ? 4 : 16, gap = hasWords ? " " : "";
+      mark.textContent = joinLabels(from, to + 1);
+      note.textContent = `  step ${from}, ${percent(share)}`;
+      const content = [joinLabels(from - around, from) + gap, mark, gap + joinLabels(to + 1, to + 1 + around), note];
+      line.append(button(content, () => pin({ step: from, unit: current().unit })));
       return line;
     })
   );
