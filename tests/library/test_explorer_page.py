@@ -255,6 +255,9 @@ def test_page_shades_text_by_the_gradient_of_the_selected_step(page):
 @pytest.mark.parametrize("width", [1280, 800, 390])
 def test_page_fits_the_width_after_a_resize(page, width):
     page.set_viewport_size({"width": width, "height": 800})
+    settle(page)
+    canvas = page.locator("#map")
+    assert canvas.evaluate("c => c.width / devicePixelRatio") == pytest.approx(canvas.bounding_box()["width"], abs=1)
     drag_over(page, 3, 6)
     overflow = page.evaluate(
         """() => [...document.querySelectorAll("body *")].filter((element) => {
@@ -263,8 +266,6 @@ def test_page_fits_the_width_after_a_resize(page, width):
         }).map((element) => element.id || element.tagName)"""
     )
     assert overflow == []
-    canvas = page.locator("#map")
-    assert canvas.evaluate("c => c.width / devicePixelRatio") == pytest.approx(canvas.bounding_box()["width"], abs=1)
 
 
 def test_page_has_a_dark_scheme(page):
