@@ -254,7 +254,7 @@ def _page(header: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> str:
     parts = {
         "TITLE": html.escape(header["title"]),
         "HEADER": json.dumps({**header, "arrays": described}, ensure_ascii=False).replace("<", "\\u003c"),
-        "ARRAYS": base64.b64encode(zlib.compress(content, 9)).decode(),
+        "ARRAYS": base64.b64encode(zlib.compress(content)).decode(),
     }
     web = resources.files("jaxlstm.diagnostics").joinpath("web")
     page = web.joinpath("explorer.html").read_text(encoding="utf-8")
