@@ -43,11 +43,19 @@ def check_lstm() -> None:
         assert jnp.allclose(y, ys[t], atol=1e-5)
 
 
+def check_explorer() -> None:
+    """Writes an explorer page from the files of the wheel."""
+    lstm = jaxlstm.LSTM(INPUTS, HIDDEN)
+    page = jaxlstm.diagnostics.explore(lstm, lstm.init(jax.random.key(0)), jnp.ones((STEPS, INPUTS)))
+    assert page.startswith("<!doctype html>")
+    assert "{{" not in page
+
+
 def check_command() -> None:
     """Checks that the command prints help, and names the extra that it needs in one line."""
     command = str(Path(sys.executable).parent / "jaxlstm")
     assert "usage: jaxlstm" in subprocess.run([command], capture_output=True, text=True, check=True).stdout
-    for name in ("train", "sample", "inspect", "vanishing"):
+    for name in ("train", "sample", "inspect", "explore", "vanishing"):
         done = subprocess.run([command, name], capture_output=True, text=True)
         assert done.returncode == 1, done
         lines = done.stderr.splitlines()
@@ -59,5 +67,6 @@ def check_command() -> None:
 if __name__ == "__main__":
     check_environment()
     check_lstm()
+    check_explorer()
     check_command()
     print(f"jaxlstm {jaxlstm.__version__}: the wheel works with its base dependencies")
