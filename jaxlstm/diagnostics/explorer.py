@@ -78,52 +78,52 @@ def explore(
         ``logits`` without ``targets``, arrays of other lengths, values that are not finite, or too many values.
     """
     traced = trace(lstm, params, xs)
-    shape = traced.step_mask.shape
-    if len(shape) != 1:
+    if traced.step_mask.ndim != 1:
         raise ValueError(f"xs must be one sequence (T, I) without batch axes, got shape {list(np.shape(xs))}")
     if not 0 <= layer < lstm.num_layers:
         raise ValueError(f"layer must be one of 0 to {lstm.num_layers - 1}, got {layer}")
     if (logits is None) != (targets is None):
         raise ValueError("logits and targets belong together: give both or neither")
-    labels = [str(t) for t in range(shape[0])] if labels is None else list(labels)
-    tracked = {name: np.asarray(values, np.float32) for name, values in (properties or {}).items()}
-    for name, length in (("labels", len(labels)), *((name, len(values)) for name, values in tracked.items())):
-        if length != shape[0]:
-            raise ValueError(f"{name} must have one entry per step of xs, {shape[0]}, got {length}")
+    num_steps = len(traced.ys)
+    labels = [str(t) for t in range(num_steps)] if labels is None else list(labels)
+    _check_length("labels", labels, num_steps, "step of xs")
     units = _unit_values(traced, layer)
-    arrays: dict[str, np.ndarray] = {"clusters": cluster_order(units["c" if "c" in units else [*units][-1]])}
-    header: dict[str, Any] = {
-        "title": title,
-        "layer": layer,
-        "labels": labels,
-        "values": {name: NAMES.get(name, name) for name in units},
-    }
+    header: dict[str, Any] = {"title": title, "layer": layer, "labels": labels}
+    header["values"] = {name: NAMES.get(name, name) for name in units}
+    arrays = {"clusters": cluster_order(units["c" if "c" in units else [*units][-1]])}
     if traced.cell.forget_gate in set(units) & set(sigmoid_gates(traced.cell)):
         arrays["timeConstants"] = _time_constants(units[traced.cell.forget_gate])
+    for name, values in (properties or {}).items():
+        arrays[f"property {name}"] = np.asarray(values, np.float32)
+        _check_length(name, arrays[f"property {name}"], num_steps, "step of xs")
     if logits is not None:
-        targets = jnp.asarray(targets)
-        if targets.shape != shape:
-            raise ValueError(f"targets must have one entry per step of xs, {shape[0]}, got shape {list(targets.shape)}")
+        targets = np.asarray(targets)
+        _check_length("targets", targets, num_steps, "step of xs")
         log_probabilities = np.asarray(jax.nn.log_softmax(logits(traced.ys)), np.float32)
-        header["classes"] = list(classes or map(str, range(log_probabilities.shape[-1])))
-        arrays |= _predictions(log_probabilities, np.asarray(targets))
-        tracked["surprise"] = arrays["surprise"]
+        num_classes = log_probabilities.shape[-1]
+        if not 0 <= targets.min() <= targets.max() < num_classes:
+            raise ValueError(f"targets must be 0 to {num_classes - 1}, got {targets.min()} to {targets.max()}")
+        header["classes"] = [str(n) for n in range(num_classes)] if classes is None else list(classes)
+        _check_length("classes", header["classes"], num_classes, "logit")
+        arrays |= _predictions(log_probabilities, targets)
         if not lstm.bidirectional:
-            norms = np.asarray(loss_gradients(lstm, params, jnp.asarray(xs), targets, logits, GRADIENT_STEPS))
-            scale = float(norms.max()) or 1.0
-            arrays["gradients"] = (norms / scale).astype(np.float16)
-            header["gradientScale"] = scale
-    arrays |= {f"property {name}": values for name, values in tracked.items()}
+            norms = loss_gradients(lstm, params, jnp.asarray(xs), jnp.asarray(targets), logits, GRADIENT_STEPS)
+            header["gradientScale"] = float(np.max(norms)) or 1.0
+            arrays["gradients"] = (np.asarray(norms) / header["gradientScale"]).astype(np.float16)
     for name, values in (units | arrays).items():
         if name != "timeConstants" and not np.isfinite(values).all():  # a unit that never forgets is infinite
             raise ValueError(f"the page needs finite numbers, but {name} has values that are not")
     for levels in LEVELS:
-        quantized = _quantize(traced.cell, units, levels)
-        page = _page(header | {"levels": levels}, quantized | arrays)
+        page = _page(header | {"levels": levels}, _quantize(traced.cell, units, levels) | arrays)
         if len(page.encode()) <= MAX_BYTES:
             return page
-    size = f"{shape[0]} steps of {units['h'].shape[1] if 'h' in units else lstm.hidden_size} units"
+    size = f"{num_steps} steps of {len(arrays['clusters'])} units"
     raise ValueError(f"a page holds {MAX_BYTES:,} bytes, too few for {size}; give fewer steps")
+
+
+def _check_length(name: str, values: Any, expected: int, what: str) -> None:
+    if len(values) != expected or np.ndim(values) != 1:
+        raise ValueError(f"{name} must have one entry per {what}, {expected}, got shape {list(np.shape(values))}")
 
 
 def _unit_values(traced: Trace, layer: int) -> dict[str, np.ndarray]:
@@ -168,11 +168,13 @@ def cluster_order(values: Shaped[np.ndarray, "T H"]) -> np.ndarray:
 
 def _predictions(log_probabilities: np.ndarray, targets: np.ndarray) -> dict[str, np.ndarray]:
     """Returns the most probable classes of each step, their probabilities, the targets and their surprise in nats."""
+    surprise = -np.take_along_axis(log_probabilities, targets[:, None], -1)[:, 0]
     top = np.argsort(-log_probabilities, axis=-1, kind="stable")[:, :NUM_PREDICTIONS]
     return {
-        "targets": targets.astype(np.uint16),
-        "surprise": -np.take_along_axis(log_probabilities, targets[:, None], -1)[:, 0],
-        "topClasses": top.astype(np.uint16),
+        "targets": targets.astype(np.uint32),
+        "surprise": surprise,
+        "property surprise": surprise,
+        "topClasses": top.astype(np.uint32),
         "topProbabilities": np.exp(np.take_along_axis(log_probabilities, top, -1)).astype(np.float16),
     }
 

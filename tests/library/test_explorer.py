@@ -26,7 +26,7 @@ def logits(ys):
 
 
 def make(network=None, num_steps=T):
-    lstm = jaxlstm.LSTM(3, H, num_layers=2) if network is None else network
+    lstm = jaxlstm.LSTM(3, H) if network is None else network
     return (
         lstm,
         lstm.init(jax.random.key(0)),
@@ -55,12 +55,12 @@ def decode(header, arrays, name):
     return (2 * part - 1) * scale, scale / header["levels"]
 
 
-@pytest.mark.parametrize("levels", [254, pytest.param(14, marks=pytest.mark.slow)])
-def test_explore_values_are_the_recorded_ones_within_rounding(monkeypatch, levels):
+@pytest.mark.parametrize(("levels", "layer"), [(254, 0), pytest.param(14, 1, marks=pytest.mark.slow)])
+def test_explore_values_are_the_recorded_ones_within_rounding(monkeypatch, levels, layer):
     monkeypatch.setattr(explorer, "LEVELS", (levels,))
-    lstm, params, xs = make()
-    header, arrays = read(diagnostics.explore(lstm, params, xs, layer=1))
-    recorded = diagnostics.trace(lstm, params, xs).layers[1].forward
+    lstm, params, xs = make(jaxlstm.LSTM(3, H, num_layers=layer + 1))
+    header, arrays = read(diagnostics.explore(lstm, params, xs, layer=layer))
+    recorded = diagnostics.trace(lstm, params, xs).layers[layer].forward
     assert header["levels"] == levels
     assert list(header["values"]) == ["i", "f", "g", "o", "c", "h"]
     for name in header["values"]:
@@ -73,7 +73,7 @@ def test_explore_values_are_the_recorded_ones_within_rounding(monkeypatch, level
 
 @pytest.mark.slow
 def test_explore_gradients_match_jax_grad():
-    lstm, params, xs = make()
+    lstm, params, xs = make(jaxlstm.LSTM(3, H, num_layers=2))
     header, arrays = read(diagnostics.explore(lstm, params, xs, logits=logits, targets=TARGETS))
     norms = arrays["gradients"].astype(np.float64) * header["gradientScale"]
     assert norms.shape == (T, explorer.GRADIENT_STEPS)
@@ -90,6 +90,7 @@ def test_explore_gradients_match_jax_grad():
     assert not norms[np.arange(T)[:, None] - np.arange(norms.shape[1]) <= 0].any()  # before the first state
 
 
+@pytest.mark.slow
 def test_explore_predictions_are_the_most_probable_classes():
     lstm, params, xs = make()
     header, arrays = read(diagnostics.explore(lstm, params, xs, logits=logits, targets=TARGETS, classes="abcd"))
@@ -129,16 +130,18 @@ def test_explore_labels_do_not_end_the_script():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"layer": 2}, "layer must be one of 0 to 1, got 2"),
-        ({"labels": "abc"}, "labels must have one entry per step of xs, 12, got 3"),
-        ({"properties": {"depth": [1]}}, "depth must have one entry per step of xs, 12, got 1"),
+        ({"layer": 1}, "layer must be one of 0 to 0, got 1"),
+        ({"labels": "abc"}, "labels must have one entry per step of xs, 12, got shape [3]"),
+        ({"properties": {"depth": [1]}}, "depth must have one entry per step of xs, 12, got shape [1]"),
         ({"logits": logits}, "logits and targets belong together"),
-        ({"logits": logits, "targets": [0]}, r"targets must have one entry per step of xs, 12, got shape \[1\]"),
+        ({"logits": logits, "targets": [0]}, "targets must have one entry per step of xs, 12, got shape [1]"),
+        ({"logits": logits, "targets": [V] * T}, "targets must be 0 to 3, got 4 to 4"),
+        ({"logits": logits, "targets": TARGETS, "classes": "ab"}, "one entry per logit, 4, got shape [2]"),
         ({"properties": {"depth": [np.nan] * T}}, "finite numbers, but property depth has"),
     ],
 )
 def test_explore_rejects_wrong_arguments(options, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=re.escape(message)):
         diagnostics.explore(*make(), **options)
 
 

@@ -8,7 +8,7 @@ const MAPS = {
   puor: "2d004b4518715f3a917b6aa89990bfb7b1d5cfcfe5e4e5f0f7f7f6fce8cdfed59ffdbc6bee9b39d97b12bd61099e4c077f3b08",
   berlin: "9eb0ff79abed519fd33685ad2868861d4b6114303e111a20190c092b0e014112015b1d087d341e9e513fbe6f63df8f89ffadad",
 };
-const BYTES = { uint8: Uint8Array, uint16: Uint16Array, float32: Float32Array, float16: Uint16Array };
+const BYTES = { uint8: Uint8Array, uint16: Uint16Array, uint32: Uint32Array, float32: Float32Array, float16: Uint16Array };
 const MARGIN = { left: 34, right: 4 };
 const DECADES = 4; // of gradients that are drawn
 const MAX_MATCHES = 20, MAX_UNITS = 40; // in the lists
