@@ -270,16 +270,17 @@ function drawMap() {
   context.textAlign = "right";
   context.fillStyle = faint;
   context.fillText(String(unit), MARGIN.left - 5, clamp(parts.top + (rank[unit] + 0.5) * parts.row + 4, parts.top + 9, parts.top + parts.heat));
-  canvas.setAttribute("aria-label", `Heat map of ${head.values[view.values]}, ${numUnits} units by ${numSteps} steps, steps ${view.first} to ${view.first + parts.steps - 1} in view`);
+  const shown = `steps ${view.first} to ${view.first + parts.steps - 1} in view`;
+  canvas.setAttribute("aria-label", `Heat map of ${head.values[view.values]}, ${numUnits} units by ${numSteps} steps, ${shown}`);
 }
 
 function drawStrip(context, strip, parts, x) {
   const { step, unit } = current(), bottom = strip.top + strip.height, zero = isSigned(view.values) ? strip.top + strip.height / 2 : bottom;
   const shades = strip.name === "gradients" ? gradientShades(step) : null;
+  const inView = Array.from({ length: parts.steps }, (_, n) => relative(view.values, view.first + n, unit));
   let largest = 1; // of the bars
   if (strip.name === "surprise") largest = data.surprise.reduce((a, b) => Math.max(a, b), 1e-9);
-  else if (strip.name === "unit" && isSigned(view.values))
-    largest = Array.from({ length: parts.steps }, (_, n) => Math.abs(relative(view.values, view.first + n, unit))).reduce((a, b) => Math.max(a, b), 1e-9);
+  else if (strip.name === "unit" && isSigned(view.values)) largest = inView.reduce((a, b) => Math.max(a, Math.abs(b)), 1e-9);
   const titles = {
     unit: `unit ${unit}: ${head.values[view.values]}, up to ${isSigned(view.values) ? "±" : ""}${format(largest * scaleOf(view.values, unit))}`,
     surprise: `surprise of each prediction, up to ${format(largest)} nats`,
@@ -296,7 +297,7 @@ function drawStrip(context, strip, parts, x) {
     let from = bottom, to;
     if (strip.name === "unit") {
       from = zero;
-      to = zero - (relative(view.values, t, unit) / largest) * (zero === bottom ? strip.height : strip.height / 2);
+      to = zero - (inView[t - view.first] / largest) * (zero === bottom ? strip.height : strip.height / 2);
     } else to = bottom - (shades ? shades[t] : data.surprise[t] / largest) * strip.height;
     context.fillRect(x(t), Math.min(from, to), Math.max(1, parts.cell - 1), Math.abs(from - to));
   }
@@ -349,7 +350,8 @@ function shadeText() {
     const [r, g, b] = tint(map, part(t));
     span.style.background = `rgb(${r},${g},${b})`;
     span.style.color = 0.299 * r + 0.587 * g + 0.114 * b > 128 ? "#000" : "#fff";
-    span.className = [t === step && "now", isMatch[t] && "match", view.range && t >= view.range[0] && t <= view.range[1] && "range"].filter(Boolean).join(" ");
+    const isSelected = view.range && t >= view.range[0] && t <= view.range[1];
+    span.className = [t === step && "now", isMatch[t] && "match", isSelected && "range"].filter(Boolean).join(" ");
   });
   drawLegend("text-scale", map);
   $("text-low").textContent = low;
@@ -424,7 +426,13 @@ function showMatches() {
   if (!view.range) $("found").textContent = "Select steps: drag over the text or the heat map, or hold Shift and press ← or →.";
   else {
     const [from, to] = view.range, text = joinLabels(from, to + 1);
-    $("found").textContent = `Steps ${from} to ${to}, “${text.length > 60 ? text.slice(0, 60) + "…" : text}”: ${active.length} of ${numUnits} units are active throughout${active.length > MAX_UNITS ? ` (the first ${MAX_UNITS} below)` : ""}` + (active.length ? `, and again at ${matches.length} places${matches.length === MAX_MATCHES ? " or more" : ""}.` : ". Lower the threshold, select fewer steps, or uncheck “not just before” and “not just after”.");
+    let result = `${active.length} of ${numUnits} units are active throughout`;
+    if (!active.length) result += ". Lower the threshold, select fewer steps, or uncheck “not just before” and “not just after”.";
+    else {
+      if (active.length > MAX_UNITS) result += ` (the first ${MAX_UNITS} below)`;
+      result += `, and again at ${matches.length} places${matches.length === MAX_MATCHES ? " or more" : ""}.`;
+    }
+    $("found").textContent = `Steps ${from} to ${to}, “${text.length > 60 ? text.slice(0, 60) + "…" : text}”: ${result}`;
   }
   $("active").replaceChildren(...active.slice(0, MAX_UNITS).map(([u, sign]) => button([`${sign < 0 ? "−" : ""}${u}`], () => pin({ step: current().step, unit: u }))));
   $("active").setAttribute("aria-label", "Active units");
