@@ -12,7 +12,13 @@ import pytest
 import jaxlstm
 from jaxlstm.training import train_step
 from jaxlstm.training.data import text as data
-from jaxlstm.training.models.language_model import LanguageModel, evaluate, generate, training_loss
+from jaxlstm.training.models.language_model import (
+    LanguageModel,
+    evaluate,
+    generate,
+    restart_carry,
+    training_loss,
+)
 from jaxlstm.training.optimizer import learning_rate_schedule, make_optimizer
 from jaxlstm.training.params_file import load_params, save_params
 
@@ -339,3 +345,15 @@ def test_optimizer_decays_matrices_and_clips_gradients():
     mean = optax.tree.get(state, "mu")
     # Adam's first moment is a tenth of the clipped gradient, whose norm is 1.
     assert float(optax.tree.norm(mean)) == pytest.approx(0.1, rel=1e-5)
+
+
+@pytest.mark.parametrize("restart", [True, False])
+def test_a_window_starts_from_the_initial_state_of_the_cell_or_from_the_carried_one(restart):
+    """The stabilizer of an sLSTM starts at minus infinity, not at zero."""
+    m = LanguageModel(5, jaxlstm.RNN(8, 16, cell="slstm"))
+    window = data.Window(TEXT[:8].reshape(4, 2), TEXT[1:9].reshape(4, 2), np.bool_(restart))
+    params = m.init(jax.random.key(0))
+    initial = m.lstm.initial_state((2,))
+    carry = jax.tree.map(jnp.ones_like, initial)
+    start = restart_carry(m, params, carry, window)
+    jax.tree.map(np.testing.assert_array_equal, start, initial if restart else carry)

@@ -127,9 +127,10 @@ class LanguageModel:
         return logits + jnp.broadcast_to(params.b_out.astype(accum_dtype), logits.shape)
 
 
-def restart_carry(carry: State, window: Window) -> State:
-    """Returns the state that a window starts from: zeros if its streams restart, else the carried state."""
-    return jax.tree.map(lambda a: jnp.where(window.restart, 0, a), carry)
+def restart_carry(model: LanguageModel, params: LanguageModelParams, carry: State, window: Window) -> State:
+    """Returns the state that a window starts from: the initial one if its streams restart, else the carried one."""
+    initial = model.lstm.initial_state(window.inputs.shape[1:], params.lstm)
+    return jax.tree.map(lambda first, carried: jnp.where(window.restart, first, carried), initial, carry)
 
 
 def training_loss(model: LanguageModel, *, activation: float = 0.0, temporal_activation: float = 0.0) -> Loss:
@@ -150,7 +151,7 @@ def training_loss(model: LanguageModel, *, activation: float = 0.0, temporal_act
         params: LanguageModelParams, carry: State, window: Window, key: Array
     ) -> tuple[Array, tuple[Array, State]]:
         inputs, targets = (jnp.asarray(ids, jnp.int32) for ids in (window.inputs, window.targets))
-        ys, dropped, carry = model.outputs(params, inputs, restart_carry(carry, window), key=key)
+        ys, dropped, carry = model.outputs(params, inputs, restart_carry(model, params, carry, window), key=key)
         logits = model.logits(params, dropped)
         nats = optax.softmax_cross_entropy_with_integer_labels(logits, targets).mean()
         total = nats

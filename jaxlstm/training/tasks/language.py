@@ -123,7 +123,10 @@ def make_language_task(
         batches=batches,
         make_loss=lambda lstm: training_loss(replace(model, lstm=lstm), **regularization),
         lstm=model.lstm,
-        lstm_inputs=lambda params, carry, window: (params.embedding[window.inputs], restart_carry(carry, window)),
+        lstm_inputs=lambda params, carry, window: (
+            params.embedding[window.inputs],
+            restart_carry(model, params, carry, window),
+        ),
         evaluate=lambda params: {"loss": evaluate(model, params, valid_ids, batch_size=options.batch)},
         sample=sample,
         fingerprint=fingerprint(train_ids, valid_ids, repr(extra_config)),
