@@ -14,6 +14,8 @@ each episode, which may need it most, and lets the last step of one episode leak
 without an error, so call `check_replay` before the first update.
 """
 
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -193,7 +195,7 @@ def check_replay(
         )
     eps = float(max(jnp.finfo(a.dtype).eps, jnp.finfo(b.dtype).eps))
     bound = eps**0.5 if tolerance is None else tolerance
-    x, y = (np.asarray(values, np.float64).reshape(*ended.shape, -1) for values in (a, b))
+    x, y = (np.asarray(values, np.float64).reshape(*ended.shape, math.prod(a.shape[ended.ndim :])) for values in (a, b))
     with np.errstate(invalid="ignore"):  # inf - inf
         near = np.isfinite(x) & (np.abs(x - y) <= bound * np.maximum(1, np.abs(x)))
     differs = ~((x == y) | near | (np.isnan(x) & np.isnan(y)))

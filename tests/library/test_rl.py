@@ -286,6 +286,11 @@ def test_check_replay_rejects_wrong_shapes(rollout_shape, replayed_shape, messag
         rl.check_replay(np.zeros(rollout_shape), np.zeros(replayed_shape), np.zeros((3, 2), bool))
 
 
+@pytest.mark.parametrize("shape", [(0, 2, 5), (3, 0, 5), (0, 2)])
+def test_check_replay_of_nothing_finds_nothing(shape):
+    rl.check_replay(np.zeros(shape), np.zeros(shape), np.zeros(shape[:2], bool))
+
+
 def test_check_replay_rejects_traced_arrays():
     with pytest.raises(TypeError, match=r"rollout must be a concrete array, .* outside of jax.jit"):
         jax.jit(rl.check_replay)(np.zeros((3, 2)), np.zeros((3, 2)), np.zeros((3, 2), bool))
