@@ -89,10 +89,18 @@ def test_labels_that_are_fractions_make_regression(tmp_path, labels, expected, s
         ("a.jsonl", '{"text": "\\ud800", "label": 1}\n', "line 1 has half of a surrogate pair"),
         ("a.jsonl", '{"text": "a"}\n', "has no labels; expected a column label"),
         ("a.csv", "words,label\na,1\n", "expected columns text and label, got words, label"),
+        ("a.csv", "text,label,text\na,1,b\n", "two columns are named 'text'"),
         ("a.csv", "text,label\na,1\nb,c,2\n", "line 3 has another number of cells than the header"),
         ("a.csv", 'text,label\n"a,1\n', "line 2: unexpected end of data"),
         ("a.csv", "text,label\na,1\nb,\n", "line 3: label must be a text or a number, got ''"),
         ("a.csv", "text,label\na,1.5\nb,1e999\n", "the label of row 1 must be finite, got inf"),
+        ("a.jsonl", '{"text": "a"}\n{"text": "b", "label": 1}\n', "line 1: label must be a text or a number, got None"),
+        (
+            "a.jsonl",
+            '{"text": "a", "label": 1.5}\n{"text": "b", "label": NaN}\n',
+            "label of row 1 must be a finite number",
+        ),
+        ("a.csv", "text,label\na,NA\nb,2.5\n", "the label of row 0 must be a finite number as the others are, got NA"),
         ("a.npz", "text", "cannot read"),
     ],
 )
@@ -136,6 +144,7 @@ def test_damaged_encoding_is_refused(change, message):
         ({"values": np.ones((2, 3)), "lengths": np.array([3])}, "lengths must be 2 integers"),
         ({"values": np.ones((2, 3)), "lengths": np.array([3, 4])}, "lengths must be in 1 to 3, got 4 in row 1"),
         ({"values": np.array([[1.0, np.nan]])}, "values of row 0 must be finite up to its length"),
+        ({"values": np.array([[1.0, 1e300]])}, "values of row 0 must be finite up to its length"),
         ({"values": np.ones((2, 3)), "labels": np.array([1, 2, 3])}, "labels must be 2 integers, texts or"),
         ({"values": np.ones((2, 3)), "labels": np.array([1.0, np.nan])}, "the label of row 1 must be finite, got nan"),
         ({"values": np.ones((2, 3))}, "has no labels; expected an array labels"),
@@ -152,6 +161,7 @@ def test_wrong_arrays_are_refused_by_name(tmp_path, arrays, message):
     [
         (["a"] * 5, "expected at least 6 sequences, got 5"),
         (["a"] * 9, "all labels are 'a'"),
+        ([1.5] * 9, "all labels are 1.5; expected"),
         (list("abcdef"), "the validation part is empty: no class has 6 sequences"),
     ],
 )
@@ -247,6 +257,18 @@ def test_encoding_maps_characters_seen_twice_and_scales_numbers():
     np.testing.assert_allclose(encoding.unscale(np.array([[-1.0], [7.0]])), [1, 9])
 
 
+def test_labels_of_other_data_take_the_form_of_the_training_data():
+    """Integers alone are names, and numbers beside a fraction; texts and numbers are compared as in training."""
+    names = classify.Encoding(("0", "1", "x"), "ab", {})
+    assert names.labels_as_trained(("1", "0", "x")).tolist() == ["1", "0", "x"]
+    assert names.labels_as_trained(np.array([1.0, 0.0, 2.5])).tolist() == ["1", "0", "2.5"]
+    numbers = classify.Encoding((), "ab", {})
+    assert numbers.labels_as_trained(("3", "-4")).tolist() == [3.0, -4.0]
+    assert numbers.labels_as_trained(np.array([3.0, 2.5])).tolist() == [3.0, 2.5]
+    with pytest.raises(DataError, match="the label 'x' is not a number, as the labels of the run are"):
+        numbers.labels_as_trained(("3", "x"))
+
+
 def test_scores_of_known_predictions():
     truth, predicted = np.array([0, 0, 0, 1, 2]), np.array([0, 0, 1, 1, 0])
     found = classify.scores(truth, predicted)
@@ -313,6 +335,9 @@ def test_regression_learns_sums_and_predicts_in_units_of_labels(tmp_path):
     assert summary["test_mean_rmse"] == pytest.approx(labels.std(), rel=0.2)
     assert (tmp_path / "run" / "predictions.png").exists()
     printed = run_command("--predict", "run", "--out", "labels.csv", cwd=tmp_path)
+    assert "labels.csv: 600 labels; rmse " in printed
+    np.savez(tmp_path / "new.npz", values=values, lengths=lengths, labels=labels.round().astype(int))
+    printed = run_command("--predict", "run", "--data", "new.npz", "--out", "labels.csv", cwd=tmp_path)
     assert "labels.csv: 600 labels; rmse " in printed
     predicted = [float(row["label"]) for row in csv.DictReader((tmp_path / "labels.csv").read_text().splitlines())]
     assert np.sqrt(np.mean((predicted - labels) ** 2)) < 0.2 * labels.std()

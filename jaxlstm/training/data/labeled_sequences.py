@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from jaxlstm.training.data.csv_series import DELIMITERS
+from jaxlstm.training.data.csv_series import DELIMITERS, MISSING
 from jaxlstm.training.data.shuffling import shuffled_batches
 from jaxlstm.training.data.text import DataError, read_text
 from jaxlstm.training.data.time_axis import NUMBER
@@ -22,6 +22,7 @@ PACKAGES = ("asyncio", "email", "http", "importlib", "logging", "multiprocessing
 SHORTEST_LINE = 20  # characters
 BATCHES_PER_POOL = 8
 SMALLEST_PADDED = 16  # steps
+NOT_NUMBERS = (*MISSING, *(sign + name for sign in ("", "+", "-") for name in ("inf", "infinity")))
 
 Labels = np.ndarray | tuple[str, ...]  # (N,) float64 numbers, or names of classes
 
@@ -116,7 +117,8 @@ def _read_npz(path: Path) -> LabeledSequences:
             f"values must be numbers of shape (N, T) or (N, T, features), got {values.dtype}{list(values.shape)}"
         )
     count, steps = values.shape[:2]
-    values = values.reshape(count, steps, -1).astype(np.float32)
+    with np.errstate(over="ignore"):  # an infinite value is an error, except in the padding
+        values = values.reshape(count, steps, -1).astype(np.float32)
     lengths = arrays.get("lengths", np.full(count, steps))
     if lengths.shape != (count,) or lengths.dtype.kind not in "iu":
         raise DataError(f"lengths must be {count:,} integers, got {lengths.dtype}{list(lengths.shape)}")
@@ -158,7 +160,7 @@ def _read_texts(path: Path) -> LabeledSequences:
     if not rows:
         raise DataError("the file has no rows")
     texts, labels = [], []
-    has_labels = "label" in rows[0][1]
+    has_labels = any("label" in row for _, row in rows)
     for line, row in rows:
         text, label = row.get("text"), row.get("label")
         if not isinstance(text, str) or not text:
@@ -195,6 +197,8 @@ def _read_csv(content: str) -> list[tuple[int, dict[str, Any]]]:
         names = [name.strip() for name in reader.fieldnames or ()]
         if "text" not in names:
             raise DataError(f"expected columns text and label, got {', '.join(names)}")
+        if repeated := [name for name in ("text", "label") if names.count(name) > 1]:
+            raise DataError(f"two columns are named {repeated[0]!r}")
         reader.fieldnames = names
         for row in reader:
             if None in row or None in row.values():
@@ -216,10 +220,18 @@ def _parse_object(line: str, number: int) -> dict[str, Any]:
 
 
 def _typed_labels(labels: Sequence[str | int | float]) -> Labels:
-    """Returns numbers if all labels are numbers and one of them is not an integer, else names of classes."""
+    """Returns numbers if all labels are numbers and one of them is not an integer, else names of classes.
+
+    Raises:
+      DataError: for a label that is missing or infinite if all others are numbers.
+    """
     cells = [label if isinstance(label, str) else json.dumps(label) for label in labels]
-    are_numbers = all(re.fullmatch(NUMBER, cell, re.ASCII) for cell in cells)
-    if are_numbers and not all(re.fullmatch(r"[+-]?\d+", cell, re.ASCII) for cell in cells):
+    others = [row for row, cell in enumerate(cells) if not re.fullmatch(NUMBER, cell, re.ASCII)]
+    if 0 < len(others) < len(cells) and all(cells[row].strip().lower() in NOT_NUMBERS for row in others):
+        raise DataError(
+            f"the label of row {others[0]} must be a finite number as the others are, got {cells[others[0]]}"
+        )
+    if not others and not all(re.fullmatch(r"[+-]?\d+", cell, re.ASCII) for cell in cells):
         return _checked_numbers(np.array([float(cell) for cell in cells]))
     return tuple(cells)
 

@@ -9,6 +9,7 @@ import csv
 import io
 import itertools
 import json
+import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -30,6 +31,7 @@ from jaxlstm.training.config import Options
 from jaxlstm.training.data import labeled_sequences
 from jaxlstm.training.data.labeled_sequences import LabeledSequences, Labels, PaddedBatch
 from jaxlstm.training.data.text import CharVocabulary, DataError, fingerprint
+from jaxlstm.training.data.time_axis import NUMBER
 from jaxlstm.training.models.build import build_lstm
 from jaxlstm.training.models.linear_baseline import linear_predictions
 from jaxlstm.training.models.sequence_regressor import SequenceRegressor
@@ -143,6 +145,23 @@ class Encoding:
             return ((labels - self.scaling["target_mean"][0]) / self.scaling["target_std"][0]).astype(np.float32)
         index = {name: n for n, name in enumerate(self.classes)}
         return np.array([index[label] for label in labels], np.int32)
+
+    def labels_as_trained(self, labels: Labels) -> np.ndarray:
+        """Returns the labels of other data as names of classes ``(N,)``, or as numbers ``(N,)`` for regression.
+
+        The form of a label depends on the others of its file: 1 is a name, and a number beside 2.5.
+
+        Raises:
+          DataError: for a label of a regression that is not a number.
+        """
+        if self.classes:
+            if not isinstance(labels, np.ndarray):
+                return np.array(labels)
+            names = {float(name): name for name in self.classes if re.fullmatch(NUMBER, name, re.ASCII)}
+            return np.array([names.get(number, f"{number:g}") for number in labels.tolist()])
+        if wrong := [label for label in labels if not re.fullmatch(NUMBER, str(label), re.ASCII)]:
+            raise DataError(f"the label {wrong[0]!r} is not a number, as the labels of the run are")
+        return np.array([float(label) for label in labels])
 
     def unscale(self, outputs: np.ndarray) -> np.ndarray:
         """Returns predicted numbers ``(N,)`` in the units of the labels, from outputs ``(N, 1)``."""
@@ -286,6 +305,7 @@ def predict(
     data = labeled_sequences.load_labeled(options.data, needs_labels=False)
     model = build_model(options, encoding)
     try:
+        truth = None if data.labels is None else encoding.labels_as_trained(data.labels)
         sequences = encoding.sequences(data)
     except DataError as error:
         raise DataError(f"{options.data}: {error}") from None
@@ -296,13 +316,13 @@ def predict(
         probabilities = np.exp(log_softmax(predicted))
         header = ["label", *(f"p_{name}" for name in encoding.classes)]
         rows = [[name, *(f"{p:.4g}" for p in row)] for name, row in zip(names.tolist(), probabilities)]
-        if data.labels is not None:
-            figures = scores(np.asarray(data.labels).astype(str), names)
+        if truth is not None:
+            figures = scores(truth, names)
     else:
         numbers = encoding.unscale(predicted)
         header, rows = ["label"], [[f"{number:.6g}"] for number in numbers]
-        if isinstance(data.labels, np.ndarray):
-            figures = errors(numbers, data.labels)
+        if truth is not None:
+            figures = errors(numbers, truth)
     text = io.StringIO()
     csv.writer(text, lineterminator="\n").writerows([header, *rows])
     with atomic_write(out) as file:
@@ -330,7 +350,9 @@ def check_labels(source: str, labels: Labels) -> None:
     if len(labels) < MIN_EXAMPLES:
         raise DataError(f"{source}: expected at least {MIN_EXAMPLES} sequences, got {len(labels)}")
     if len(set(np.asarray(labels).tolist())) == 1:
-        raise DataError(f"{source}: all labels are {labels[0]!r}; expected at least two different ones")
+        raise DataError(
+            f"{source}: all labels are {np.asarray(labels).tolist()[0]!r}; expected at least two different ones"
+        )
     parts = labeled_sequences.split_indices(labels)
     for name, part in zip(("validation", "test"), parts[1:]):
         if not len(part):
