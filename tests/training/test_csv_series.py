@@ -325,7 +325,7 @@ def test_read_series_names_the_first_offending_line(read, change, message):
     [
         ({"time": "x"}, "--time x: no such column, expected one of 'date', 'a'"),
         ({"target": "a,x"}, "--target x: no such column of numbers, expected some of 'a'"),
-        ({"target": "date"}, "--target date: no such column of numbers"),
+        ({"target": "date"}, "--target date: the column is taken for --time"),
         ({"delimiter": "::"}, "--delimiter must be one character, got '::'"),
     ],
 )

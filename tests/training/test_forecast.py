@@ -366,6 +366,7 @@ def test_forecast_refuses_options(write, options, message):
         ({"series": "x"}, "--series x: no such column, expected one of 'shop', 'date'"),
         ({"series": "shop", "future": "promo,x"}, "--future x: no such column"),
         ({"series": "shop", "future": "kind"}, "line 2, kind: 'blue' is not a number"),
+        ({"series": "shop", "static": "up", "target": "up"}, "--target up: the column is taken for --static"),
         ({"series": "shop", "future": "shop"}, "--future shop: the column is taken for --series"),
         (
             {"series": "kind"},
@@ -387,6 +388,48 @@ def test_series_that_cannot_be_trained_on_are_left_out_with_a_note(tmp_path):
     task = make(path, *OPTIONS)
     assert "240 steps of 'up', 'down' in 2 series" in task.description
     assert "leaves out 1 of 3 series: " in task.notes[-1] or "leaves out 1 of 3 series: " in task.notes[-2]
+
+
+def test_parts_are_of_the_time_of_the_series_that_remain(tmp_path):
+    """A constant series goes on after the others have ended."""
+    path = write_panel(tmp_path / "p.csv", lengths=(120, 120))
+    days = np.datetime64("2024-01-01") + np.arange(120)
+    rows = "".join(f"flat,{day},3,3,{n % 3},5,blue\n" for n, day in enumerate(days))
+    path.write_text(path.read_text() + rows)
+    panel, scaling, notes = fit_scaling("p.csv", read_panel(path, **COLUMNS), 8, 2, 4, ".")
+    assert notes == [
+        "leaves out 1 of 3 series: p.csv: flat: the mean change of up over a season in the training part is 0, "
+        "expected a positive number; --target chooses columns"
+    ]
+    alone = read_panel(write_panel(tmp_path / "alone.csv", lengths=(120, 120)), **COLUMNS)
+    expected = fit_scaling("p.csv", alone, 8, 2, 4, ".")[1]
+    assert part_boundaries(panel) == part_boundaries(alone)
+    assert scaling == expected
+
+
+def test_history_shorter_than_a_season_is_refused(tmp_path):
+    panel = read_panel(write_panel(tmp_path / "p.csv"), **COLUMNS)
+    scaling = fit_scaling("p.csv", panel, 8, 2, 4, ".")[1]
+    short = read_panel(write_panel(tmp_path / "short.csv", lengths=(120, 4)), **COLUMNS)
+    WindowedPanel(short, scaling, window=8, horizon=2, season=4)
+    with pytest.raises(DataError, match="series 's1': 4 steps are too few, expected more than --season 4"):
+        WindowedPanel(short, scaling._replace(scales={}), window=8, horizon=2, season=4)
+    short = read_panel(write_panel(tmp_path / "short.csv", lengths=(120, 3)), **COLUMNS)
+    with pytest.raises(DataError, match="series 's1': 3 steps are too few, expected at least --season 4"):
+        WindowedPanel(short, scaling, window=8, horizon=2, season=4)
+
+
+@pytest.mark.slow
+def test_a_series_that_ends_before_the_test_is_not_drawn(tmp_path, monkeypatch):
+    labels = []
+    monkeypatch.setattr("matplotlib.axes.Axes.set_ylabel", lambda self, text, **_: labels.append(text))
+    path = write_panel(tmp_path / "p.csv", lengths=(120, 120))
+    rows = [row for row in path.read_text().splitlines() if not (row.startswith("s0") and row[3:] > "2024-01-31")]
+    path.write_text("\n".join(rows) + "\n")
+    task = make(path, *OPTIONS)
+    with default_jax():
+        task.draw(task.init(jax.random.key(0)), tmp_path)
+    assert labels == ["s1\nup", "s1\ndown"]
 
 
 @pytest.mark.slow

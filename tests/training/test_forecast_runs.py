@@ -134,6 +134,13 @@ def test_predict_refuses_other_data_in_one_line(finished, change, message):
     assert output.count("\n") == 1
 
 
+def test_predict_refuses_the_name_of_its_figure(finished):
+    folder, _ = finished
+    output = run_command("--predict", "run", "--out", "n.png", cwd=folder, fails=True)
+    assert "--out n.png is the name of the figure; expected a CSV file, such as n.csv" in output
+    assert not (folder / "n.png").exists()
+
+
 def test_predict_refuses_another_step_of_time(finished):
     folder, _ = finished
     path = write_sales(folder / "weekly.csv", days=40)

@@ -398,6 +398,8 @@ def _number_columns(
     else:
         names = _split_names(table, target) if isinstance(target, str) else list(target)
         for name in names:
+            if name in roles:
+                raise DataError(f"--target {name}: the column is taken for --{roles[name]}")
             if name not in available:
                 others = name_list(available)
                 raise DataError(f"--target {name}: no such column of numbers, expected some of {others}")

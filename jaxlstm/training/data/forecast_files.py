@@ -2,6 +2,7 @@
 
 import csv
 import io
+import itertools
 from pathlib import Path
 
 import numpy as np
@@ -70,9 +71,9 @@ def write_forecasts(
         file.write(text.getvalue().encode())
 
 
-def drawn_panels(panel: Panel) -> list[tuple[int, int]]:
-    """Returns the series and targets in a figure: the first `MAX_DRAWN`."""
-    return list(np.ndindex(len(panel.series), len(panel.targets)))[:MAX_DRAWN]
+def drawn_panels(panel: Panel, series: np.ndarray) -> list[tuple[int, int]]:
+    """Returns the series, of those with these indices, and targets in a figure: the first `MAX_DRAWN`."""
+    return list(itertools.product(np.unique(series).tolist(), range(len(panel.targets))))[:MAX_DRAWN]
 
 
 def draw_forecasts(
@@ -86,7 +87,7 @@ def draw_forecasts(
     history: int,
     naive: bool = False,
 ) -> None:
-    """Draws forecasts with their intervals, and the numbers of the data, as a PNG; one panel per series and target.
+    """Draws forecasts with their intervals, and the numbers of the data, as a PNG; one panel per target with windows.
 
     Args:
       path: path of the figure.
@@ -101,8 +102,8 @@ def draw_forecasts(
     from matplotlib.figure import Figure
 
     panel, median = data.panel, quantiles.index(0.5)
-    drawn = drawn_panels(panel)
-    count = len(panel.series) * len(panel.targets)
+    drawn = drawn_panels(panel, windows.series)
+    count = len(np.unique(windows.series)) * len(panel.targets)
     if len(drawn) < count:
         title += f", the first {len(drawn)} of {count:,} columns"
     figure = Figure(figsize=(9, 1.0 + 1.8 * len(drawn)), layout="constrained")

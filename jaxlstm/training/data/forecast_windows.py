@@ -120,8 +120,11 @@ def fit_scaling(
             scales[one.name] = scale.tolist()
     if not kept:
         raise DataError(reasons[0])
-    notes = [f"leaves out {len(reasons):,} of {len(panel.series):,} series: {reasons[0]}"] if reasons else []
-    panel = panel._replace(series=tuple(kept))
+    if reasons:  # the parts are of the time of the other series
+        note = f"leaves out {len(reasons):,} of {len(panel.series):,} series: {reasons[0]}"
+        others = panel._replace(series=tuple(kept))
+        panel, scaling, notes = fit_scaling(name, others, window, horizon, season, decimal)
+        return panel, scaling, [note, *notes]
     for part, (begin, end) in boundaries.items():
         if not any(one.known[max(begin - one.start, season) : max(end - one.start, 0)].any() for one in kept):
             raise DataError(
@@ -140,7 +143,7 @@ def fit_scaling(
         static_numbers=numbers,
         static_texts=texts,
     )
-    return panel, scaling, notes
+    return panel, scaling, []
 
 
 def _moments(values: np.ndarray) -> list[float]:
@@ -211,7 +214,8 @@ class WindowedPanel:
       decimal: decimal separator of static numbers.
 
     Raises:
-      DataError: for a series without a scale that is too short or does not change.
+      DataError: for a series shorter than a season, or one without a scale that has no more than a season or does not
+        change.
     """
 
     def __init__(
@@ -239,12 +243,14 @@ class WindowedPanel:
 
     def _scale(self, one: Series) -> list[float]:
         """Returns the scale of a series in the training data, or of its own values."""
-        if one.name in self.scaling.scales:
-            return self.scaling.scales[one.name]
-        if len(one.values) <= self.season:
+        is_known = one.name in self.scaling.scales
+        if len(one.values) < self.season + (not is_known):
             raise DataError(
-                f"series {one.name!r}: {len(one.values):,} steps are too few, expected more than --season {self.season}"
+                f"series {one.name!r}: {len(one.values):,} steps are too few, expected "
+                f"{'at least' if is_known else 'more than'} --season {self.season}"
             )
+        if is_known:
+            return self.scaling.scales[one.name]
         scale = scale_of(one.values, one.known, self.season)
         for target, value in zip(self.panel.targets, scale):
             if not 0 < value < np.inf:

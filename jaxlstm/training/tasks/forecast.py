@@ -117,9 +117,10 @@ def make(options: Options) -> Task:
     def draw(params: Any, folder: Path) -> None:
         begin, end = part_boundaries(panel)["test"]
         ahead = np.arange(begin, end - options.horizon + 1, options.horizon)
-        drawn = sorted({n for n, _ in forecast_files.drawn_panels(panel)})
-        grid = [(n, o) for n in drawn for o in ahead if data.starts[n] + options.season <= o < data.ends[n]]
-        windows = data.windows(*np.array(grid).reshape(-1, 2).T)
+        begins, ends = data.starts[:, None] + options.season, data.ends[:, None]
+        of_series, at = np.nonzero((begins <= ahead) & (ahead < ends))  # series may begin late or end early
+        is_drawn = np.isin(of_series, [n for n, _ in forecast_files.drawn_panels(panel, of_series)])
+        windows = data.windows(of_series[is_drawn], ahead[at[is_drawn]])
         forecast_files.draw_forecasts(
             folder / "forecast.png",
             data,
@@ -169,6 +170,11 @@ def predict(
     check_entries(config["scaling"], Scaling.__annotations__, f"config.json of {options.predict}: scaling")
     scaling = Scaling(**config["scaling"])
     quantiles = parse_quantiles(options.quantiles)
+    figure = out.with_suffix(".png")
+    if figure == out:
+        raise ValueError(
+            f"--out {out} is the name of the figure; expected a CSV file, such as {out.with_suffix('.csv')}"
+        )
     path = co2_path() if options.data == "co2" else Path(options.data)
     panel = read_file(path, options, time=scaling.time, target=scaling.targets)
     if panel.axis.step != scaling.step:
@@ -182,7 +188,6 @@ def predict(
     windows = data.windows(np.arange(len(panel.series)), data.ends)
     forecasts = forecaster(model)(params, windows)[1]
     forecast_files.write_forecasts(out, data, windows, forecasts, quantiles, series=options.series)
-    figure = out.with_suffix(".png")
     title = f"{path.stem}: the next {options.horizon} steps"
     history = max(2 * options.season, 3 * options.horizon)
     forecast_files.draw_forecasts(figure, data, windows, forecasts, quantiles, title, history=history)
