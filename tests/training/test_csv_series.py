@@ -271,7 +271,7 @@ def test_read_series_tells_of_separators_of_thousands(read, decimal, cell):
         ('date,a\nx,"1\ny,2\n', "line 2: unexpected end of data"),
         ("date,a\nx,1\ny\n", "line 3 has 1 cells, the first line 2"),
         ("date,a,a\nx,1,2\n", "two columns are named 'a'"),
-        ("date,a\nx,\n", "no column of numbers beside 'date'; ignored 'a'"),
+        ("date,a\nx,\n", "no column of numbers beside 'date'; ignores 'a', which is empty; --target names"),
         ("a,b\n3,5\n4,9\n", "no column of dates; --time names the column of times, one of 'a', 'b'"),
         ("a,b\n2020-01-01,2020-01-01\n", "several columns of dates, 'a', 'b'; --time names"),
         ("date;a\n2020-01-01;1,5\n", "line 2, a: '1,5' is not a number .*; --decimal , reads it"),

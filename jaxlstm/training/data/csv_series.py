@@ -425,7 +425,8 @@ def _number_columns(
         ignored = [(name, "not in --target") for name in available if name not in names]
     if not columns:
         time = next(iter(roles))
-        raise DataError(f"no column of numbers beside {time!r}; ignored {name_list([name for name, _ in ignored])}")
+        reasons = "".join(f"; ignores {name!r}, {reason}" for name, reason in ignored[:5])
+        raise DataError(f"no column of numbers beside {time!r}{reasons}; --target names the columns to forecast")
     return columns, ignored
 
 

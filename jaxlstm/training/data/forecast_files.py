@@ -2,7 +2,6 @@
 
 import csv
 import io
-import itertools
 from pathlib import Path
 
 import numpy as np
@@ -73,7 +72,7 @@ def write_forecasts(
 
 def drawn_panels(panel: Panel, series: np.ndarray) -> list[tuple[int, int]]:
     """Returns the series, of those with these indices, and targets in a figure: the first `MAX_DRAWN`."""
-    return list(itertools.product(np.unique(series).tolist(), range(len(panel.targets))))[:MAX_DRAWN]
+    return [(n, f) for n in np.unique(series).tolist() for f in range(len(panel.targets))][:MAX_DRAWN]
 
 
 def draw_forecasts(
