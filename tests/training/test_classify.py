@@ -310,14 +310,18 @@ def test_classification_learns_order_resumes_and_predicts(tmp_path):
         writer.writerows(new)
     printed = run_command("--predict", "run", "--data", "new.csv", "--out", "labels.csv", cwd=tmp_path)
     assert "labels.csv: 50 labels; accuracy " in printed
+    assert "no class of the run" not in printed
     rows = list(csv.DictReader((tmp_path / "labels.csv").read_text().splitlines()))
     assert np.mean([row["label"] == wanted["label"] for row, wanted in zip(rows, new)]) > 0.95
     for row in rows:
         chances = {name: float(row[f"p_{name}"]) for name in ("open", "closed")}
         assert sum(chances.values()) == pytest.approx(1, abs=1e-3)
         assert max(chances, key=chances.get) == row["label"]
+    write_jsonl(tmp_path / "renamed.jsonl", [new[0], new[1] | {"label": "ajar"}])
+    printed = run_command("--predict", "run", "--data", "renamed.jsonl", "--out", "o.csv", cwd=tmp_path)
+    assert "1 of the file's labels are no class of the run, such as 'ajar'" in printed
     np.savez(tmp_path / "wrong.npz", values=np.ones((2, 3)))
-    printed = run_command("--predict", "run", "--data", "wrong.npz", "--out", "o.csv", cwd=tmp_path, fails=True)
+    printed = run_command("--predict", "run", "--data", "wrong.npz", "--out", "p.csv", cwd=tmp_path, fails=True)
     assert "wrong.npz: the data are arrays of 1 features, expected texts" in printed
 
 

@@ -311,6 +311,7 @@ def predict(
         raise DataError(f"{options.data}: {error}") from None
     predicted = make_outputs(model, options)(load_params(model.init), sequences)
     figures: dict[str, float] = {}
+    note = ""
     if encoding.classes:
         names = np.array(encoding.classes)[predicted.argmax(-1)]
         probabilities = np.exp(log_softmax(predicted))
@@ -318,6 +319,8 @@ def predict(
         rows = [[name, *(f"{p:.4g}" for p in row)] for name, row in zip(names.tolist(), probabilities)]
         if truth is not None:
             figures = scores(truth, names)
+            if unknown := [name for name in truth.tolist() if name not in encoding.classes]:
+                note = f"; {len(unknown):,} of the file's labels are no class of the run, such as {unknown[0]!r}"
     else:
         numbers = encoding.unscale(predicted)
         header, rows = ["label"], [[f"{number:.6g}"] for number in numbers]
@@ -328,7 +331,7 @@ def predict(
     with atomic_write(out) as file:
         file.write(text.getvalue().encode())
     found = "".join(f"; {name.replace('_', ' ')} {value:.4f}" for name, value in figures.items())
-    return f"{out}: {len(rows):,} labels{found}"
+    return f"{out}: {len(rows):,} labels{found}{note}"
 
 
 def import_sklearn() -> None:
