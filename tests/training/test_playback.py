@@ -3,7 +3,6 @@
 import json
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from training_runs import SMALL, TEXT, default_jax, train
@@ -30,11 +29,8 @@ def test_diagnosis_of_a_language_model(options, tmp_path):
         row = json.loads(json.dumps(make_diagnosis(task)(params)))
         xs = params.embedding[next(task.batches(0)).inputs[:, :NUM_SEQUENCES]]
         assert xs.shape == (16, NUM_SEQUENCES, 8)
-        state = jax.tree.map(jnp.zeros_like, task.lstm.initial_state(NUM_SEQUENCES))  # of m of the sLSTM, too
-        traced = diagnostics.trace(task.lstm, params.lstm, xs, state)
-        flow = diagnostics.gradient_flow(
-            task.lstm, params.lstm, xs, lambda ys: (ys[-1] ** 2).sum() / 2, state, jacobian=None
-        )
+        traced = diagnostics.trace(task.lstm, params.lstm, xs)
+        flow = diagnostics.gradient_flow(task.lstm, params.lstm, xs, lambda ys: (ys[-1] ** 2).sum() / 2, jacobian=None)
     assert row["steps"] == list(range(16))
     assert len(row["layers"]) == task.lstm.num_layers
     for n, layer in enumerate(row["layers"]):
