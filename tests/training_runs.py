@@ -39,7 +39,7 @@ def run_process(*arguments, cwd):
         text=True,
         encoding="utf-8",
         env=ENVIRONMENT,
-        timeout=240,
+        timeout=600,
     )
     assert done.returncode == 0, done.stdout + done.stderr
     return done
