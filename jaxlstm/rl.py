@@ -179,7 +179,7 @@ def check_replay(
 
     Raises:
       ValueError: if the arrays differ anywhere, with the first step and the first environment that differ there, or
-        for a wrong shape.
+        for a wrong shape, or a negative tolerance.
       TypeError: for a wrong dtype, or traced arrays: call it outside of `jax.jit`.
     """
     for name, value in (("rollout", rollout), ("replayed", replayed), ("dones", dones)):
@@ -194,7 +194,9 @@ def check_replay(
             f"{list(a.shape)} and dones {list(ended.shape)}"
         )
     eps = float(max(jnp.finfo(a.dtype).eps, jnp.finfo(b.dtype).eps))
-    bound = eps**0.5 if tolerance is None else tolerance
+    bound = eps**0.5 if tolerance is None else validation.number("tolerance", tolerance)
+    if bound < 0:
+        raise ValueError(f"tolerance must be at least 0, got {tolerance}")
     x, y = (np.asarray(values, np.float64).reshape(*ended.shape, math.prod(a.shape[ended.ndim :])) for values in (a, b))
     with np.errstate(invalid="ignore"):  # inf - inf
         near = np.isfinite(x) & (np.abs(x - y) <= bound * np.maximum(1, np.abs(x)))

@@ -272,6 +272,11 @@ def test_check_replay_tolerates_rounding_and_equal_infinities():
             rl.check_replay(values, np.array(other, np.float32), dones)
     rl.check_replay(values, np.array([[1.01, 1e6, np.inf, np.nan]], np.float32), dones, tolerance=0.02)
     rl.check_replay(values.astype(jnp.bfloat16), values * np.float32(1.01), dones)  # by the narrower dtype
+    rl.check_replay(values, values, dones, tolerance=0)
+    with pytest.raises(ValueError, match=r"tolerance must be at least 0, got -1"):
+        rl.check_replay(values, values, dones, tolerance=-1)
+    with pytest.raises(TypeError, match="tolerance must be a number, got 'a'"):
+        rl.check_replay(values, values, dones, tolerance="a")
 
 
 @pytest.mark.parametrize(
