@@ -95,7 +95,7 @@ def test_times_continue_in_other_forms(cells, date_format, expected):
 @pytest.mark.parametrize(("change", "days"), [("2024-03-31", 156), ("2024-10-27", 211)])
 def test_hours_continue_across_a_change_of_the_clock(form, date_format, change, days):
     """The file has the change before, so its zone is known; hours are missing or repeated on the clock alone."""
-    first = pd.Timestamp(change, tz="UTC") - pd.Timedelta(days=days)
+    first = pd.Timestamp(change, tz="UTC") - datetime.timedelta(days=days)
     hours = [time.astimezone(BERLIN).strftime(form) for time in pd.date_range(first, periods=24 * (days + 3), freq="h")]
     cut = 24 * (days - 1) + 12
     step, got = continued(hours[:cut], 48, form if date_format else None)
