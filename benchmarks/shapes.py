@@ -32,7 +32,7 @@ MIN_WORK, MAX_WORK = 1e7, 1e10  # multiplications and additions of the matrix pr
 MAX_NUMBERS = 2**24  # in the inputs and in the outputs
 KINDS = {"train": "training step", "infer": "inference"}
 AUTOTUNED = "jaxlstm autotune"
-# The benchmark whose time is divided, and those of which the fastest is the divisor.
+# Numerator, and the candidates for the denominator: the fastest one.
 RATIOS = {
     "the best JAX library": (JAXLSTM, tuple(JAX_PEERS)),
     "PyTorch": (JAXLSTM, (TORCH,)),

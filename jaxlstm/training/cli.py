@@ -298,7 +298,7 @@ def _annotation(field: dataclasses.Field[Any], default: Any, task: str) -> Any:
     hint: Any = get_type_hints(Options)[field.name]
     text = field.metadata["help"]
     if default is not None:
-        text = text.partition(" Default:")[0]  # which says what is done without a value
+        text = text.partition(" Default:")[0]  # it describes a run without a value
     shown_default = "" if default is None else f"(default: {str(default).strip() or repr(default)})"
     metavar = None
     if field.default is None:

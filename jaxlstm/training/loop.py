@@ -271,7 +271,9 @@ class Trainer:
             self.record.step,
             tensorboard=options.tensorboard,
         )
-        self.diagnosis = Diagnosis(run_dir, task, self.record.step) if options.diagnose else None
+        self.diagnosis = None
+        if options.diagnose:
+            self.diagnosis = Diagnosis(run_dir, task, self.record.step, self.report.print_line)
         self.profiler = StepProfiler(run_dir / "profile", options.profile)
 
     def print_start(self) -> None:

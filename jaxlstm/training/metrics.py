@@ -62,6 +62,46 @@ def parse_row(line: bytes) -> dict[str, Any] | None:
     return row if is_whole and ("loss" in row or row["split"] == "diagnosis") else None
 
 
+def replace_non_finite(value: Any) -> Any:
+    """Returns a JSON value with None in place of every number that is not finite: JSON has neither NaN nor infinity."""
+    if isinstance(value, dict):
+        return {name: replace_non_finite(v) for name, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [replace_non_finite(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+class RowFile:
+    """A file in the run directory to which rows are appended, one JSON object per line.
+
+    Args:
+      path: the file; what it contains is kept.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._file = path.open("a", encoding="utf-8")
+
+    def append(self, row: dict[str, Any]) -> None:
+        """Writes a row of finite numbers."""
+        try:
+            self._file.write(json.dumps(row, allow_nan=False) + "\n")
+            self._file.flush()
+        except OSError as error:
+            raise write_error(self._path, error) from None
+
+    def sync(self) -> None:
+        """Flushes the file to disk."""
+        try:
+            os.fsync(self._file.fileno())
+        except OSError as error:
+            raise write_error(self._path, error) from None
+
+    def close(self) -> None:
+        """Closes the file."""
+        self._file.close()
+
+
 def format_duration(seconds: float) -> str:
     """Returns seconds as ``m:ss`` or ``h:mm:ss``."""
     if math.isinf(seconds):
@@ -114,7 +154,7 @@ class Report:
         if len(self.rows) < num_rows:
             lost = f"{num_rows - len(self.rows):,} of {num_rows:,} rows of {self._path} are damaged or missing"
             self.print_line(f"{lost}; the others are kept, and training goes on")
-        self._file = self._path.open("a", encoding="utf-8")
+        self._file = RowFile(self._path)
         self._tensorboard = None
         if tensorboard:  # figures that a killed run wrote after its last checkpoint are hidden
             self._tensorboard = summary_writer()(str(run_dir / "tensorboard"), purge_step=last_step + 1)
@@ -148,10 +188,7 @@ class Report:
 
     def sync(self) -> None:
         """Flushes ``metrics.jsonl`` to disk."""
-        try:
-            os.fsync(self._file.fileno())
-        except OSError as error:
-            raise write_error(self._path, error) from None
+        self._file.sync()
 
     def training_row(
         self, step: int, loss: float, speed: float, progress: float, learning_rate: float, skipped: int
@@ -206,13 +243,8 @@ class Report:
         return line if len(line) <= width else line[: width - 1] + "…"
 
     def _write(self, step: int, split: str, figures: dict[str, float]) -> None:
-        values = {name: value if math.isfinite(value) else None for name, value in figures.items()}  # JSON has no NaN
-        self.rows.append({"step": step, "split": split} | values)
-        try:
-            self._file.write(json.dumps(self.rows[-1]) + "\n")
-            self._file.flush()
-        except OSError as error:
-            raise write_error(self._path, error) from None
+        self.rows.append(replace_non_finite({"step": step, "split": split} | figures))
+        self._file.append(self.rows[-1])
         if self._tensorboard is not None:
             for name, value in figures.items():
                 self._tensorboard.add_scalar(f"{split}/{name}", value, step)

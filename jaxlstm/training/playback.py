@@ -1,7 +1,6 @@
 """Diagnosis of a network over a fixed sample at each validation, in ``diagnosis.jsonl``, to play back over a run."""
 
 import json
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,12 +11,13 @@ import numpy as np
 from jax import Array
 from jaxtyping import Float
 
-from jaxlstm.atomic_write import atomic_write, write_error
+from jaxlstm.atomic_write import atomic_write
 from jaxlstm.diagnostics.gate_statistics import UnitStatistics, gate_statistics, sigmoid_gates
 from jaxlstm.diagnostics.gradient_flow import GradientNorms, gradient_flow
 from jaxlstm.diagnostics.trace import DirectionTrace, Trace, check_args, record_trace
 from jaxlstm.json_types import matches
 from jaxlstm.rnn import RNN
+from jaxlstm.training.metrics import RowFile, replace_non_finite
 from jaxlstm.training.tasks.task import Task
 
 DIAGNOSIS = "diagnosis.jsonl"  # in the run directory
@@ -126,31 +126,27 @@ class Diagnosis:
       task: the task of the run.
       last_step: step of the last row to keep: rows that a killed run wrote after its last checkpoint are removed, and
         so are damaged ones.
+      print_line: called with one line if complete rows are damaged.
     """
 
-    def __init__(self, run_dir: Path, task: Task, last_step: int) -> None:
+    def __init__(self, run_dir: Path, task: Task, last_step: int, print_line: Callable[[str], None]) -> None:
         self._diagnose = make_diagnosis(task)
-        self._path = run_dir / DIAGNOSIS
-        lines = self._path.read_bytes().split(b"\n") if self._path.exists() else []
-        with atomic_write(self._path) as file:
-            file.write(b"".join(line + b"\n" for line in lines if 0 < _step(line) <= last_step))
-        self._file = self._path.open("a", encoding="utf-8")
+        path = run_dir / DIAGNOSIS
+        *lines, _ = path.read_bytes().split(b"\n") if path.exists() else [b""]  # the last one is cut, or empty
+        steps = [_step(line) for line in lines]
+        if damaged := steps.count(0):
+            print_line(f"{damaged:,} of {len(lines):,} rows of {path} are damaged; the others are kept")
+        with atomic_write(path) as file:
+            file.write(b"".join(line + b"\n" for line, step in zip(lines, steps) if 0 < step <= last_step))
+        self._file = RowFile(path)
 
     def write(self, step: int, params: Any) -> None:
         """Appends the row of a step; numbers that are not finite become null."""
-        row = _finite({"step": step} | self._diagnose(params))
-        try:
-            self._file.write(json.dumps(row, allow_nan=False) + "\n")
-            self._file.flush()
-        except OSError as error:
-            raise write_error(self._path, error) from None
+        self._file.append(replace_non_finite({"step": step} | self._diagnose(params)))
 
     def sync(self) -> None:
         """Flushes the file to disk."""
-        try:
-            os.fsync(self._file.fileno())
-        except OSError as error:
-            raise write_error(self._path, error) from None
+        self._file.sync()
 
     def close(self) -> None:
         """Closes the file."""
@@ -164,12 +160,3 @@ def _step(line: bytes) -> int:
     except (ValueError, RecursionError):
         return 0
     return row["step"] if isinstance(row, dict) and matches(row.get("step"), int) else 0
-
-
-def _finite(value: Any) -> Any:
-    """Replaces the numbers in JSON values that are not finite by None."""
-    if isinstance(value, dict):
-        return {name: _finite(v) for name, v in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(v) for v in value]
-    return None if isinstance(value, float) and not np.isfinite(value) else value

@@ -72,7 +72,9 @@ def test_diagnosis_file_keeps_whole_rows_up_to_a_step_and_writes_null_for_infini
     path = tmp_path / "diagnosis.jsonl"
     path.write_text("\n".join(rows))
     monkeypatch.setattr("jaxlstm.training.playback.make_diagnosis", lambda task: lambda params: {"values": params})
-    diagnosis = Diagnosis(tmp_path, object.__new__(Task), 2)
+    printed = []
+    diagnosis = Diagnosis(tmp_path, object.__new__(Task), 2, printed.append)
+    assert printed == [f"3 of 6 rows of {path} are damaged; the others are kept"]  # the last one is cut
     diagnosis.write(4, [1.0, float("inf"), {"b": float("nan")}])
     diagnosis.sync()
     diagnosis.close()

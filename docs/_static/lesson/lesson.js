@@ -185,6 +185,16 @@
     return { element, draw };
   }
 
+  /** Makes a slider that sets `values[key]` and calls `refresh`; it shows as many digits as its step has. */
+  function makeValueSlider(name, range, values, key, refresh) {
+    const digits = String(range.step).length - 2;
+    const set = (value) => {
+      values[key] = value;
+      refresh();
+    };
+    return makeSlider(name, { ...range, value: values[key], kind: key }, (value) => format(value, digits), set).element;
+  }
+
   function makeLegend(entries) {
     const items = Object.entries(entries).map(([kind, text]) =>
       make("li", {}, make("span", { class: `swatch ${kind}`, "aria-hidden": "true" }), text),
@@ -219,16 +229,7 @@
         description: `After an impulse at step ${WRITTEN}, at the last step: h = ${format(end.h)}, c = ${format(end.c)}`,
       });
     }
-    const slider = (name, key, max) =>
-      makeSlider(
-        name,
-        { min: 0, max, step: 0.01, value: values[key], kind: key },
-        (value) => format(value),
-        (value) => {
-          values[key] = value;
-          refresh();
-        },
-      ).element;
+    const slider = (name, key, max) => makeValueSlider(name, { min: 0, max, step: 0.01 }, values, key, refresh);
     host.append(
       make(
         "div",
@@ -267,15 +268,7 @@
       });
     }
     const slider = (name, key, range) =>
-      makeSlider(
-        name,
-        { min: -range, max: range, step: 0.1, value: values[key], kind: key },
-        (value) => format(value, 1),
-        (value) => {
-          values[key] = value;
-          refresh();
-        },
-      ).element;
+      makeValueSlider(name, { min: -range, max: range, step: 0.1 }, values, key, refresh);
     host.append(
       make(
         "div",

@@ -26,7 +26,7 @@ class Scaling(NamedTuple):
 
 
 class Windows(NamedTuple):
-    """A batch of windows, and what turns its forecasts into the units of the series."""
+    """A batch of windows, with centers and scales that convert forecasts to the units of the series."""
 
     batch: Batch
     series: np.ndarray  # (B,) int: index of the series

@@ -295,7 +295,8 @@ def predict(
       out: the CSV file to write.
 
     Returns:
-      A line with the number of labels, and the figures if the data have labels.
+      A line with the number of labels; if the data have labels, also the figures, and how many labels are no class of
+      the run.
 
     Raises:
       DataError: for data that cannot be read or are of another kind.
