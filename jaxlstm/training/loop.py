@@ -83,7 +83,7 @@ class Trainer:
         with contextlib.ExitStack() as exit_stack:
             self.setup(exit_stack)
             if self.diagnosis is not None:
-                exit_stack.callback(self.diagnosis.close)
+                exit_stack.enter_context(self.diagnosis)
             with self.checkpoints, self.report:
                 self.fit()
             self.finish()

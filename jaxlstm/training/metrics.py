@@ -72,7 +72,7 @@ def replace_non_finite(value: Any) -> Any:
 
 
 class RowFile:
-    """A file in the run directory to which rows are appended, one JSON object per line.
+    """A file in the run directory to which rows are appended, one JSON object per line; a context that closes it.
 
     Args:
       path: the file; what it contains is kept.
@@ -97,9 +97,15 @@ class RowFile:
         except OSError as error:
             raise write_error(self._path, error) from None
 
-    def close(self) -> None:
-        """Closes the file."""
-        self._file.close()
+    def __enter__(self) -> "RowFile":
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        try:
+            self._file.close()
+        except OSError:  # closing tries again to write a row that failed
+            if error is None:
+                raise
 
 
 def format_duration(seconds: float) -> str:
@@ -178,11 +184,7 @@ class Report:
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._bar.stop()
-        try:
-            self._file.close()
-        except OSError:  # closing tries again to write a row that failed
-            if error is None:
-                raise
+        self._file.__exit__(kind, error, trace)
         if self._tensorboard is not None:
             self._tensorboard.close()
 

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
+from types import TracebackType
 from typing import Any, NamedTuple
 
 import jax
@@ -119,7 +120,7 @@ def _units(lstm: RNN, values: DirectionTrace, units: UnitStatistics, step_mask: 
 
 
 class Diagnosis:
-    """Appends a row to ``diagnosis.jsonl`` for each call of `write`.
+    """Appends a row to ``diagnosis.jsonl`` for each call of `write`; a context that closes the file.
 
     Args:
       run_dir: the run directory; it exists.
@@ -148,9 +149,11 @@ class Diagnosis:
         """Flushes the file to disk."""
         self._file.sync()
 
-    def close(self) -> None:
-        """Closes the file."""
-        self._file.close()
+    def __enter__(self) -> "Diagnosis":
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._file.__exit__(kind, error, trace)
 
 
 def _step(line: bytes) -> int:

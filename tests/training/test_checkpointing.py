@@ -22,7 +22,7 @@ from jaxlstm.checksum import read_checked_json, write_checked_json
 from jaxlstm.training import cli, train_step
 from jaxlstm.training.checkpointing import CheckpointError, Checkpoints, checkpoint_steps
 from jaxlstm.training.config import load_config
-from jaxlstm.training.metrics import Report
+from jaxlstm.training.metrics import Report, RowFile
 from jaxlstm.training.optimizer import learning_rate_schedule, make_optimizer
 from jaxlstm.training.run_directory import lock_run_dir
 from jaxlstm.training.tasks import TASKS
@@ -365,9 +365,9 @@ def test_run_directory_is_locked_by_one_process(complete_run):
 
 def test_report_names_a_file_that_cannot_be_written(tmp_path):
     report = Report(tmp_path, Console(quiet=True), "words", str)
-    report._file.close()
-    report._file = Path("/dev/full").open("w")  # noqa: SIM115
-    with pytest.raises(OSError, match=r"cannot write .*metrics\.jsonl: No space left on device"), report:
+    with report._file:
+        report._file = RowFile(Path("/dev/full"))
+    with pytest.raises(OSError, match="cannot write /dev/full: No space left on device"), report:
         report.diagnosis_row(1, {"a": 1.0})
 
 

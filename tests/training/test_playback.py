@@ -1,6 +1,7 @@
 """Rows of ``diagnosis.jsonl``: their values, and the file across stops and damage."""
 
 import json
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -9,6 +10,7 @@ from training_runs import SMALL, TEXT, default_jax, train
 
 from jaxlstm import diagnostics
 from jaxlstm.training import cli
+from jaxlstm.training.metrics import RowFile
 from jaxlstm.training.playback import NUM_SEQUENCES, QUANTILES, Diagnosis, make_diagnosis
 from jaxlstm.training.tasks import TASKS
 from jaxlstm.training.tasks.task import Task
@@ -75,12 +77,21 @@ def test_diagnosis_file_keeps_whole_rows_up_to_a_step_and_writes_null_for_infini
     printed = []
     diagnosis = Diagnosis(tmp_path, object.__new__(Task), 2, printed.append)
     assert printed == [f"3 of 6 rows of {path} are damaged; the others are kept"]  # the last one is cut
-    diagnosis.write(4, [1.0, float("inf"), {"b": float("nan")}])
-    diagnosis.sync()
-    diagnosis.close()
+    with diagnosis:
+        diagnosis.write(4, [1.0, float("inf"), {"b": float("nan")}])
+        diagnosis.sync()
     lines = path.read_text().splitlines()
     assert lines[:2] == [rows[0], rows[4]]
     assert [json.loads(line) for line in lines[2:]] == [{"step": 4, "values": [1.0, None, {"b": None}]}]
+
+
+def test_diagnosis_names_a_file_that_cannot_be_written(tmp_path, monkeypatch):
+    monkeypatch.setattr("jaxlstm.training.playback.make_diagnosis", lambda task: lambda params: {"values": params})
+    diagnosis = Diagnosis(tmp_path, object.__new__(Task), 0, print)
+    with diagnosis._file:
+        diagnosis._file = RowFile(Path("/dev/full"))
+    with pytest.raises(OSError, match="cannot write /dev/full: No space left on device"), diagnosis:
+        diagnosis.write(1, [1.0])
 
 
 @pytest.mark.slow
