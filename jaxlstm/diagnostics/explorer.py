@@ -25,6 +25,7 @@ from jaxlstm.rnn import RNN
 MAX_BYTES = 5_000_000  # of a page
 LEVELS = (254, 126, 62, 46, 30, 22, 14)  # steps of the quantization, the first that fits; even, so that zero stays zero
 GRADIENT_STEPS = 64  # gradients reach this far back
+MAX_MOMENTS = 100  # of the training
 NUM_PREDICTIONS = 8  # most probable classes shown at each step
 NAMES = {
     "i": "input gate i",
@@ -48,6 +49,7 @@ def explore(
     classes: Sequence[str] | None = None,
     properties: Mapping[str, Shaped[ArrayLike, " T"]] | None = None,
     title: str = "Explorer",
+    training: Sequence[Mapping[str, Any]] = (),
 ) -> str:
     """Returns an HTML page that shows the gates and states of one layer at every step.
 
@@ -61,6 +63,9 @@ def explore(
     norm of its gradient with respect to the state (h and c of all layers) after each of the 64 steps before, as
     float16. A bidirectional network has no such gradient in its page; its backward units follow the forward ones.
 
+    With ``training`` it plays back the gates, time constants and gradients of the layer over a run of `train.py`, at up
+    to 100 of the recorded moments.
+
     Args:
       lstm: the network.
       params: from ``lstm.init``.
@@ -72,10 +77,12 @@ def explore(
       classes: V names of the classes; their numbers by default.
       properties: numbers per step that units may track, by name.
       title: title of the page.
+      training: rows of ``diagnosis.jsonl`` in a run directory.
 
     Raises:
       ValueError, TypeError: as the call of the network does, and for batch axes, a layer that does not exist,
-        ``logits`` without ``targets``, arrays of other lengths, values that are not finite, or too many values.
+        ``logits`` without ``targets``, arrays of other lengths, values that are not finite, too many values, or rows
+        of another network.
     """
     traced = trace(lstm, params, xs)
     if traced.step_mask.ndim != 1:
@@ -110,6 +117,8 @@ def explore(
             norms = loss_gradients(lstm, params, jnp.asarray(xs), jnp.asarray(targets), logits, GRADIENT_STEPS)
             header["gradientScale"] = float(np.max(norms)) or 1.0
             arrays["gradients"] = (np.asarray(norms) / header["gradientScale"]).astype(np.float16)
+    if training:
+        header["training"] = _playback(lstm, training, layer)
     for name, values in (units | arrays).items():
         if name != "timeConstants" and not np.isfinite(values).all():  # a unit that never forgets is infinite
             raise ValueError(f"the page needs finite numbers, but {name} has values that are not")
@@ -230,6 +239,28 @@ def loss_gradients(
     norms = lax.scan(step_back, first, length=num_steps)[1]  # (K, T), at [k, s] of the loss of step s + k
     steps, back = jnp.arange(len(xs))[:, None], jnp.arange(num_steps)[None]
     return jnp.where(steps - back > 0, norms[back, steps - back], 0)  # the state before step s is the one after s - 1
+
+
+def _playback(lstm: RNN, rows: Sequence[Mapping[str, Any]], layer: int) -> dict[str, Any]:
+    """Returns what the page shows of the rows of ``diagnosis.jsonl``: one layer, with four digits."""
+    chosen = np.unique(np.linspace(0, len(rows) - 1, min(len(rows), MAX_MOMENTS)).round().astype(int))
+    gates = set(sigmoid_gates(lstm.resolved_cell))
+    moments = []
+    for row in (rows[n] for n in chosen):
+        layers = row.get("layers", ())
+        if len(layers) != lstm.num_layers or not all(gates >= set(side["gates"]) for side in layers[layer].values()):
+            raise ValueError(f"the row of step {row['step']} of diagnosis.jsonl is not of a network like {lstm}")
+        moments.append({"step": row["step"], "layer": _round(layers[layer])})
+    return {"steps": rows[0]["steps"], "rows": moments}
+
+
+def _round(value: Any) -> Any:
+    """Returns a JSON value whose floating-point numbers have four digits."""
+    if isinstance(value, Mapping):
+        return {name: _round(v) for name, v in value.items()}
+    if isinstance(value, list):
+        return [_round(v) for v in value]
+    return float(f"{value:.4g}") if isinstance(value, float) else value
 
 
 def _quantize(cell: Cell, units: Mapping[str, np.ndarray], levels: int) -> dict[str, np.ndarray]:

@@ -15,7 +15,7 @@ from rich.progress import Progress
 
 from jaxlstm.atomic_write import atomic_write
 from jaxlstm.diagnostics import explore, gate_statistics, gradient_advice, plots, trace
-from jaxlstm.training import cli, inspect_run, vanishing_gradient, vanishing_plots
+from jaxlstm.training import cli, inspect_run, playback, vanishing_gradient, vanishing_plots
 from jaxlstm.training.cli import help_text
 from jaxlstm.training.config import check_limit, check_seed, load_config
 from jaxlstm.training.data.text import read_text
@@ -130,7 +130,10 @@ class Inspect:
 
 @dataclass(frozen=True)
 class Explore:
-    """Write a page that shows the units, predictions and gradients of a trained character model over a text."""
+    """Write a page that shows the units, predictions and gradients of a trained character model over a text.
+
+    It also plays back the gates over the training, from the run's diagnosis.jsonl.
+    """
 
     run_dir: Annotated[Path, tyro.conf.Positional]
     """Run directory."""
@@ -159,6 +162,7 @@ class Explore:
             classes=list(load_config(self.run_dir, "RUN_DIR")[1]["vocabulary"]),
             properties=inspect_run.text_properties(text[:-1]),
             title=f"{self.run_dir.name}: {self.text.name}",
+            training=playback.read_rows(self.run_dir),
         )
         with atomic_write(out, overwrite=False) as file:
             file.write(page.encode())

@@ -133,7 +133,7 @@ class Diagnosis:
     def __init__(self, run_dir: Path, task: Task, last_step: int, print_line: Callable[[str], None]) -> None:
         self._diagnose = make_diagnosis(task)
         path = run_dir / DIAGNOSIS
-        *lines, _ = path.read_bytes().split(b"\n") if path.exists() else [b""]  # the last one is cut, or empty
+        lines = _lines(path)
         steps = [_step(line) for line in lines]
         if damaged := steps.count(0):
             print_line(f"{damaged:,} of {len(lines):,} rows of {path} are damaged; the others are kept")
@@ -154,6 +154,16 @@ class Diagnosis:
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._file.__exit__(kind, error, trace)
+
+
+def read_rows(run_dir: Path) -> list[dict[str, Any]]:
+    """Returns the rows of ``diagnosis.jsonl`` that are not damaged; none if there is no such file."""
+    return [json.loads(line) for line in _lines(run_dir / DIAGNOSIS) if _step(line)]
+
+
+def _lines(path: Path) -> list[bytes]:
+    """Returns the complete lines of a file, none if it does not exist."""
+    return path.read_bytes().split(b"\n")[:-1] if path.exists() else []
 
 
 def _step(line: bytes) -> int:

@@ -196,3 +196,31 @@ def test_explore_page_of_2000_steps_and_512_units_is_below_5_megabytes(monkeypat
     header, _ = read(page)
     assert len(page.encode()) < 5_000_000
     assert header["levels"] >= 30
+
+
+def training_rows(network, num_rows):
+    """Returns rows of ``diagnosis.jsonl`` for a network of one direction."""
+    values = {"gates": {name: {"quantiles": [1 / 3] * 5, "shut": 0.0, "open": None} for name in "ifo"}}
+    layers = [
+        {"forward": values | {"time_constants": [None] * 5, "dead": 0.0, "gradient": [1e-9 / 3], "elementwise": []}}
+    ]
+    return [{"step": n + 1, "steps": [0], "layers": layers * network.num_layers} for n in range(num_rows)]
+
+
+def test_explore_playback_has_up_to_100_moments_of_the_layer_with_four_digits():
+    lstm, params, xs = make()
+    header, _ = read(diagnostics.explore(lstm, params, xs, training=training_rows(lstm, 250)))
+    assert "training" not in read(diagnostics.explore(lstm, params, xs))[0]
+    steps = [row["step"] for row in header["training"]["rows"]]
+    assert [len(steps), steps[0], steps[-1]] == [100, 1, 250]
+    forward = header["training"]["rows"][7]["layer"]["forward"]
+    assert forward["gates"]["f"]["quantiles"] == [0.3333] * 5
+    assert forward["gradient"] == [3.333e-10]
+    assert forward["time_constants"] == [None] * 5
+
+
+@pytest.mark.parametrize("other", [jaxlstm.LSTM(3, H, num_layers=2), jaxlstm.GRU(3, H)], ids=["layers", "cell"])
+def test_explore_refuses_rows_of_another_network(other):
+    lstm, params, xs = make(other)
+    with pytest.raises(ValueError, match=r"the row of step 1 of diagnosis\.jsonl is not of a network like "):
+        diagnostics.explore(lstm, params, xs, training=training_rows(jaxlstm.LSTM(3, H), 2))

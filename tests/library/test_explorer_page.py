@@ -23,6 +23,27 @@ IDS = np.array([CLASSES.index(character) for character in TEXT])
 NUM_STEPS, NUM_UNITS = len(TEXT) - 1, 24
 
 
+def training_row(step):
+    """Returns a row of ``diagnosis.jsonl``, with numbers that tell the step."""
+    part = step / 1000
+    gate = {"quantiles": [part, 2 * part, 3 * part, 4 * part, 5 * part], "shut": part, "open": None}
+    values = {
+        "gates": {"i": gate, "f": gate, "o": gate},
+        "time_constants": [1.0, 2.0, float(step), 4e3, None],
+        "dead": 0.5,
+    }
+    norms = {"gradient": [part, 1e-30, 1.0], "elementwise": [None, 0.0, part]}
+    return {
+        "step": step,
+        "quantiles": [0.1, 0.25, 0.5, 0.75, 0.9],
+        "steps": [0, 5, 9],
+        "layers": [{"forward": values | norms}],
+    }
+
+
+ROWS = [training_row(step) for step in (10, 20, 100)]
+
+
 @pytest.fixture(scope="module")
 def trace_and_page(tmp_path_factory):
     """Returns the trace of an untrained network over `TEXT`, and the path of its page."""
@@ -40,6 +61,7 @@ def trace_and_page(tmp_path_factory):
         classes=CLASSES,
         properties={"inside brackets": np.cumsum([{"(": 1, ")": -1}.get(c, 0) for c in TEXT[:-1]])},
         title="Explorer",
+        training=ROWS,
     )
     path = tmp_path_factory.mktemp("page") / "page.html"
     path.write_text(page, encoding="utf-8")
@@ -250,6 +272,57 @@ def test_page_shades_text_by_the_gradient_of_the_selected_step(page):
     assert len(set(colors[20:31])) > 5
     assert colors[29] != colors[30]
     assert page.locator("#text-high").inner_text() == "largest gradient of the loss at step 30"
+
+
+def moment(page):
+    """Returns the table of the chosen moment of the training, as lines of cells."""
+    assert (
+        page.locator("#moment-values caption").inner_text()
+        == f"after {page.locator('#moment-step').inner_text()} training steps"
+    )
+    lines = page.locator("#moment-values tr").all()
+    return [line.locator("td, th").all_inner_texts() for line in lines]
+
+
+def test_page_plays_back_the_training(page):
+    def picture():
+        settle(page)
+        return page.evaluate("() => document.getElementById('history').toDataURL()")
+
+    assert page.locator("#moment-step").inner_text() == "100"
+    pictures = [picture()]
+    page.locator("#moment").fill("0")
+    pictures.append(picture())
+    assert moment(page) == [
+        ["", "10 %", "50 %", "90 %", "shut", "open"],
+        *([name, "0.01", "0.03", "0.05", "1.0%", "–"] for name in "ifo"),
+        ["time constant", "1.00", "10.00", "∞"],
+        ["dead units", "50%"],
+    ]
+    page.click("#play")
+    page.wait_for_function("() => document.getElementById('play').textContent === 'Play'")
+    assert page.locator("#moment").input_value() == "2"
+    assert moment(page)[1] == ["i", "0.10", "0.30", "0.50", "10%", "–"]
+    assert picture() == pictures[0]
+    box = page.locator("#history").bounding_box()
+    left, right = 34, (box["width"] - 32) / 3 - 4  # of the first of three panels in a row
+    page.locator("#history").click(position={"x": left + (right - left) * 0.2, "y": 60})  # nearest to step 20
+    assert page.locator("#moment").input_value() == "1"
+    pictures.append(picture())
+    page.emulate_media(color_scheme="dark")
+    pictures.append(picture())
+    assert len(set(pictures)) == len(pictures)
+
+
+def test_page_without_rows_of_the_training_has_no_playback(browser, tmp_path):
+    lstm = jaxlstm.LSTM(2, 3)
+    path = tmp_path / "page.html"
+    path.write_text(diagnostics.explore(lstm, lstm.init(jax.random.key(0)), jnp.ones((4, 2))), encoding="utf-8")
+    opened = browser.new_page()
+    opened.goto(path.as_uri())
+    opened.wait_for_selector("html[data-ready]")
+    assert not opened.locator("#training").is_visible()
+    opened.close()
 
 
 @pytest.mark.parametrize("width", [1280, 800, 390])

@@ -92,6 +92,21 @@ def test_explore_writes_a_page_about_the_text(trained_run, tmp_path, capsys):
     assert header["title"] == "run: text.txt"
     assert header["arrays"]["gradients"] == ["float16", [len(text) - 1, 64]]
     assert "property inside quotes" in header["arrays"]
+    assert "training" not in header
+
+
+def test_explore_plays_back_the_rows_of_the_run(trained_run, tmp_path):
+    values = {"gates": {}, "time_constants": None, "dead": 0.0, "gradient": [1.0], "elementwise": [0.5]}
+    row = {"step": 3, "steps": [0], "layers": [{"forward": values}] * 2}
+    (trained_run / "diagnosis.jsonl").write_text(
+        json.dumps(row) + "\n" + json.dumps(row | {"step": 4}) + '\n{"step": 5, "st'
+    )
+    (tmp_path / "text.txt").write_text("abc", encoding="utf-8")
+    Explore(trained_run, tmp_path / "text.txt", out=tmp_path / "page.html").run(Console(width=500))
+    page = (tmp_path / "page.html").read_text(encoding="utf-8")
+    header = json.loads(re.search(r'id="header">(.*?)</script>', page)[1])
+    assert [moment["step"] for moment in header["training"]["rows"]] == [3, 4]
+    assert header["training"]["rows"][0]["layer"] == {"forward": values}
 
 
 def test_explore_errors_are_one_clear_line(trained_run, tmp_path, monkeypatch):

@@ -449,6 +449,187 @@ function showMatches() {
   );
 }
 
+// ---- Playback of the training
+
+const training = { row: 0, side: "forward", timer: null };
+const sideOf = (row) => row.layer[training.side];
+const logarithm = (x) => (x > 0 ? Math.log10(x) : null);
+
+// Panels of the playback: bands of quantiles over training, and the gradient at the chosen moment over the sample.
+function panels() {
+  const rows = head.training.rows, now = sideOf(rows[training.row]), result = [];
+  for (const name of Object.keys(now.gates))
+    result.push({ title: head.values[name] ?? name, low: 0, high: 1, bands: rows.map((row) => sideOf(row).gates[name].quantiles) });
+  if (now.time_constants) {
+    const bands = rows.map((row) => sideOf(row).time_constants.map((x) => (x === null ? null : logarithm(x))));
+    result.push({ title: "time constants, steps, log", ...range(bands.flat()), bands, log: true });
+  }
+  const norms = rows.flatMap((row) => [sideOf(row).gradient, sideOf(row).elementwise]).flat().map(logarithm);
+  const { low, high } = range(norms);
+  result.push({ title: "gradient by step of the sample, log; dashed: without W_h", low: Math.max(low, high - 12), high, log: true });
+  return result;
+}
+
+// Whole decades around the logarithms that exist.
+function range(logarithms) {
+  const found = logarithms.filter((x) => x !== null && isFinite(x));
+  if (!found.length) return { low: 0, high: 1 };
+  const low = found.reduce((a, b) => Math.min(a, b)), high = found.reduce((a, b) => Math.max(a, b));
+  return { low: Math.floor(low), high: Math.max(Math.ceil(high), Math.floor(low) + 1) };
+}
+
+function placePanels(count) {
+  const width = $("history").clientWidth, columns = width >= 900 ? 3 : width >= 560 ? 2 : 1, gap = 16;
+  const size = { width: (width - gap * (columns - 1)) / columns, height: 150 };
+  const places = Array.from({ length: count }, (_, n) => ({ x: (n % columns) * (size.width + gap), y: Math.floor(n / columns) * size.height }));
+  return { ...size, places, left: 34, total: Math.ceil(count / columns) * size.height };
+}
+
+function drawTraining() {
+  const all = panels(), grid = placePanels(all.length), canvas = $("history"), ratio = devicePixelRatio || 1;
+  canvas.style.height = grid.total + "px";
+  canvas.width = Math.round(canvas.clientWidth * ratio);
+  canvas.height = Math.round(grid.total * ratio);
+  const context = canvas.getContext("2d");
+  context.scale(ratio, ratio);
+  all.forEach((panel, n) => {
+    context.save();
+    context.translate(grid.places[n].x, grid.places[n].y);
+    drawPanel(context, panel, grid.left, 24, grid.width - 4, grid.height - 24);
+    context.restore();
+  });
+  const rows = head.training.rows;
+  canvas.setAttribute("aria-label", `Gates, time constants and gradients at ${rows.length} moments of the training; the table has those of the chosen one`);
+  showMoment();
+}
+
+function drawPanel(context, panel, left, top, right, bottom) {
+  const { rows, steps } = head.training, [ink, faint, line, accent] = ["--ink", "--faint", "--line", "--accent"].map(css);
+  const y = (v) => bottom - ((clamp(v, panel.low, panel.high) - panel.low) / (panel.high - panel.low)) * (bottom - top);
+  const span = Math.max(rows.at(-1).step - rows[0].step, 1), atStep = (step) => left + ((step - rows[0].step) / span) * (right - left);
+  context.font = "12px system-ui, sans-serif";
+  context.fillStyle = faint;
+  context.textAlign = "left";
+  context.fillText(panel.title, left, top - 7, right - left);
+  context.textAlign = "right";
+  const mark = (v) => (panel.log ? "10" + [...String(v)].map((c) => "⁰¹²³⁴⁵⁶⁷⁸⁹"[c] ?? "⁻").join("") : String(v));
+  context.fillText(mark(panel.high), left - 4, top + 10, left - 4);
+  context.fillText(mark(panel.low), left - 4, bottom, left - 4);
+  context.strokeStyle = line;
+  context.strokeRect(left, top, right - left, bottom - top);
+  context.beginPath();
+  context.rect(left, top, right - left, bottom - top);
+  context.clip();
+  const draw = (points, color, width, dash = []) => {
+    context.beginPath();
+    points.forEach(([x, v], n) => v !== null && (n && points[n - 1][1] !== null ? context.lineTo(x, y(v)) : context.moveTo(x, y(v))));
+    Object.assign(context, { strokeStyle: color, lineWidth: width });
+    context.setLineDash(dash);
+    context.stroke();
+  };
+  if (panel.bands) {
+    context.fillStyle = accent;
+    for (const [from, to] of [[0, 4], [1, 3]])
+      for (let n = 0; n < rows.length; n++) { // as trapezoids, so that a value that is missing leaves a gap
+        const [a, b] = [panel.bands[Math.max(n - 1, 0)], panel.bands[n]];
+        const edges = [a[from], b[from], b[to] ?? (panel.log ? panel.high : null), a[to] ?? (panel.log ? panel.high : null)];
+        if (edges.includes(null)) continue;
+        const x = [atStep(rows[Math.max(n - 1, 0)].step), atStep(rows[n].step) + (rows.length === 1 ? 4 : 0)];
+        context.globalAlpha = 0.3;
+        context.beginPath();
+        [x[0], x[1], x[1], x[0]].forEach((at, k) => context.lineTo(at, y(edges[k])));
+        context.fill();
+      }
+    context.globalAlpha = 1;
+    draw(panel.bands.map((band, n) => [atStep(rows[n].step), band[2]]), accent, 2);
+    const now = atStep(rows[training.row].step);
+    draw([[now, panel.low], [now, panel.high]], ink, 2);
+    return;
+  }
+  const first = steps[0], length = Math.max(steps.at(-1) - first, 1);
+  const curve = (norms) => norms.map((norm, n) => [left + ((steps[n] - first) / length) * (right - left), logarithm(norm ?? 0)]);
+  for (const row of rows) draw(curve(sideOf(row).gradient), line, 1);
+  const now = sideOf(rows[training.row]);
+  draw(curve(now.gradient), accent, 2.5);
+  draw(curve(now.elementwise), ink, 2, [5, 4]);
+}
+
+function showMoment() {
+  const row = head.training.rows[training.row], now = sideOf(row), share = (x) => (x === null ? "–" : percent(x));
+  const number = (x, missing) => (x === null ? missing : format(x));
+  $("moment-step").textContent = row.step.toLocaleString("en");
+  $("moment").setAttribute("aria-valuetext", `after ${row.step} training steps`);
+  const lines = Object.entries(now.gates).map(([name, { quantiles, shut, open }]) => [
+    name, ...[0, 2, 4].map((n) => number(quantiles[n], "–")), share(shut), share(open),
+  ]);
+  if (now.time_constants) lines.push(["time constant", ...[0, 2, 4].map((n) => number(now.time_constants[n], "∞"))]);
+  lines.push(["dead units", share(now.dead)]);
+  const caption = document.createElement("caption"), title = document.createElement("tr");
+  caption.textContent = `after ${row.step.toLocaleString("en")} training steps`;
+  const cell = (type, text, scope) => Object.assign(document.createElement(type), { textContent: text }, scope && { scope });
+  title.append(document.createElement("td"), ...["10 %", "50 %", "90 %", "shut", "open"].map((text) => cell("th", text, "col")));
+  const body = lines.map(([name, ...numbers]) => {
+    const element = document.createElement("tr");
+    element.append(cell("th", name, "row"), ...numbers.map((text) => cell("td", text)));
+    return element;
+  });
+  $("moment-values").replaceChildren(caption, title, ...body);
+}
+
+function showRow(row) {
+  training.row = clamp(row, 0, head.training.rows.length - 1);
+  $("moment").value = training.row;
+  drawTraining();
+}
+
+function pause() {
+  clearInterval(training.timer);
+  training.timer = null;
+  $("play").textContent = "Play";
+}
+
+function play() {
+  const last = head.training.rows.length - 1;
+  if (training.timer !== null) return pause();
+  $("play").textContent = "Pause";
+  if (training.row === last) showRow(0);
+  training.timer = setInterval(() => {
+    showRow(training.row + 1);
+    if (training.row === last) pause();
+  }, clamp(6000 / (last + 1), 50, 500));
+}
+
+function pickRow(event) {
+  const grid = placePanels(panels().length), box = $("history").getBoundingClientRect(), { rows } = head.training;
+  const [x, y] = [event.clientX - box.left, event.clientY - box.top];
+  const panel = grid.places.slice(0, -1).find((p) => x >= p.x && x < p.x + grid.width && y >= p.y && y < p.y + grid.height);
+  if (!panel) return;
+  const step = rows[0].step + ((x - panel.x - grid.left) / (grid.width - 4 - grid.left)) * (rows.at(-1).step - rows[0].step);
+  const distances = rows.map((row) => Math.abs(row.step - step));
+  pause();
+  showRow(distances.indexOf(Math.min(...distances)));
+}
+
+function startTraining() {
+  const { rows } = head.training, sides = Object.keys(rows[0].layer);
+  $("training").hidden = false;
+  $("moment").max = rows.length - 1;
+  $("sides").hidden = sides.length === 1;
+  addOptions($("side"), sides.map((name) => [name, name]), training.side, (name) => {
+    training.side = name;
+    drawTraining();
+  });
+  $("moment").addEventListener("input", () => {
+    pause();
+    showRow(Number($("moment").value));
+  });
+  $("play").addEventListener("click", play);
+  $("history").addEventListener("click", pickRow);
+  new ResizeObserver(drawTraining).observe($("history"));
+  dark.addEventListener("change", drawTraining);
+  showRow(rows.length - 1);
+}
+
 // ---- Changes of the view
 
 let isScheduled = false;
@@ -617,6 +798,7 @@ function start() {
   buildText();
   changeValues();
   pin(view.pinned);
+  if (head.training) startTraining();
   document.documentElement.dataset.ready = "";
 }
 
