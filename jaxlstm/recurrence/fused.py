@@ -149,6 +149,7 @@ class FusedConfig(NamedTuple):
         return replace(
             layout,
             hoist_inputs=hoist_inputs or self.layer_norm or not self.dense,
+            project_first=layout.project_first and hoist_inputs and self.one_product and not self.layer_norm,
             chunk_size=options.chunk_size or layout.chunk_size,
             bitcast=layout.bitcast and not self.differentiable,
         )
@@ -205,8 +206,9 @@ class LinearizedDirection(NamedTuple):
 class ChunkInputs(NamedTuple):
     """The part of a `LinearizedDirection` with a time axis, which is scanned in chunks."""
 
-    dx: Array | None  # (T, B, I)
-    inputs: StepInputs  # x packed
+    dx: Array | None  # (T, B, I), or dz_x (T, B, G*H)
+    x: Array | None  # (T, B, I), packed; None if its product was computed first
+    masks: StepMasks
     residuals: Residuals
     y: Array  # (T, B, P), packed
 
@@ -250,7 +252,10 @@ def _run(options: Fused, cell: Cell, directions: tuple[Direction, ...], context:
     layout = config.layout(directions[0].xs.shape[1])
 
     def scan(states: States, inputs: tuple[StepInputs, ...]) -> tuple[States, Outputs]:
-        return _recurrence(config, tuple(_with_inputs(*each) for each in zip(directions, states, inputs)))
+        chunk = tuple(_with_inputs(*each) for each in zip(directions, states, inputs))
+        if layout.project_first:
+            chunk = tuple(_with_projected_inputs(layout, direction) for direction in chunk)
+        return _recurrence(config, chunk)
 
     states = tuple(jax.tree.map(layout.from_batch_major, d.state) for d in directions)
     inputs = tuple(StepInputs(d.xs, _masks(d)) for d in directions)
@@ -259,6 +264,12 @@ def _run(options: Fused, cell: Cell, directions: tuple[Direction, ...], context:
     else:  # only the state is saved between chunks; the rest is recomputed in the backward pass
         states, ys = chunked_scan.scan_in_chunks(jax.checkpoint(scan), states, inputs, size=context.remat)
     return ys, [jax.tree.map(layout.to_batch_major, state) for state in states]
+
+
+def _with_projected_inputs(layout: Layout, direction: Direction) -> Direction:
+    """Returns the direction with z_x in place of its inputs, and without W_x and b; see `Layout.project_first`."""
+    z_x = project_inputs(direction.weights, direction.xs, layout.dtype, layout.accum_dtype)
+    return direction._replace(xs=z_x, weights=direction.weights._replace(w_x=None, b=None))
 
 
 def _masks(direction: Direction) -> StepMasks:
@@ -380,6 +391,8 @@ def _project_blocks(layout: Layout, w_h: Array, h: Array) -> Array:
 
 def _loop_inputs(layout: Layout, direction: Direction) -> Array:
     """Returns the inputs of the loop: z_x if it is hoisted, otherwise x, packed with ``bitcast``."""
+    if direction.weights.w_x is None:
+        return direction.xs
     if layout.hoist_inputs:
         return project_inputs(direction.weights, direction.xs, layout.dtype, layout.accum_dtype)
     return layout.from_batch_major(layout.pack(direction.xs)) if layout.bitcast else direction.xs
@@ -589,8 +602,8 @@ def _tangent(
 def _chunk_inputs(layout: Layout, linearized: LinearizedDirection) -> ChunkInputs:
     """Returns the arrays over time, with the operands of products packed."""
     direction, tangents, ys, residuals = linearized
-    inputs = StepInputs(layout.pack(direction.xs), _masks(direction))
-    return ChunkInputs(tangents.xs, inputs, residuals, layout.pack(ys))
+    x = None if direction.weights.w_x is None else layout.pack(direction.xs)
+    return ChunkInputs(tangents.xs, x, _masks(direction), residuals, layout.pack(ys))
 
 
 def _previous_outputs(layout: Layout, t: Array, initial: State, ys: Array, y: Array) -> Array:
@@ -613,7 +626,7 @@ def _tangent_inputs(
 ) -> TangentInputs:
     """Computes the part of the rule that does not depend on the tangent of the state; ``h`` as in `_hoist`."""
     hoisted = _hoist(config, layout, linearized, chunk, h)
-    masks, residuals = chunk.inputs.masks, chunk.residuals
+    masks, residuals = chunk.masks, chunk.residuals
     if not config.has_gate_jacobian:
         return TangentInputs(masks, residuals, hoisted)
     mask, axis = masks.regularizer.candidate_mask, layout.units_axis
@@ -634,20 +647,26 @@ def _hoist(
 ) -> HoistedTangents:
     """Computes the bracketed terms of a chunk; ``h (T, B, P)`` are the outputs before its steps, packed."""
     direction, d_weights = linearized.direction, linearized.tangents.weights
-    weights, residuals, x = direction.weights, chunk.residuals, chunk.inputs.x
+    weights, residuals, x = direction.weights, chunk.residuals, chunk.x
     restart_state = None if direction.restart_state is None else State(layout.pack(direction.restart_state.h), None)
-    h = restart(chunk.inputs.masks.restarts, restart_state, State(h, None)).h
+    h = restart(chunk.masks.restarts, restart_state, State(h, None)).h
     z, z_h = jax.tree.map(lambda a: jnp.zeros(a.shape, layout.accum_dtype), residuals.z), None
-    z_x = None if chunk.dx is None else layout.dot_over_time(weights.w_x, layout.from_batch_major(chunk.dx))
+    z_x = None if chunk.dx is None else layout.from_batch_major(chunk.dx)
+    if z_x is not None and weights.w_x is not None:
+        z_x = layout.dot_over_time(weights.w_x, z_x)
     if config.one_product and not config.layer_norm:
         z = z if z_x is None else z + z_x
-        if d_weights.w_x is not None or d_weights.w_h is not None:
+        if x is None:
+            if d_weights.w_h is not None:
+                z = z + layout.dot_over_time(d_weights.w_h, layout.from_batch_major(layout.unpack(h)))
+        elif d_weights.w_x is not None or d_weights.w_h is not None:
             dw_x, dw_h = instantiate_zeros(weights.w_x, d_weights.w_x), instantiate_zeros(weights.w_h, d_weights.w_h)
             x_and_h = layout.unpack(jnp.concatenate([x, h], axis=2))
             z = z + layout.dot_over_time(jnp.concatenate([dw_x, dw_h], axis=1), layout.from_batch_major(x_and_h))
         z = _add_bias(layout, d_weights.b, z)
     else:
         if d_weights.w_x is not None:
+            assert x is not None
             from_weights = layout.dot_over_time(d_weights.w_x, layout.from_batch_major(layout.unpack(x)))
             z_x = from_weights if z_x is None else z_x + from_weights
         if d_weights.w_h is not None:

@@ -22,6 +22,7 @@ class Layout:
       accum_dtype: dtype of the sums and of the state.
       hoist_inputs: whether ``W_x x`` is computed for all steps before the loop; otherwise each step multiplies
         ``[W_x W_h]`` with ``[x; h]``.
+      project_first: whether ``W_x x`` is hoisted out of the custom tangent rule too; JAX differentiates it.
       chunk_size: steps whose tangents are computed together; enough for one large product, few enough for the cache.
       threaded_gates: whether the gates use all threads, by `jaxlstm.recurrence.cpu_activations`, where activations one
         by one are not faster.
@@ -38,6 +39,7 @@ class Layout:
     dtype: jnp.dtype
     accum_dtype: jnp.dtype
     hoist_inputs: bool
+    project_first: bool = False
     chunk_size: int = 16
     threaded_gates: bool = False
     separate_gates: bool = False
@@ -200,7 +202,9 @@ def choose_layout(
     axis is the batch. For 5 to 15 rows other than 8, which do not fill the vector registers, it takes 640 units.
 
     The product of the inputs is hoisted from the loop if a row has at least 16 times as many inputs as there are rows:
-    a step then reads ``G H B`` numbers of the result instead of ``G H I`` weights.
+    a step then reads ``G H B`` numbers of the result instead of ``G H I`` weights. It is hoisted out of the tangent
+    rule for up to 64 units and 8 times as many inputs, whose concatenation with h takes long beside the product; not in
+    bfloat16, where inference would take up to 1.5 times as long.
 
     With float32 sums and ``2^12 <= batch_size * hidden_size < 2^14`` the gates may use all threads of a CPU: below,
     waking a thread costs more than it saves, and above the difference is within 4 %.
@@ -220,13 +224,15 @@ def choose_layout(
     hidden_size = sizes.hidden_size
     units = 400 if batch_size <= 4 else 640 if batch_size < 16 and batch_size != 8 else 256
     order = order or ("feature" if hidden_size > units else "batch")
-    hoist_inputs = sizes.input_size >= 16 * batch_size
-    chunk_size = next(size for limit, size in CHUNK_RULES if batch_size <= limit)
+    project_first = hidden_size <= 64 and sizes.input_size >= 8 * hidden_size and dtype != jnp.bfloat16
+    hoist_inputs = project_first or sizes.input_size >= 16 * batch_size
+    chunk_size = 64 if project_first else next(size for limit, size in CHUNK_RULES if batch_size <= limit)
     threaded = 2**12 <= batch_size * hidden_size < 2**14 and accum_dtype == jnp.float32
     return ORDERS[order](
         dtype,
         accum_dtype,
         hoist_inputs,
+        project_first,
         chunk_size,
         threaded_gates=threaded,
         bitcast=dtype == jnp.bfloat16,

@@ -5,6 +5,7 @@ from functools import partial
 import cases
 import jax
 import jax.numpy as jnp
+import numpy as np
 import parity
 import pytest
 from tolerance import narrow_operands
@@ -75,6 +76,61 @@ def test_fused_in_every_layout_equals_oracle(configuration, order, hoist_inputs,
     if cases.network(configuration).layer_norm:
         hoist_inputs = None  # always hoisted
     parity.check_outputs_and_gradients(configuration, "everything", Fused(order, hoist_inputs, chunk_size))
+
+
+@pytest.mark.parametrize(
+    ("sizes", "is_first", "is_hoisted"),
+    [
+        ((32, 512, 64), True, True),
+        ((32, 511, 64), False, False),
+        ((32, 520, 65), False, True),
+        ((64, 8, 1), True, True),
+    ],
+)
+def test_choose_layout_computes_the_input_product_first_for_few_units(sizes, is_first, is_hoisted):
+    assert not choose_layout(LayerSizes(*sizes), BFLOAT16, FLOAT32).project_first
+    chosen = choose_layout(LayerSizes(*sizes), FLOAT64, FLOAT64)
+    assert (chosen.project_first, chosen.hoist_inputs, chosen.chunk_size == 64) == (is_first, is_hoisted, is_first)
+
+
+@pytest.mark.parametrize("layout", [BatchMajor, pytest.param(FeatureMajor, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "configuration",
+    [
+        "learned state",
+        *(
+            pytest.param(name, marks=pytest.mark.slow)
+            for name in ("remat", "rnn", "layer norm", "all options of a layer", "two layers bidirectional projection")
+        ),
+    ],
+)
+def test_fused_with_the_input_product_first_equals_oracle(configuration, layout, set_layout):
+    set_layout(layout, hoist_inputs=True, project_first=True, chunk_size=3)
+    parity.check_outputs_and_gradients(configuration, "everything", "fused")
+
+
+def test_fused_with_the_input_product_first_has_second_and_mapped_derivatives_like_scan():
+    assert choose_layout(LayerSizes(3, 40, 5), FLOAT64, FLOAT64).project_first
+    xs = jax.random.normal(jax.random.key(0), (7, 3, 40), FLOAT64)
+
+    @partial(jax.jit, static_argnums=0)
+    def derivatives(implementation):
+        lstm = jaxlstm.LSTM(40, 5, param_dtype=FLOAT64, implementation=implementation)
+        stacked = jax.vmap(lstm.init)(jax.random.split(jax.random.key(1), 3))
+        params = jax.tree.map(lambda a: a[0], stacked)
+
+        def loss(params, xs):
+            return (lstm(params, xs)[0] ** 2).sum()
+
+        gradient = jax.grad(loss, (0, 1))
+        return (
+            jax.jvp(gradient, (params, xs), (params, xs))[1],
+            jax.vmap(gradient, (None, 1))(params, xs),
+            jax.vmap(gradient, (0, 1))(stacked, xs),
+        )
+
+    actual, expected = derivatives("fused"), derivatives("scan")
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-10, atol=1e-10), actual, expected)
 
 
 @pytest.mark.parametrize("order", ["batch", "feature"])
