@@ -107,8 +107,8 @@ def list_candidates(lstm: RNN, xs_shape: tuple[int, ...], *, training: bool, exp
 def _fused_options(lstm: RNN, xs_shape: tuple[int, ...], *, training: bool) -> tuple[list[Fused], list[Fused]]:
     """Returns the fused backend in each layout, first the default one, and with all options."""
     sizes = LayerSizes(math.prod(xs_shape[1:-1]), lstm.input_size, lstm.hidden_size)
-    layout = choose_layout(sizes, lstm.output_dtype, lstm.state_dtype)
     is_hoisted = lstm.layer_norm or lstm.num_heads > 1 or unsupported_form(lstm.resolved_cell) is not None
+    layout = choose_layout(sizes, lstm.output_dtype, lstm.state_dtype, may_project_first=not is_hoisted)
     orders = _distinct((layout.order, *ORDERS))
     hoisting = (True,) if is_hoisted else (layout.hoist_inputs, not layout.hoist_inputs)  # otherwise it refuses
     chunk_sizes = (layout.chunk_size, *CHUNK_SIZES) if training else (layout.chunk_size,)

@@ -244,14 +244,35 @@ def loss_gradients(
 def _playback(lstm: RNN, rows: Sequence[Mapping[str, Any]], layer: int) -> dict[str, Any]:
     """Returns what the page shows of the rows of ``diagnosis.jsonl``: one layer, with four digits."""
     chosen = np.unique(np.linspace(0, len(rows) - 1, min(len(rows), MAX_MOMENTS)).round().astype(int))
-    gates = set(sigmoid_gates(lstm.resolved_cell))
     moments = []
     for row in (rows[n] for n in chosen):
-        layers = row.get("layers", ())
-        if len(layers) != lstm.num_layers or not all(gates >= set(side["gates"]) for side in layers[layer].values()):
-            raise ValueError(f"the row of step {row['step']} of diagnosis.jsonl is not of a network like {lstm}")
-        moments.append({"step": row["step"], "layer": _round(layers[layer])})
+        if not _describes(row, lstm):
+            raise ValueError(
+                f"the row of step {row.get('step')} of diagnosis.jsonl does not describe {lstm}; remove it or give "
+                "the network of the run"
+            )
+        moments.append({"step": row["step"], "layer": _round(row["layers"][layer])})
     return {"steps": rows[0]["steps"], "rows": moments}
+
+
+def _describes(row: Mapping[str, Any], lstm: RNN) -> bool:
+    """Returns whether a row of ``diagnosis.jsonl`` has the entries, layers, directions and gates of a network."""
+    layers, gates = row.get("layers"), set(sigmoid_gates(lstm.resolved_cell))
+    sides = {"forward", "backward"} if lstm.bidirectional else {"forward"}
+    return (
+        {"step", "steps"} <= row.keys()
+        and isinstance(layers, list)
+        and len(layers) == lstm.num_layers
+        and all(isinstance(layer, dict) and layer.keys() == sides for layer in layers)
+        and all(
+            isinstance(side, dict)
+            and {"gates", "time_constants", "dead", "gradient", "elementwise"} <= side.keys()
+            and isinstance(side["gates"], dict)
+            and side["gates"].keys() <= gates
+            for layer in layers
+            for side in layer.values()
+        )
+    )
 
 
 def _round(value: Any) -> Any:

@@ -144,12 +144,13 @@ class FusedConfig(NamedTuple):
         if order is None and not self.one_product:
             is_large = not isinstance(batch_size, int) or batch_size >= 16
             order = "batch" if not self.dense else "feature" if is_large else None
-        layout = choose_layout(self.sizes._replace(batch_size=batch_size), self.dtype, self.accum_dtype, order)
+        may_project_first = self.one_product and not self.layer_norm and options.hoist_inputs is not False
+        sizes = self.sizes._replace(batch_size=batch_size)
+        layout = choose_layout(sizes, self.dtype, self.accum_dtype, order, may_project_first=may_project_first)
         hoist_inputs = layout.hoist_inputs if options.hoist_inputs is None else options.hoist_inputs
         return replace(
             layout,
             hoist_inputs=hoist_inputs or self.layer_norm or not self.dense,
-            project_first=layout.project_first and hoist_inputs and self.one_product and not self.layer_norm,
             chunk_size=options.chunk_size or layout.chunk_size,
             bitcast=layout.bitcast and not self.differentiable,
         )

@@ -194,7 +194,12 @@ CHUNK_RULES = ((8, 64), (16, 32), (INF, 8))  # largest batch size, steps per chu
 
 
 def choose_layout(
-    sizes: LayerSizes, dtype: jnp.dtype, accum_dtype: jnp.dtype, order: OrderName | None = None
+    sizes: LayerSizes,
+    dtype: jnp.dtype,
+    accum_dtype: jnp.dtype,
+    order: OrderName | None = None,
+    *,
+    may_project_first: bool = True,
 ) -> Layout:
     """Returns the layout for the sizes of a layer: on CPU by measurement, elsewhere a default, not measured.
 
@@ -216,6 +221,7 @@ def choose_layout(
       dtype: dtype of the operands of matrix products.
       accum_dtype: dtype of the sums.
       order: the order of the axes; None chooses it, too.
+      may_project_first: whether `Layout.project_first` is possible: ``z`` is ``W_x x + b + W_h h``, and ``W_h`` dense.
     """
     if jax.default_backend() != "cpu":
         separate = jax.default_backend() == "gpu"
@@ -224,7 +230,8 @@ def choose_layout(
     hidden_size = sizes.hidden_size
     units = 400 if batch_size <= 4 else 640 if batch_size < 16 and batch_size != 8 else 256
     order = order or ("feature" if hidden_size > units else "batch")
-    project_first = hidden_size <= 64 and sizes.input_size >= 8 * hidden_size and dtype != jnp.bfloat16
+    is_narrow = hidden_size <= 64 and sizes.input_size >= 8 * hidden_size
+    project_first = may_project_first and is_narrow and dtype != jnp.bfloat16
     hoist_inputs = project_first or sizes.input_size >= 16 * batch_size
     chunk_size = 64 if project_first else next(size for limit, size in CHUNK_RULES if batch_size <= limit)
     threaded = 2**12 <= batch_size * hidden_size < 2**14 and accum_dtype == jnp.float32

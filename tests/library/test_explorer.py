@@ -222,5 +222,12 @@ def test_explore_playback_has_up_to_100_moments_of_the_layer_with_four_digits():
 @pytest.mark.parametrize("other", [jaxlstm.LSTM(3, H, num_layers=2), jaxlstm.GRU(3, H)], ids=["layers", "cell"])
 def test_explore_refuses_rows_of_another_network(other):
     lstm, params, xs = make(other)
-    with pytest.raises(ValueError, match=r"the row of step 1 of diagnosis\.jsonl is not of a network like "):
+    with pytest.raises(ValueError, match=r"the row of step 1 of diagnosis\.jsonl does not describe "):
         diagnostics.explore(lstm, params, xs, training=training_rows(jaxlstm.LSTM(3, H), 2))
+
+
+@pytest.mark.parametrize("layers", [None, 5, [], [3], [{}], [{"forward": {}}], [{"forward": {"gates": 1}}]], ids=str)
+def test_explore_refuses_damaged_rows(layers):
+    lstm, params, xs = make()
+    with pytest.raises(ValueError, match=r"the row of step 7 of diagnosis\.jsonl does not describe "):
+        diagnostics.explore(lstm, params, xs, training=[{"step": 7, "steps": [0], "layers": layers}])

@@ -28,8 +28,9 @@ def set_layout(monkeypatch):
     """Returns a function that replaces the choice of the layout, for every batch and hidden size."""
 
     def set_layout(layout, **options):
-        def choose(sizes, dtype, accum_dtype, order=None):
-            return layout(dtype, accum_dtype, **options)
+        def choose(sizes, dtype, accum_dtype, order=None, *, may_project_first=True):
+            project_first = may_project_first and options.get("project_first", False)
+            return layout(dtype, accum_dtype, **options | {"project_first": project_first})
 
         monkeypatch.setattr(fused, "choose_layout", choose)
         jax.clear_caches()
@@ -78,6 +79,7 @@ def test_fused_in_every_layout_equals_oracle(configuration, order, hoist_inputs,
     parity.check_outputs_and_gradients(configuration, "everything", Fused(order, hoist_inputs, chunk_size))
 
 
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="the layout differs on other platforms")
 @pytest.mark.parametrize(
     ("sizes", "is_first", "is_hoisted"),
     [
@@ -91,6 +93,33 @@ def test_choose_layout_computes_the_input_product_first_for_few_units(sizes, is_
     assert not choose_layout(LayerSizes(*sizes), BFLOAT16, FLOAT32).project_first
     chosen = choose_layout(LayerSizes(*sizes), FLOAT64, FLOAT64)
     assert (chosen.project_first, chosen.hoist_inputs, chosen.chunk_size == 64) == (is_first, is_hoisted, is_first)
+
+
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="the layout differs on other platforms")
+@pytest.mark.parametrize(
+    ("change", "is_first"),
+    [
+        ({}, True),
+        ({"layer_norm": True}, False),
+        ({"one_product": False}, False),
+        ({"options": Fused(None, False)}, False),
+    ],
+)
+def test_fused_has_the_input_product_first_only_in_sums_of_two_products(change, is_first):
+    form = {"layer_norm": False, "one_product": True, "dense": True}
+    config = fused.FusedConfig(
+        Fused("batch"),
+        cells.CELLS["lstm"],
+        RegularizerRates(),
+        1,
+        None,
+        LayerSizes(32, 512, 64),
+        FLOAT32,
+        FLOAT32,
+        **form,
+    )
+    layout = config._replace(**change).layout(32)
+    assert (layout.project_first, layout.chunk_size) == ((True, 64) if is_first else (False, 8))
 
 
 @pytest.mark.parametrize("layout", [BatchMajor, pytest.param(FeatureMajor, marks=pytest.mark.slow)])
@@ -109,6 +138,7 @@ def test_fused_with_the_input_product_first_equals_oracle(configuration, layout,
     parity.check_outputs_and_gradients(configuration, "everything", "fused")
 
 
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="the layout differs on other platforms")
 def test_fused_with_the_input_product_first_has_second_and_mapped_derivatives_like_scan():
     assert choose_layout(LayerSizes(3, 40, 5), FLOAT64, FLOAT64).project_first
     xs = jax.random.normal(jax.random.key(0), (7, 3, 40), FLOAT64)

@@ -392,16 +392,14 @@ function showDetails() {
   fillTable($("predictions"), "next; the actual one in bold", rows);
 }
 
-function fillTable(table, title, rows) {
+function fillTable(table, title, rows, columns = []) {
   const caption = document.createElement("caption");
   caption.textContent = title;
   const lines = rows.map(({ cells, bar, target }) => {
     const line = document.createElement("tr");
     line.className = target ? "target" : "";
-    const name = document.createElement("th"), number = document.createElement("td");
-    name.scope = "row";
-    [name.textContent, number.textContent] = cells;
-    line.append(name, number);
+    const [name, ...numbers] = cells;
+    line.append(tableCell("th", name, "row"), ...numbers.map((text) => tableCell("td", text)));
     if (bar !== undefined) {
       const cell = document.createElement("td"), box = document.createElement("span");
       cell.className = "bar";
@@ -411,7 +409,19 @@ function fillTable(table, title, rows) {
     }
     return line;
   });
+  if (columns.length) {
+    const line = document.createElement("tr");
+    line.append(document.createElement("td"), ...columns.map((text) => tableCell("th", text, "col")));
+    lines.unshift(line);
+  }
   table.replaceChildren(caption, ...lines);
+}
+
+function tableCell(type, text, scope) {
+  const cell = document.createElement(type);
+  cell.textContent = text;
+  if (scope) cell.scope = scope;
+  return cell;
 }
 
 function showMatches() {
@@ -461,7 +471,7 @@ function panels() {
   for (const name of Object.keys(now.gates))
     result.push({ title: head.values[name] ?? name, low: 0, high: 1, bands: rows.map((row) => sideOf(row).gates[name].quantiles) });
   if (now.time_constants) {
-    const bands = rows.map((row) => sideOf(row).time_constants.map((x) => (x === null ? null : logarithm(x))));
+    const bands = rows.map((row) => sideOf(row).time_constants.map(logarithm));
     result.push({ title: "time constants, steps, log", ...range(bands.flat()), bands, log: true });
   }
   const norms = rows.flatMap((row) => [sideOf(row).gradient, sideOf(row).elementwise]).flat().map(logarithm);
@@ -472,7 +482,7 @@ function panels() {
 
 // Whole decades around the logarithms that exist.
 function range(logarithms) {
-  const found = logarithms.filter((x) => x !== null && isFinite(x));
+  const found = logarithms.filter((x) => x !== null);
   if (!found.length) return { low: 0, high: 1 };
   const low = found.reduce((a, b) => Math.min(a, b)), high = found.reduce((a, b) => Math.max(a, b));
   return { low: Math.floor(low), high: Math.max(Math.ceil(high), Math.floor(low) + 1) };
@@ -482,7 +492,7 @@ function placePanels(count) {
   const width = $("history").clientWidth, columns = width >= 900 ? 3 : width >= 560 ? 2 : 1, gap = 16;
   const size = { width: (width - gap * (columns - 1)) / columns, height: 150 };
   const places = Array.from({ length: count }, (_, n) => ({ x: (n % columns) * (size.width + gap), y: Math.floor(n / columns) * size.height }));
-  return { ...size, places, left: 34, total: Math.ceil(count / columns) * size.height };
+  return { ...size, places, left: 34, right: size.width - 4, total: Math.ceil(count / columns) * size.height };
 }
 
 function drawTraining() {
@@ -495,7 +505,7 @@ function drawTraining() {
   all.forEach((panel, n) => {
     context.save();
     context.translate(grid.places[n].x, grid.places[n].y);
-    drawPanel(context, panel, grid.left, 24, grid.width - 4, grid.height - 24);
+    drawPanel(context, panel, grid.left, 24, grid.right, grid.height - 24);
     context.restore();
   });
   const rows = head.training.rows;
@@ -547,7 +557,7 @@ function drawPanel(context, panel, left, top, right, bottom) {
     return;
   }
   const first = steps[0], length = Math.max(steps.at(-1) - first, 1);
-  const curve = (norms) => norms.map((norm, n) => [left + ((steps[n] - first) / length) * (right - left), logarithm(norm ?? 0)]);
+  const curve = (norms) => norms.map((norm, n) => [left + ((steps[n] - first) / length) * (right - left), logarithm(norm)]);
   for (const row of rows) draw(curve(sideOf(row).gradient), line, 1);
   const now = sideOf(rows[training.row]);
   draw(curve(now.gradient), accent, 2.5);
@@ -564,16 +574,8 @@ function showMoment() {
   ]);
   if (now.time_constants) lines.push(["time constant", ...[0, 2, 4].map((n) => number(now.time_constants[n], "∞"))]);
   lines.push(["dead units", share(now.dead)]);
-  const caption = document.createElement("caption"), title = document.createElement("tr");
-  caption.textContent = `after ${row.step.toLocaleString("en")} training steps`;
-  const cell = (type, text, scope) => Object.assign(document.createElement(type), { textContent: text }, scope && { scope });
-  title.append(document.createElement("td"), ...["10 %", "50 %", "90 %", "shut", "open"].map((text) => cell("th", text, "col")));
-  const body = lines.map(([name, ...numbers]) => {
-    const element = document.createElement("tr");
-    element.append(cell("th", name, "row"), ...numbers.map((text) => cell("td", text)));
-    return element;
-  });
-  $("moment-values").replaceChildren(caption, title, ...body);
+  const title = `after ${row.step.toLocaleString("en")} training steps`;
+  fillTable($("moment-values"), title, lines.map((cells) => ({ cells })), ["10 %", "50 %", "90 %", "shut", "open"]);
 }
 
 function showRow(row) {
@@ -604,7 +606,7 @@ function pickRow(event) {
   const [x, y] = [event.clientX - box.left, event.clientY - box.top];
   const panel = grid.places.slice(0, -1).find((p) => x >= p.x && x < p.x + grid.width && y >= p.y && y < p.y + grid.height);
   if (!panel) return;
-  const step = rows[0].step + ((x - panel.x - grid.left) / (grid.width - 4 - grid.left)) * (rows.at(-1).step - rows[0].step);
+  const step = rows[0].step + ((x - panel.x - grid.left) / (grid.right - grid.left)) * (rows.at(-1).step - rows[0].step);
   const distances = rows.map((row) => Math.abs(row.step - step));
   pause();
   showRow(distances.indexOf(Math.min(...distances)));
