@@ -8,9 +8,10 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.sharding import NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
 
-from jaxlstm.params import Size, State
+from jaxlstm.params import State
 
 
 class RegularizerRates(NamedTuple):
@@ -38,27 +39,37 @@ def regularizer_key(key: Array | None, layer: int, regularizer: int) -> Array | 
 
 
 def draw_masks(
-    key: Array | None, rates: RegularizerRates, leading: tuple[Size, ...], h: int, c: int | None
+    key: Array | None, rates: RegularizerRates, directions: int, xs: Array, h: int, c: int | None
 ) -> RegularizerMasks:
     """Draws the masks of one layer.
 
     Args:
       key: PRNG key; without one there are no masks.
       rates: the rates.
-      leading: ``(D, T, *batch)``.
+      directions: number of directions.
+      xs: ``(T, *batch, I)``, inputs of the layer.
       h: size of h.
       c: size of c; None for a cell without cell state.
     """
     if key is None:
         return RegularizerMasks()
+    leading, sharding = (directions, *xs.shape[:-1]), explicit_sharding(xs)
+    if sharding is not None:
+        sharding = sharding.update(spec=PartitionSpec(None, *sharding.spec[:-1], None))
 
     def mask(n: int, share: float, size: int | None) -> Array | None:
         if share == 0.0 or size is None:
             return None
-        return jax.random.bernoulli(jax.random.fold_in(key, n), share, (*leading, size))
+        return jax.random.bernoulli(jax.random.fold_in(key, n), share, (*leading, size), out_sharding=sharding)
 
     candidate_mask = None if rates.recurrent_dropout == 0.0 else mask(0, 1 - rates.recurrent_dropout, c)
     return RegularizerMasks(candidate_mask, mask(1, rates.zoneout_h, h), mask(2, rates.zoneout_c, c))
+
+
+def explicit_sharding(x: Array) -> NamedSharding | None:
+    """Returns how ``x`` is divided over Explicit mesh axes, as a mask for it must be; None if it is not."""
+    sharding = jax.typeof(x).sharding
+    return sharding if any(axis is not None for axis in sharding.spec) else None
 
 
 def apply_zoneout(rates: RegularizerRates, masks: RegularizerMasks, new: State, old: State) -> State:
@@ -75,7 +86,9 @@ def _mix(rate: float, mask: Array | None, new: Array, old: Array) -> Array:
     return (1 - rate) * new + rate * old if mask is None else jnp.where(mask, old, new)
 
 
-def dropout_mask(key: Array, rate: float, shape: tuple[int, ...], dtype: DTypeLike) -> Array:
+def dropout_mask(
+    key: Array, rate: float, shape: tuple[int, ...], dtype: DTypeLike, sharding: NamedSharding | None = None
+) -> Array:
     """Draws zeros with probability ``rate``, else ``1 / (1 - rate)``, to preserve the mean (Srivastava et al. 2014).
 
     Args:
@@ -83,8 +96,9 @@ def dropout_mask(key: Array, rate: float, shape: tuple[int, ...], dtype: DTypeLi
       rate: probability of a zero, in [0, 1).
       shape: shape of the mask.
       dtype: dtype of the mask.
+      sharding: explicit sharding of the mask.
     """
-    keep = jax.random.bernoulli(key, 1.0 - rate, shape)
+    keep = jax.random.bernoulli(key, 1.0 - rate, shape, out_sharding=sharding)
     return jnp.where(keep, jnp.asarray(1.0 / (1.0 - rate), dtype), jnp.zeros((), dtype))
 
 
@@ -95,5 +109,9 @@ def dropout(key: Array | None, rate: float, x: Array, *, over_time: bool = True)
     """
     if key is None or rate == 0.0:
         return x
-    mask = dropout_mask(key, rate, x.shape if over_time else (1, *x.shape[1:]), x.dtype)
+    shape, sharding = x.shape, explicit_sharding(x)
+    if not over_time:
+        shape = (1, *shape[1:])
+        sharding = None if sharding is None else sharding.update(spec=PartitionSpec(None, *sharding.spec[1:]))
+    mask = dropout_mask(key, rate, shape, x.dtype, sharding)
     return x * jnp.broadcast_to(mask, x.shape)

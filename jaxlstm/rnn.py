@@ -214,9 +214,8 @@ class RNN(RecurrentNetwork):
         self, n: int, layer: Layer, inputs: LayerInputs, xs: Array, key: Array | None
     ) -> tuple[Layer, LayerInputs]:
         """Returns a layer with dropped recurrent weights, and its inputs with the masks of the regularizers."""
-        leading = (self.num_directions, *xs.shape[:-1])
         rates, sizes = self.regularizer_rates, (self.output_size, self.hidden_size)
-        masks = draw_masks(regularizer_key(key, n, 1), rates, leading, *sizes)
+        masks = draw_masks(regularizer_key(key, n, 1), rates, self.num_directions, xs, *sizes)
         return self._drop_weights(regularizer_key(key, n, 2), layer), inputs._replace(masks=masks)
 
     def _drop_weights(self, key: Array | None, layer: Layer) -> Layer:

@@ -91,7 +91,8 @@ def _solve_steps(
         new_state = recurrent_step(cell, weights, z_x, state, dtype, context.rates, masks, z_static=z_static)
         return hold_skipped(step_mask, new_state, state)
 
-    states = jax.tree.map(lambda a: jnp.zeros((len(xs), *a.shape), a.dtype), init_state)
+    # Of init_state, to be divided over a mesh as it is.
+    states = jax.tree.map(lambda a: jnp.broadcast_to(jnp.zeros_like(a), (len(xs), *a.shape)), init_state)
     arrays = range(len(jax.tree.leaves(states)))  # h is the first
     together = [arrays] if cell.reads_h or len(arrays) == 1 else [arrays[1:], arrays[:1]]
     for indices in together:

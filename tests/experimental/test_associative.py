@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import parity
 import pytest
-from jax.sharding import AxisType, PartitionSpec
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from tolerance import tolerance
 
 import jaxlstm
@@ -159,6 +159,18 @@ def test_associative_has_no_loop_over_time():
     network, params, xs, *_ = make("minlstm regularized", 64, implementation="associative")
     jaxpr = jax.make_jaxpr(jax.grad(lambda params: network(params, xs)[0].sum()))(params)
     assert not {"scan", "while"} & {equation.primitive.name for equation in cases.equations(jaxpr.jaxpr)}
+
+
+def test_associative_on_explicit_mesh_equals_one_device():
+    network, params, xs, *_ = make("minlstm regularized", 7, implementation="associative")
+    xs = xs[:, :2]
+    expected = network(params, xs)[0]
+    mesh = jax.make_mesh((2,), ("data",), axis_types=(AxisType.Explicit,))
+    with jax.set_mesh(mesh):
+        params = jax.device_put(params, NamedSharding(mesh, PartitionSpec()))
+        xs = jax.device_put(xs, NamedSharding(mesh, PartitionSpec(None, "data")))
+        actual = jax.jit(lambda *args: network(*args)[0])(params, xs)
+    np.testing.assert_allclose(np.asarray(actual), np.asarray(expected), **tolerance(expected.dtype, 16))
 
 
 def test_associative_within_shard_map_equals_whole_batch():

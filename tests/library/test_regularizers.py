@@ -95,7 +95,9 @@ def test_output_dropout_has_one_mask_for_all_steps():
 
 @pytest.mark.parametrize("size", [H, None])
 def test_draw_masks_draws_new_masks_at_every_step(size):
-    masks = draw_masks(key, RegularizerRates(recurrent_dropout=0.3, zoneout_h=0.2, zoneout_c=0.1), (2, T, B), H, size)
+    inputs, rates = jnp.ones((T, B, I)), RegularizerRates(recurrent_dropout=0.3, zoneout_h=0.2, zoneout_c=0.1)
+    masks = draw_masks(key, rates, 2, inputs, H, size)
+    assert masks.zoneout_mask_h.shape == (2, T, B, H)
     assert_share(masks.zoneout_mask_h, 0.2)
     assert (masks.zoneout_mask_h[0, 0] != masks.zoneout_mask_h[0, 1]).any()
     assert (masks.zoneout_mask_h[0] != masks.zoneout_mask_h[1]).any()
@@ -104,8 +106,8 @@ def test_draw_masks_draws_new_masks_at_every_step(size):
         return
     assert_share(masks.candidate_mask, 0.7)
     assert_share(masks.zoneout_mask_c, 0.1)
-    assert draw_masks(None, RegularizerRates(0.3, 0.2, 0.1), (2, T, B), H, H) == (None, None, None)
-    assert draw_masks(key, RegularizerRates(), (2, T, B), H, H) == (None, None, None)
+    assert draw_masks(None, rates, 2, inputs, H, H) == (None, None, None)
+    assert draw_masks(key, RegularizerRates(), 2, inputs, H, H) == (None, None, None)
 
 
 @every_backend

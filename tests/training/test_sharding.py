@@ -66,6 +66,32 @@ def test_lstm_with_batch_on_two_devices(with_state, axis_type, implementation):
 
 @pytest.mark.parametrize("implementation", ["fused", pytest.param("scan", marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
+    "options",
+    [
+        {"num_layers": 2, "zoneout_h": 0.2, "zoneout_c": 0.1, "dropout": 0.3, "input_dropout": 0.1},
+        {"num_layers": 2, "recurrent_dropout": 0.2, "dropout": 0.3, "variational": True, "output_dropout": 0.2},
+    ],
+    ids=["zoneout", "variational"],
+)
+def test_random_masks_on_explicit_mesh_equal_one_device(options, implementation):
+    lstm = jaxlstm.LSTM(3, 5, param_dtype="float64", implementation=implementation, **options)
+    params = cases.random_params(lstm, np.random.default_rng(0))
+    xs = np.random.default_rng(1).normal(size=(6, 4, 3))
+
+    def gradient(params, xs):
+        return jax.grad(lambda *args: (lstm(*args, key=jax.random.key(2))[0] ** 2).sum(), (0, 1))(params, xs)
+
+    expected = jax.device_get(jax.jit(gradient)(params, xs))
+    mesh = jax.make_mesh((2,), ("data",), axis_types=(AxisType.Explicit,))
+    with jax.set_mesh(mesh):
+        placed = jax.device_put(params, NamedSharding(mesh, PartitionSpec()))
+        actual = jax.jit(gradient)(placed, jax.device_put(xs, NamedSharding(mesh, PartitionSpec(None, "data"))))
+    for a, b in zip(jax.tree.leaves(actual), jax.tree.leaves(expected)):
+        np.testing.assert_allclose(np.asarray(a), np.asarray(b), **tolerance(np.float64, xs.size))
+
+
+@pytest.mark.parametrize("implementation", ["fused", pytest.param("scan", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
     "varying",
     ["params", *(pytest.param(n, marks=pytest.mark.slow) for n in ("lengths", "mask", "resets", "key", "state", "xs"))],
 )
