@@ -138,12 +138,7 @@ class FusedConfig(NamedTuple):
     def layout(self, batch_size: Size) -> Layout:
         """Returns the layout for a batch size."""
         options = self.options
-        # Slabs of gates that read different sources are separate arrays, which feature-major are slices of memory. That
-        # pays off, at any number of units, for batches that fill the vector registers.
-        order = options.order
-        if order is None and not self.one_product:
-            is_large = not isinstance(batch_size, int) or batch_size >= 16
-            order = "batch" if not self.dense else "feature" if is_large else None
+        order = options.order or (None if self.dense else "batch")
         may_project_first = self.one_product and not self.layer_norm and options.hoist_inputs is not False
         sizes = self.sizes._replace(batch_size=batch_size)
         layout = choose_layout(sizes, self.dtype, self.accum_dtype, order, may_project_first=may_project_first)

@@ -203,8 +203,9 @@ def choose_layout(
 ) -> Layout:
     """Returns the layout for the sizes of a layer: on CPU by measurement, elsewhere a default, not measured.
 
-    Feature-major pays off if the weights are large: with more than 256 units, or 400 for up to 4 rows. Its innermost
-    axis is the batch. For 5 to 15 rows other than 8, which do not fill the vector registers, it takes 640 units.
+    Feature-major reads the weights, the larger operand, in the order of memory, but its innermost axis is the batch. It
+    pays off with more than 256 units for a multiple of 16 rows, which fills the vector registers, 500 for 1 or 8 rows,
+    and 800 for other numbers of rows.
 
     The product of the inputs is hoisted from the loop if a row has at least 16 times as many inputs as there are rows:
     a step then reads ``G H B`` numbers of the result instead of ``G H I`` weights. It is hoisted out of the tangent
@@ -214,7 +215,7 @@ def choose_layout(
     With float32 sums and ``2^12 <= batch_size * hidden_size < 2^14`` the gates may use all threads of a CPU: below,
     waking a thread costs more than it saves, and above the difference is within 4 %.
 
-    While a program is exported for any size, a symbolic size counts as a large one.
+    While a program is exported for any size, a symbolic size counts as a large one that is no multiple of 16.
 
     Args:
       sizes: the sizes.
@@ -228,7 +229,7 @@ def choose_layout(
         return ORDERS[order or "batch"](dtype, accum_dtype, hoist_inputs=True, chunk_size=64, separate_gates=separate)
     batch_size = sizes.batch_size if isinstance(sizes.batch_size, int) else INF
     hidden_size = sizes.hidden_size
-    units = 400 if batch_size <= 4 else 640 if batch_size < 16 and batch_size != 8 else 256
+    units = 256 if batch_size % 16 == 0 else 500 if batch_size in (1, 8) else 800
     order = order or ("feature" if hidden_size > units else "batch")
     is_narrow = hidden_size <= 64 and sizes.input_size >= 8 * hidden_size
     project_first = may_project_first and is_narrow and dtype != jnp.bfloat16
