@@ -26,7 +26,7 @@ import jaxlstm
 from jaxlstm.training.metrics import write_json
 
 Split = Literal["fit", "held-out"]
-SEEDS = {"fit": range(60), "held-out": range(60, 80)}
+SEEDS = {"fit": range(100), "held-out": range(100, 120)}
 RANGES = {"num_steps": (16, 2048), "batch_size": (1, 256), "input_size": (8, 1024), "hidden_size": (8, 1024)}
 MIN_WORK, MAX_WORK = 1e7, 1e10  # multiplications and additions of the matrix products of one forward pass
 MAX_NUMBERS = 2**24  # in the inputs and in the outputs

@@ -60,7 +60,24 @@ def set_layout(monkeypatch):
 )
 def test_choose_layout_at_the_limits_of_each_rule(sizes, layout, hoist_inputs, chunk_size):
     chosen = choose_layout(LayerSizes(*sizes), FLOAT64, FLOAT64)
-    assert chosen == layout(FLOAT64, FLOAT64, hoist_inputs=hoist_inputs, chunk_size=chunk_size)
+    one_row = sizes[0] == 1
+    assert chosen == layout(FLOAT64, FLOAT64, hoist_inputs=hoist_inputs, chunk_size=chunk_size, one_row=one_row)
+
+
+@pytest.mark.parametrize("configuration", ["one layer", pytest.param("projection", marks=pytest.mark.slow)])
+def test_fused_one_row_equals_scan(configuration):
+    case = cases.make(configuration, "plain", num_steps=9, batch_size=1)
+
+    def derivatives(implementation):
+        lstm = cases.network(configuration, implementation)
+
+        def loss(params, xs):
+            return cases.loss(*lstm(params, xs), case.cotangents)
+
+        args = case.params, case.xs
+        return jax.grad(loss, (0, 1))(*args), jax.jvp(jax.grad(loss), args, args)[1]
+
+    parity.assert_close(derivatives("fused"), derivatives("scan"), jnp.float64, 10 * parity.num_terms(case))
 
 
 @pytest.mark.parametrize(
