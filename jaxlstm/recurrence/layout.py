@@ -28,8 +28,8 @@ class Layout:
         by one are not faster.
       separate_gates: whether each gate is sliced from the result of a step's product, by itself. XLA for GPUs then
         computes c and h in one kernel; a TPU would take longer. See `docs/performance_notes.md`.
-      one_row: whether the batch is one row. The backward product of a step is then a matrix times a vector, for which XLA
-        on CPU reads the transpose of ``W_h`` in up to half the time, if the number of units is no multiple of 32.
+      one_row: whether the batch is one row. The backward product of a step is then a matrix times a vector, for which
+        XLA on CPU reads the transpose of ``W_h`` in up to half the time, if the number of units is no multiple of 32.
       bitcast: whether loops read and write bfloat16 arrays as uint16, which has no derivative. To slice, concatenate or
         transpose a bfloat16 array, XLA on CPU converts it to float32.
     """
