@@ -212,7 +212,7 @@ def choose_layout(
 
     The product of the inputs is hoisted from the loop if a row has at least 16 times as many inputs as there are rows:
     a step then reads ``G H B`` numbers of the result instead of ``G H I`` weights. It is hoisted out of the tangent
-    rule for up to 64 units and 8 times as many inputs, whose concatenation with h takes long beside the product; not in
+    rule for up to 64 units and 6 times as many inputs, whose concatenation with h takes long beside the product; not in
     bfloat16, where inference would take up to 1.5 times as long.
 
     With float32 sums and ``2^12 <= batch_size * hidden_size < 2^14`` the gates may use all threads of a CPU: below,
@@ -234,7 +234,7 @@ def choose_layout(
     hidden_size = sizes.hidden_size
     units = 256 if batch_size % 16 == 0 else 500 if batch_size in (1, 8) else 800
     order = order or ("feature" if hidden_size > units else "batch")
-    is_narrow = hidden_size <= 64 and sizes.input_size >= 8 * hidden_size
+    is_narrow = hidden_size <= 64 and sizes.input_size >= 6 * hidden_size
     project_first = may_project_first and is_narrow and dtype != jnp.bfloat16
     hoist_inputs = project_first or sizes.input_size >= 16 * batch_size
     chunk_size = 64 if project_first else next(size for limit, size in CHUNK_RULES if batch_size <= limit)
