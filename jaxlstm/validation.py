@@ -1,6 +1,7 @@
 """Checks of arguments: wrong input raises one clear error while tracing, with the received and the expected value."""
 
 import contextlib
+import difflib
 import math
 import operator
 import warnings
@@ -307,7 +308,9 @@ def float_dtype(name: str, value: Any) -> jnp.dtype:
 def choice(name: str, value: Any, names: Any) -> str:
     """Returns ``value``, which must be one of ``names``."""
     if not isinstance(value, str) or value not in names:
-        raise ValueError(f"{name} must be one of {', '.join(map(repr, names))}; got {value!r}")
+        near = difflib.get_close_matches(value.lower(), list(names), 1) if isinstance(value, str) else []
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, names))}; got {value!r}{hint}")
     return value
 
 

@@ -5,6 +5,7 @@ The packages of the subcommands are optional; without them a command ends with o
 
 import contextlib
 import importlib
+import os
 import signal
 import sys
 from collections.abc import Iterator, Sequence
@@ -36,11 +37,19 @@ def main() -> None:
     """Runs the command line of the process."""
     arguments = sys.argv[1:]
     if not arguments or arguments[0] in ("-h", "--help"):
-        print(HELP)
+        print_help()
         return
     if arguments[0] not in COMMANDS:
         raise SystemExit(f"jaxlstm: no command {arguments[0]!r}, expected one of {', '.join(COMMANDS)}")
     run_command(COMMANDS[arguments[0]][0], arguments[1:], prog=f"jaxlstm {arguments[0]}")
+
+
+def print_help() -> None:
+    """Prints the commands, also to a reader that closes the pipe before the end."""
+    try:
+        print(HELP, flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes again at exit
 
 
 def run_command(target: str, arguments: Sequence[str], *, prog: str) -> None:

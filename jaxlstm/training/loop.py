@@ -25,9 +25,19 @@ from jaxlstm.training.profiling import StepProfiler
 from jaxlstm.training.run_directory import RunRecord
 from jaxlstm.training.stop_signals import catch_stop_signals
 from jaxlstm.training.tasks import TASKS
-from jaxlstm.training.tasks.task import LanguageTaskModule
+from jaxlstm.training.tasks.task import LanguageTaskModule, PredictingTaskModule
 from jaxlstm.training.train_step import StepMetrics, TrainState
 
+# Options that are off in validation.
+REGULARIZERS = (
+    "dropout",
+    "input_dropout",
+    "embedding_dropout",
+    "recurrent_dropout",
+    "weight_drop",
+    "zoneout_h",
+    "zoneout_c",
+)
 DEFAULT_MAX_STEPS = 1200  # of a run without --max-steps and --max-seconds
 
 
@@ -229,7 +239,7 @@ class Trainer:
             for limits in (limits_before, self.limits)
         )
         before, after = self.learning_rate(progress_before), self.learning_rate(self.progress)
-        if before != after:
+        if before != after and self.progress < 1:
             print_line(
                 self.console,
                 f"the learning rate changes from {before:.2g} to {after:.2g}: with the new limits step "
@@ -288,6 +298,8 @@ class Trainer:
             by_time = f"after {self.record.seconds:,.0f} s and --max-seconds is {self.limits.seconds:g}"
             ended = by_steps if self.record.step >= self.limits.steps else by_time
             print_line(self.console, f"nothing left to do: the run ended {ended}")
+        elif any(getattr(self.options, name) for name in REGULARIZERS):
+            print_line(self.console, "training losses are with dropout, validation losses without: they may be lower")
 
     @property
     def seconds(self) -> float:
@@ -425,9 +437,8 @@ class Trainer:
         self.save()
         self.checkpoints.wait()
         name = signal.Signals(self.stop_signal).name
-        self.report.print_line(
-            f"{name} received; stopped after step {self.record.step:,}; saved: {self.command} --resume {self.run_dir}"
-        )
+        self.report.print_line(f"{name} received; saved after step {self.record.step:,}; to go on:")
+        self.report.print_line(f"{self.command} --resume {self.run_dir}", wrap=False)
 
     def finish(self) -> None:
         """Tests the best parameters and writes summary and figures."""
@@ -449,6 +460,10 @@ class Trainer:
         task.draw(params, run_dir)
         best = f"best validation loss {task.format_loss(summary['valid_loss'])} at step {record.best_step:,}"
         tested = "".join(f"; {name} {value:.4g}" for name, value in test_figures.items())
-        can_sample = isinstance(TASKS[self.options.task], LanguageTaskModule)
-        hint = f": {self.command} --sample {run_dir}" if can_sample else ""
-        print_line(self.console, f"{best}; {self.seconds:.0f} s\n{run_dir}{tested}{hint}")
+        print_line(self.console, f"{best}; {self.seconds:.0f} s\n{run_dir}{tested}")
+        module = TASKS[self.options.task]
+        if isinstance(module, LanguageTaskModule):
+            print_line(self.console, f"{self.command} --sample {run_dir}", wrap=False)
+        elif isinstance(module, PredictingTaskModule):
+            command = f"{self.command} --predict {run_dir} --data NEW --out predictions.csv"
+            print_line(self.console, command, wrap=False)

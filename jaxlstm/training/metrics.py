@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import textwrap
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -117,9 +118,36 @@ def format_duration(seconds: float) -> str:
     return f"{hours}:{m:02}:{s:02}" if hours else f"{m}:{s:02}"
 
 
-def print_line(console: Console, text: str) -> None:
-    """Prints text literally: without markup, emoji codes, escape sequences or line wrapping."""
-    console.print(printable(text), markup=False, emoji=False, highlight=False, soft_wrap=True)
+def print_line(console: Console, text: str, *, wrap: bool = True) -> None:
+    """Prints text literally, without markup, emoji codes or escape sequences.
+
+    Args:
+      console: where to print.
+      text: one line or several.
+      wrap: whether long lines are wrapped between words on a terminal; False for a command to copy.
+    """
+    text = printable(text)
+    if wrap and console.is_terminal:
+        text = "\n".join(_wrap_line(line, console.width) for line in text.split("\n"))
+    console.print(text, markup=False, emoji=False, highlight=False, soft_wrap=True)
+
+
+def _wrap_line(line: str, width: int) -> str:
+    """Wraps a line between words, where it fits, and repeats its indentation, or the gutter of a sample."""
+    if len(line) <= width:
+        return line
+    text = line.lstrip(" ").removeprefix("| ")
+    indent = line.removesuffix(text)
+    return textwrap.fill(
+        text,
+        width,
+        initial_indent=indent,
+        subsequent_indent=indent,
+        expand_tabs=False,
+        replace_whitespace=False,
+        break_long_words=False,
+        break_on_hyphens=False,
+    )
 
 
 class _RemainingTime(ProgressColumn):
@@ -169,7 +197,7 @@ class Report:
             BarColumn(None),
             _RemainingTime(Column(no_wrap=True)),
         )
-        self._bar = Progress(*columns, console=console, disable=not console.is_terminal, expand=True)
+        self._bar = Progress(*columns, console=console, disable=not console.is_terminal, expand=True, transient=True)
         self._bar_task = self._bar.add_task("", total=1.0, figures="compiling", left="-:--")
         self._start_time, self._start_progress = time.perf_counter(), 0.0
         self._last_validation = ""  # shown in the bar
@@ -212,9 +240,8 @@ class Report:
         left = format_duration(seconds_left)
         line = f"{self._step_and_loss(step, loss)}  {speed:>9,.0f} {self._short_unit}/s"
         line += f"  {skipped:,} skipped" if skipped else ""
+        self.print_line(line if self.console.is_terminal else f"{line}  {left} left")  # the bar shows what is left
         self._bar.update(self._bar_task, completed=progress, figures=self._fit_width(line, left), left=left)
-        if not self.console.is_terminal:
-            self.print_line(f"{line}  {left} left")
 
     def validation_row(self, step: int, figures: dict[str, float], speed: float, *, is_best: bool, sample: str) -> None:
         """Records figures on the validation data, ``loss`` among them, and prints them with a sample of the model."""
@@ -230,9 +257,9 @@ class Report:
         """Records gate saturation and gradient norms."""
         self._write(step, "diagnosis", figures)
 
-    def print_line(self, text: str) -> None:
-        """Prints literal text above the bar."""
-        print_line(self.console, text)
+    def print_line(self, text: str, *, wrap: bool = True) -> None:
+        """Prints literal text above the bar; see `print_line`."""
+        print_line(self.console, text, wrap=wrap)
 
     def _step_and_loss(self, step: int, loss: float) -> str:
         return f"step {step:>6,}  loss {self._format_loss(loss)}"

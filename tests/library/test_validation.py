@@ -59,6 +59,7 @@ def invalid_cell(**fields):
         ({"dtype": jnp.int32}, TypeError, "dtype must be a floating-point dtype, got int32"),
         ({"param_dtype": None}, TypeError, "param_dtype must be a floating-point dtype, got None"),
         ({"cell": "gruu"}, ValueError, "cell must be one of 'lstm', 'peephole', 'cifg', 'gru', "),
+        ({"cell": "GRU"}, ValueError, "; got 'GRU'; did you mean 'gru'"),
         ({"activation": "relu"}, ValueError, "activation='relu' belongs to cell='rnn', got cell='lstm'"),
         ({"cell": "rnn", "activation": "gelu"}, ValueError, "activation must be one of 'tanh', 'relu', 'sigmoid'"),
         ({"implementation": "fast"}, ValueError, "implementation must be one of"),

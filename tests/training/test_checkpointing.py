@@ -204,7 +204,7 @@ def test_resume_after_a_stop_and_a_crash_is_exact(complete_run, tmp_path, monkey
     with monkeypatch.context() as patch:
         call_at_row(patch, 12, lambda: os.kill(os.getpid(), signal.SIGTERM))
         printed = train([*arguments, *OPTIONS])
-    assert f"SIGTERM received; stopped after step 12; saved: python train.py --resume {tmp_path / 'run'}\n" in printed
+    assert f"SIGTERM received; saved after step 12; to go on:\npython train.py --resume {tmp_path / 'run'}\n" in printed
     with monkeypatch.context() as patch:
         call_at_row(patch, 27, crash)
         with pytest.raises(RuntimeError, match="power cut"):

@@ -1,6 +1,7 @@
 """The command ``jaxlstm`` and ``python -m jaxlstm.diagnostics``: subcommands, help, missing packages."""
 
 import importlib
+import os
 import re
 import runpy
 import subprocess
@@ -34,6 +35,15 @@ def test_jaxlstm_without_arguments_prints_help(monkeypatch, capsys):
 def test_jaxlstm_names_an_unknown_command(monkeypatch, capsys):
     printed = run_jaxlstm(monkeypatch, capsys, "fit", fails=True)
     assert printed == "jaxlstm: no command 'fit', expected one of train, sample, inspect, explore, vanishing"
+
+
+def test_jaxlstm_help_to_a_closed_pipe_prints_no_traceback():
+    read, write = os.pipe()
+    os.close(read)
+    code = "import sys; sys.argv = ['jaxlstm']; from jaxlstm.training.commands import main; main()"
+    run = subprocess.run([sys.executable, "-c", code], stdout=write, stderr=subprocess.PIPE, text=True, cwd=ROOT)
+    os.close(write)
+    assert (run.returncode, run.stderr) == (0, "")
 
 
 @pytest.mark.parametrize("name", commands.COMMANDS)

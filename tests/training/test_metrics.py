@@ -58,11 +58,23 @@ def test_report_shows_the_remaining_time_at_any_width(tmp_path, width):
         report.training_row(3120, 0.9517, 45646.0, 0.5, 1e-3, 0)
         report.validation_row(3120, {"loss": 0.8443}, 1e6, is_best=True, sample="")
         report.training_row(3140, 0.9517, 45646.0, 0.6, 1e-3, 0)
-    last = Text.from_ansi(console.file.getvalue()).plain.split("\n")[-2]
+    lines = Text.from_ansi(console.file.getvalue()).plain.replace("\r", "\n").split("\n")
+    last = [line for line in lines if line.endswith(" left")][-1]
+    assert sum(line.startswith("step  3,140  loss 0.9517 nats") for line in lines) >= 2  # also above the bar
     assert last.startswith("step  3,140  loss 0.9517 nats")
     assert last.endswith(":00 left")
     assert len(last) <= width
     assert ("valid 0.8443" in last) == (width >= 120)
+
+
+def test_print_line_wraps_between_words_on_a_terminal():
+    console = Console(file=io.StringIO(), width=24, force_terminal=True, color_system=None)
+    print_line(console, "1,241,704 parameters on cpu (cpu)\n    | The sample of a model, one_word_longer_than_the_line")
+    expected = "1,241,704 parameters on\ncpu (cpu)\n    | The sample of a\n    | model,\n"
+    expected += "    | one_word_longer_than_the_line\n"
+    assert console.file.getvalue() == expected
+    print_line(console, "python train.py --resume runs/a_long_name", wrap=False)
+    assert console.file.getvalue() == expected + "python train.py --resume runs/a_long_name\n"
 
 
 def test_print_line_prints_text_literally():

@@ -144,7 +144,7 @@ def test_ctrl_c_stops_a_run_after_writing_its_results(tmp_path):
     process.send_signal(signal.SIGINT)
     printed, _ = process.communicate(timeout=120)
     assert process.returncode == 130, printed
-    assert re.search(r"SIGINT received; stopped after step ([\d,]+); saved: python train.py --resume run\n", printed)
+    assert re.search(r"SIGINT received; saved after step ([\d,]+); to go on:\npython train.py --resume run\n", printed)
     assert "Traceback" not in printed
     summary = read_summary(tmp_path / "run")
     assert math.isfinite(summary["valid_loss"])
