@@ -4,9 +4,10 @@ import base64
 import html
 import json
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from importlib import resources
+from math import isfinite
 from typing import Any
 
 import jax
@@ -19,6 +20,7 @@ from jaxtyping import Float, Int, Shaped
 from jaxlstm.cells import Cell
 from jaxlstm.diagnostics.gate_statistics import sigmoid_gates
 from jaxlstm.diagnostics.trace import DirectionTrace, Trace, trace
+from jaxlstm.json_types import matches
 from jaxlstm.params import Params
 from jaxlstm.rnn import RNN
 
@@ -26,6 +28,7 @@ MAX_BYTES = 5_000_000  # of a page
 LEVELS = (254, 126, 62, 46, 30, 22, 14)  # steps of the quantization, the first that fits; even, so that zero stays zero
 GRADIENT_STEPS = 64  # gradients reach this far back
 MAX_MOMENTS = 100  # of the training
+NUM_QUANTILES = 5  # of gates and time constants, in the rows of a training
 NUM_PREDICTIONS = 8  # most probable classes shown at each step
 NAMES = {
     "i": "input gate i",
@@ -92,10 +95,10 @@ def explore(
     if (logits is None) != (targets is None):
         raise ValueError("logits and targets belong together: give both or neither")
     num_steps = len(traced.ys)
-    labels = [str(t) for t in range(num_steps)] if labels is None else list(labels)
-    _check_length("labels", labels, num_steps, "step of xs")
+    texts = _texts(range(num_steps) if labels is None else labels)
+    _check_length("labels", texts, num_steps, "step of xs")
     units = _unit_values(traced, layer)
-    header: dict[str, Any] = {"title": title, "layer": layer, "labels": labels}
+    header: dict[str, Any] = {"title": title, "layer": layer, "labels": texts}
     header["values"] = {name: NAMES.get(name, name) for name in units}
     arrays = {"clusters": cluster_order(units["c" if "c" in units else [*units][-1]])}
     if traced.cell.forget_gate in set(units) & set(sigmoid_gates(traced.cell)):
@@ -110,13 +113,14 @@ def explore(
         num_classes = log_probabilities.shape[-1]
         if not 0 <= targets.min() <= targets.max() < num_classes:
             raise ValueError(f"targets must be 0 to {num_classes - 1}, got {targets.min()} to {targets.max()}")
-        header["classes"] = [str(n) for n in range(num_classes)] if classes is None else list(classes)
+        header["classes"] = _texts(range(num_classes) if classes is None else classes)
         _check_length("classes", header["classes"], num_classes, "logit")
         arrays |= _predictions(log_probabilities, targets)
         if not lstm.bidirectional:
             norms = loss_gradients(lstm, params, jnp.asarray(xs), jnp.asarray(targets), logits, GRADIENT_STEPS)
-            header["gradientScale"] = float(np.max(norms)) or 1.0
-            arrays["gradients"] = (np.asarray(norms) / header["gradientScale"]).astype(np.float16)
+            largest = np.asarray(norms).max(1, keepdims=True)
+            arrays["gradientScale"] = largest[:, 0]
+            arrays["gradients"] = (np.asarray(norms) / np.where(largest > 0, largest, 1)).astype(np.float16)
     if training:
         header["training"] = _playback(lstm, training, layer)
     for name, values in (units | arrays).items():
@@ -133,6 +137,11 @@ def explore(
 def _check_length(name: str, values: Any, expected: int, what: str) -> None:
     if len(values) != expected or np.ndim(values) != 1:
         raise ValueError(f"{name} must have one entry per {what}, {expected}, got shape {list(np.shape(values))}")
+
+
+def _texts(values: Iterable[Any]) -> list[str]:
+    """Returns values as texts that UTF-8 can encode."""
+    return [str(value).encode("utf-8", "replace").decode("utf-8") for value in values]
 
 
 def _unit_values(traced: Trace, layer: int) -> dict[str, np.ndarray]:
@@ -257,21 +266,38 @@ def _playback(lstm: RNN, rows: Sequence[Mapping[str, Any]], layer: int) -> dict[
 
 def _describes(row: Mapping[str, Any], lstm: RNN) -> bool:
     """Returns whether a row of ``diagnosis.jsonl`` has the entries, layers, directions and gates of a network."""
-    layers, gates = row.get("layers"), set(sigmoid_gates(lstm.resolved_cell))
+    layers, steps = row.get("layers"), row.get("steps")
     sides = {"forward", "backward"} if lstm.bidirectional else {"forward"}
     return (
-        {"step", "steps"} <= row.keys()
+        matches(row.get("step"), int)
+        and isinstance(steps, list)
+        and matches(steps, list[int])
         and isinstance(layers, list)
         and len(layers) == lstm.num_layers
         and all(isinstance(layer, dict) and layer.keys() == sides for layer in layers)
-        and all(
-            isinstance(side, dict)
-            and {"gates", "time_constants", "dead", "gradient", "elementwise"} <= side.keys()
-            and isinstance(side["gates"], dict)
-            and side["gates"].keys() <= gates
-            for layer in layers
-            for side in layer.values()
-        )
+        and all(_describes_side(side, lstm, len(steps)) for layer in layers for side in layer.values())
+    )
+
+
+def _describes_side(side: Any, lstm: RNN, num_steps: int) -> bool:
+    """Returns whether one direction of a layer has the entries that the page draws."""
+    if not isinstance(side, dict) or not matches(side.get("gates"), dict[str, dict[str, Any]]):
+        return False
+    cell, gates, constants = lstm.resolved_cell, side["gates"], side.get("time_constants")
+    return (
+        gates.keys() <= set(sigmoid_gates(cell))
+        and all(_is_numbers(gate.get("quantiles"), NUM_QUANTILES) for gate in gates.values())
+        and all(_is_numbers([gate.get("shut"), gate.get("open")], 2) for gate in gates.values())
+        and (constants is None if cell.forget_gate not in gates else _is_numbers(constants, NUM_QUANTILES))
+        and _is_numbers([side.get("dead")], 1)
+        and all(_is_numbers(side.get(name), num_steps) for name in ("gradient", "elementwise"))
+    )
+
+
+def _is_numbers(values: Any, length: int) -> bool:
+    """Returns whether values from JSON are so many numbers, None in place of those that were not finite."""
+    return (
+        matches(values, list[float | None]) and len(values) == length and all(v is None or isfinite(v) for v in values)
     )
 
 
@@ -307,7 +333,9 @@ def _page(header: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> str:
     content = b"".join(a.astype(a.dtype.newbyteorder("<")).tobytes() for a in arrays.values())
     parts = {
         "TITLE": html.escape(header["title"]),
-        "HEADER": json.dumps({**header, "arrays": described}, ensure_ascii=False).replace("<", "\\u003c"),
+        "HEADER": json.dumps({**header, "arrays": described}, ensure_ascii=False, allow_nan=False).replace(
+            "<", "\\u003c"
+        ),
         "ARRAYS": base64.b64encode(zlib.compress(content)).decode(),
     }
     web = resources.files("jaxlstm.diagnostics").joinpath("web")

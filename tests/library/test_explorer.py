@@ -74,8 +74,9 @@ def test_explore_values_are_the_recorded_ones_within_rounding(monkeypatch, level
 @pytest.mark.slow
 def test_explore_gradients_match_jax_grad():
     lstm, params, xs = make(jaxlstm.LSTM(3, H, num_layers=2))
-    header, arrays = read(diagnostics.explore(lstm, params, xs, logits=logits, targets=TARGETS))
-    norms = arrays["gradients"].astype(np.float64) * header["gradientScale"]
+    arrays = read(diagnostics.explore(lstm, params, xs, logits=logits, targets=TARGETS))[1]
+    norms = arrays["gradients"].astype(np.float64) * arrays["gradientScale"][:, None]
+    assert (arrays["gradients"].max(1)[1:] == 1).all()  # each step has its own scale
     assert norms.shape == (T, explorer.GRADIENT_STEPS)
 
     def loss(state, before, t):
@@ -86,7 +87,9 @@ def test_explore_gradients_match_jax_grad():
         _, state = lstm(params, xs[: before + 1])
         leaves = jax.tree.leaves(jax.grad(loss)(state, before, t))
         expected = np.sqrt(sum(float((np.asarray(a, np.float64) ** 2).sum()) for a in leaves))
-        assert norms[t, t - 1 - before] == pytest.approx(expected, rel=2e-3, abs=1e-7 * header["gradientScale"])
+        assert norms[t, t - 1 - before] == pytest.approx(
+            expected, rel=2e-3, abs=1e-7 * float(arrays["gradientScale"][t])
+        )
     assert not norms[np.arange(T)[:, None] - np.arange(norms.shape[1]) <= 0].any()  # before the first state
 
 
@@ -202,7 +205,7 @@ def training_rows(network, num_rows):
     """Returns rows of ``diagnosis.jsonl`` for a network of one direction."""
     values = {"gates": {name: {"quantiles": [1 / 3] * 5, "shut": 0.0, "open": None} for name in "ifo"}}
     layers = [
-        {"forward": values | {"time_constants": [None] * 5, "dead": 0.0, "gradient": [1e-9 / 3], "elementwise": []}}
+        {"forward": values | {"time_constants": [None] * 5, "dead": 0.0, "gradient": [1e-9 / 3], "elementwise": [0]}}
     ]
     return [{"step": n + 1, "steps": [0], "layers": layers * network.num_layers} for n in range(num_rows)]
 
@@ -224,6 +227,37 @@ def test_explore_refuses_rows_of_another_network(other):
     lstm, params, xs = make(other)
     with pytest.raises(ValueError, match=r"the row of step 1 of diagnosis\.jsonl does not describe "):
         diagnostics.explore(lstm, params, xs, training=training_rows(jaxlstm.LSTM(3, H), 2))
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("time_constants", None),
+        ("time_constants", [1.0] * 4),
+        ("gradient", None),
+        ("gradient", "x"),
+        ("gradient", [float("nan")]),
+        ("elementwise", []),
+        ("dead", "no"),
+        ("dead", float("inf")),
+        ("gates", {"f": 3}),
+        ("gates", {"f": {"quantiles": [0.5] * 4, "shut": 0.0, "open": 0.0}}),
+        ("gates", {"f": {"quantiles": [0.5] * 5, "shut": 0.0}, "i": {}}),
+    ],
+)
+def test_explore_refuses_rows_with_damaged_entries(name, value):
+    lstm, params, xs = make()
+    rows = training_rows(lstm, 2)
+    rows[1]["layers"] = [{"forward": rows[1]["layers"][0]["forward"] | {name: value}}]
+    with pytest.raises(ValueError, match=r"the row of step 2 of diagnosis\.jsonl does not describe "):
+        diagnostics.explore(lstm, params, xs, training=rows)
+
+
+def test_explore_labels_are_texts_of_any_values():
+    lstm, params, xs = make()
+    labels = [3, None, b"x", "\ud800", np.int64(4), *range(T - 5)]
+    header, _ = read(diagnostics.explore(lstm, params, xs, labels=labels))
+    assert header["labels"][:5] == ["3", "None", "b'x'", "?", "4"]
 
 
 @pytest.mark.parametrize("layers", [None, 5, [], [3], [{}], [{"forward": {}}], [{"forward": {"gates": 1}}]], ids=str)

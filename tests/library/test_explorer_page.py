@@ -271,7 +271,15 @@ def test_page_shades_text_by_the_gradient_of_the_selected_step(page):
     assert len(set(colors[30:])) == 1  # the loss at step 30 does not depend on later states
     assert len(set(colors[20:31])) > 5
     assert colors[29] != colors[30]
-    assert page.locator("#text-high").inner_text() == "largest gradient of the loss at step 30"
+    assert page.locator("#text-high").inner_text() == (
+        "largest gradient of the loss at step 30; not computed further than 64 steps back"
+    )
+    page.mouse.click(*character(page, 70))
+    settle(page)
+    unknown = page.eval_on_selector_all(
+        "#text span", "spans => spans.map((span) => span.className.includes('unknown'))"
+    )
+    assert unknown[:8] == [True] * 6 + [False] * 2  # steps 70 - 64 and later are known
 
 
 def moment(page):

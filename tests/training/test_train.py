@@ -256,7 +256,10 @@ def test_mistakes_print_one_line_without_traceback(tmp_path, arguments, message)
 def test_sample_names_unknown_characters(finished_run):
     folder, _ = finished_run
     output = run_command("--sample", folder, "--prompt", "The %", cwd=folder.parent, fails=True)
-    assert output == f"train.py: not in the vocabulary of {len(set(TEXT))} characters: '%'\n"
+    assert (
+        output
+        == f"train.py: not in the vocabulary of {len(set(TEXT))} characters: '%'; remove or replace them in the text\n"
+    )
 
 
 def test_sample_is_printed_literally(finished_run, monkeypatch):

@@ -59,10 +59,15 @@ function relative(name, step, unit) {
 const scaleOf = (name, unit) => (isSigned(name) ? data["scale " + name][unit] : 1);
 const value = (name, step, unit) => relative(name, step, unit) * scaleOf(name, unit);
 
+// Number of steps before each loss at which its gradient is computed.
+function gradientReach() {
+  return head.arrays.gradients[1][1];
+}
+
 // Norm of the gradient of the loss at `step` with respect to the state after step `before`.
 function gradient(step, before) {
-  const length = head.arrays.gradients[1][1], back = step - 1 - before;
-  return back >= 0 && back < length ? data.gradients[step * length + back] * head.gradientScale : 0;
+  const back = step - 1 - before;
+  return back >= 0 && back < gradientReach() ? data.gradients[step * gradientReach() + back] * data.gradientScale[step] : 0;
 }
 
 // From 0 at 10^-DECADES times the largest gradient of the step, to 1 at the largest.
@@ -284,7 +289,7 @@ function drawStrip(context, strip, parts, x) {
   const titles = {
     unit: `unit ${unit}: ${head.values[view.values]}, up to ${isSigned(view.values) ? "±" : ""}${format(largest * scaleOf(view.values, unit))}`,
     surprise: `surprise of each prediction, up to ${format(largest)} nats`,
-    gradients: `gradient of the loss at step ${step}, log, ${DECADES} decades`,
+    gradients: `gradient of the loss at step ${step}, ${gradientReach()} steps back, log, ${DECADES} decades`,
   };
   context.save();
   context.font = "12px system-ui, sans-serif";
@@ -325,6 +330,12 @@ function buildText() {
   });
 }
 
+// Black or white, whichever contrasts more with a color (relative luminance of WCAG 2).
+function readableOn(color) {
+  const [r, g, b] = Array.from(color, (part) => (part / 255 <= 0.04045 ? part / 255 / 12.92 : ((part / 255 + 0.055) / 1.055) ** 2.4));
+  return 0.2126 * r + 0.7152 * g + 0.0722 * b > 0.179 ? "#000" : "#fff";
+}
+
 function shadeText() {
   const { step, unit } = current(), spans = $("text").querySelectorAll("span[data-step]");
   const isMatch = new Uint8Array(numSteps);
@@ -336,9 +347,9 @@ function shadeText() {
     high = `${format(largest)} nats, surprise of the prediction at the step`;
   } else if (view.shade === "gradients") {
     const shades = gradientShades(step);
-    part = (t) => shades[t];
+    part = (t) => (t < step - gradientReach() ? null : shades[t]);
     low = `at most 10⁻⁴`;
-    high = `largest gradient of the loss at step ${step}`;
+    high = `largest gradient of the loss at step ${step}; not computed further than ${gradientReach()} steps back`;
   } else {
     map = mapOf(view.values);
     const half = isSigned(view.values);
@@ -347,11 +358,12 @@ function shadeText() {
     high = `${format(scaleOf(view.values, unit))}, ${head.values[view.values]} of unit ${unit}`;
   }
   spans.forEach((span, t) => {
-    const [r, g, b] = tint(map, part(t));
-    span.style.background = `rgb(${r},${g},${b})`;
-    span.style.color = 0.299 * r + 0.587 * g + 0.114 * b > 128 ? "#000" : "#fff";
+    const value = part(t);
+    const color = value === null ? null : tint(map, value);
+    span.style.background = color && `rgb(${color})`;
+    span.style.color = color && readableOn(color);
     const isSelected = view.range && t >= view.range[0] && t <= view.range[1];
-    span.className = [t === step && "now", isMatch[t] && "match", isSelected && "range"].filter(Boolean).join(" ");
+    span.className = [value === null && "unknown", t === step && "now", isMatch[t] && "match", isSelected && "range"].filter(Boolean).join(" ");
   });
   drawLegend("text-scale", map);
   $("text-low").textContent = low;
@@ -705,9 +717,10 @@ function followPointer(element, place) {
   });
   element.addEventListener("pointermove", (event) => {
     const here = place(event);
+    if (!event.buttons) start = null; // released outside of the window
     if (start && here && here.step !== start.step) moved = true;
     if (start && here && moved) {
-      if (event.pointerType === "touch") element.setPointerCapture(event.pointerId);
+      element.setPointerCapture(event.pointerId);
       view.hovered = here;
       select([Math.min(start.step, here.step), Math.max(start.step, here.step)]);
     } else if (event.pointerType !== "touch") hover(here);

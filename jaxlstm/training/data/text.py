@@ -176,7 +176,9 @@ class CharVocabulary:
         missing = code_points[known[np.minimum(ids, len(known) - 1)] != code_points]
         if missing.size:
             names = ", ".join(repr(chr(point)) for point in dict.fromkeys(missing.tolist()))
-            raise DataError(f"not in the vocabulary of {len(self)} characters: {names}")
+            raise DataError(
+                f"not in the vocabulary of {len(self)} characters: {names}; remove or replace them in the text"
+            )
         return ids.astype(np.int32)
 
     def decode(self, ids: np.ndarray) -> str:
