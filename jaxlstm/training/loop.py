@@ -298,7 +298,7 @@ class Trainer:
             by_time = f"after {self.record.seconds:,.0f} s and --max-seconds is {self.limits.seconds:g}"
             ended = by_steps if self.record.step >= self.limits.steps else by_time
             print_line(self.console, f"nothing left to do: the run ended {ended}")
-        elif any(getattr(self.options, name) for name in REGULARIZERS):
+        elif not self.options.resume and any(getattr(self.options, name) for name in REGULARIZERS):
             print_line(self.console, "training losses are with dropout, validation losses without: they may be lower")
 
     @property
