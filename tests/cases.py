@@ -177,7 +177,7 @@ def random_masks(case: Case) -> tuple[list, list, list]:
     step_masks, weight_masks = [], []
     for n in range(lstm.num_layers):
         sizes = lstm.output_size, lstm.hidden_size
-        drawn = draw_masks(regularizer_key(key, n, 1), rates, lstm.num_directions, case.xs, *sizes)
+        drawn = draw_masks(regularizer_key(key, n, 1), rates, lstm.num_directions, jnp.asarray(case.xs), *sizes)
         candidate, zoneout_h, zoneout_c = (None if a is None else np.asarray(a, float) for a in drawn)
         scale = 1.0 if candidate is None else candidate / (1 - rates.recurrent_dropout)
         step_masks.append((scale, 0.0 if zoneout_h is None else zoneout_h, 0.0 if zoneout_c is None else zoneout_c))
