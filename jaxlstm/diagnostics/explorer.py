@@ -73,7 +73,7 @@ def explore(
       lstm: the network.
       params: from ``lstm.init``.
       xs: inputs of one sequence, with T at least 1.
-      labels: T texts, for example the characters; the numbers of the steps by default.
+      labels: T texts, for example the characters, or values to be shown as texts; the numbers of the steps by default.
       layer: the layer to show, from 0.
       logits: from outputs ``(T, D*P)`` to the logits ``(T, V)`` of a prediction at each step.
       targets: the class that each prediction is compared with.
@@ -330,12 +330,11 @@ def _quantize(cell: Cell, units: Mapping[str, np.ndarray], levels: int) -> dict[
 def _page(header: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> str:
     """Returns the page: code, style, header and the compressed arrays in one file."""
     described = {name: [a.dtype.name, a.shape] for name, a in arrays.items()}
+    header_text = json.dumps({**header, "arrays": described}, ensure_ascii=False, allow_nan=False)
     content = b"".join(a.astype(a.dtype.newbyteorder("<")).tobytes() for a in arrays.values())
     parts = {
         "TITLE": html.escape(header["title"]),
-        "HEADER": json.dumps({**header, "arrays": described}, ensure_ascii=False, allow_nan=False).replace(
-            "<", "\\u003c"
-        ),
+        "HEADER": header_text.replace("<", "\\u003c"),
         "ARRAYS": base64.b64encode(zlib.compress(content)).decode(),
     }
     web = resources.files("jaxlstm.diagnostics").joinpath("web")

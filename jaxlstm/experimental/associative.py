@@ -91,7 +91,7 @@ def _solve_steps(
         new_state = recurrent_step(cell, weights, z_x, state, dtype, context.rates, masks, z_static=z_static)
         return hold_skipped(step_mask, new_state, state)
 
-    # Of init_state, to be divided over a mesh as it is.
+    # zeros_like keeps the sharding of init_state.
     states = jax.tree.map(lambda a: jnp.broadcast_to(jnp.zeros_like(a), (len(xs), *a.shape)), init_state)
     arrays = range(len(jax.tree.leaves(states)))  # h is the first
     together = [arrays] if cell.reads_h or len(arrays) == 1 else [arrays[1:], arrays[:1]]
