@@ -39,6 +39,14 @@ def int_at_least(name: str, value: Any, minimum: int) -> int:
     return number
 
 
+def index_below(name: str, value: Any, count: int) -> int:
+    """Returns ``value`` as an int from 0 to ``count - 1``."""
+    number = _index(name, value)
+    if not 0 <= number < count:
+        raise ValueError(f"{name} must be {f'0 to {count - 1}' if count > 1 else '0, the only one'}; got {number}")
+    return number
+
+
 def _index(name: str, value: Any) -> int:
     try:
         if not isinstance(value, bool | np.bool_):

@@ -17,6 +17,7 @@ from jax import Array, lax
 from jax.typing import ArrayLike
 from jaxtyping import Float, Int, Shaped
 
+from jaxlstm import validation
 from jaxlstm.cells import Cell
 from jaxlstm.diagnostics.gate_statistics import sigmoid_gates
 from jaxlstm.diagnostics.trace import DirectionTrace, Trace, trace
@@ -90,12 +91,13 @@ def explore(
     traced = trace(lstm, params, xs)
     if traced.step_mask.ndim != 1:
         raise ValueError(f"xs must be one sequence (T, I) without batch axes, got shape {list(np.shape(xs))}")
-    if not 0 <= layer < lstm.num_layers:
-        raise ValueError(f"layer must be one of 0 to {lstm.num_layers - 1}, got {layer}")
+    layer = validation.index_below("layer", layer, lstm.num_layers)
+    validation.instance("title", title, str, "a text")
+    validation.instance("properties", properties or {}, Mapping, "a dict of numbers per step, by name")
     if (logits is None) != (targets is None):
         raise ValueError("logits and targets belong together: give both or neither")
     num_steps = len(traced.ys)
-    texts = _texts(range(num_steps) if labels is None else labels)
+    texts = _texts("labels", range(num_steps) if labels is None else labels)
     _check_length("labels", texts, num_steps, "step of xs")
     units = _unit_values(traced, layer)
     header: dict[str, Any] = {"title": title, "layer": layer, "labels": texts}
@@ -104,16 +106,23 @@ def explore(
     if traced.cell.forget_gate in set(units) & set(sigmoid_gates(traced.cell)):
         arrays["timeConstants"] = _time_constants(units[traced.cell.forget_gate])
     for name, values in (properties or {}).items():
-        arrays[f"property {name}"] = np.asarray(values, np.float32)
+        try:
+            arrays[f"property {name}"] = np.asarray(values, np.float32)
+        except (TypeError, ValueError):
+            raise TypeError(f"property {name!r} must be numbers, got {validation.describe(values)}") from None
         _check_length(name, arrays[f"property {name}"], num_steps, "step of xs")
     if logits is not None:
-        targets = np.asarray(targets)
+        targets = np.asarray(validation.array("targets", targets, jnp.integer))
         _check_length("targets", targets, num_steps, "step of xs")
-        log_probabilities = np.asarray(jax.nn.log_softmax(logits(traced.ys)), np.float32)
+        validation.instance("logits", logits, Callable, "a function from outputs (T, D*P) to logits (T, V)")
+        scores = logits(traced.ys)
+        if np.ndim(scores) != 2 or len(scores) != num_steps:
+            raise ValueError(f"logits must return (T, V) with T={num_steps}, got shape {list(np.shape(scores))}")
+        log_probabilities = np.asarray(jax.nn.log_softmax(scores), np.float32)
         num_classes = log_probabilities.shape[-1]
         if not 0 <= targets.min() <= targets.max() < num_classes:
             raise ValueError(f"targets must be 0 to {num_classes - 1}, got {targets.min()} to {targets.max()}")
-        header["classes"] = _texts(range(num_classes) if classes is None else classes)
+        header["classes"] = _texts("classes", range(num_classes) if classes is None else classes)
         _check_length("classes", header["classes"], num_classes, "logit")
         arrays |= _predictions(log_probabilities, targets)
         if not lstm.bidirectional:
@@ -139,8 +148,10 @@ def _check_length(name: str, values: Any, expected: int, what: str) -> None:
         raise ValueError(f"{name} must have one entry per {what}, {expected}, got shape {list(np.shape(values))}")
 
 
-def _texts(values: Iterable[Any]) -> list[str]:
+def _texts(name: str, values: Any) -> list[str]:
     """Returns values as texts that UTF-8 can encode."""
+    if not isinstance(values, Iterable):
+        raise TypeError(f"{name} must be a sequence of texts, got {validation.describe(values)}")
     return [str(value).encode("utf-8", "replace").decode("utf-8") for value in values]
 
 
@@ -191,7 +202,6 @@ def _predictions(log_probabilities: np.ndarray, targets: np.ndarray) -> dict[str
     return {
         "targets": targets.astype(np.uint32),
         "surprise": surprise,
-        "property surprise": surprise,
         "topClasses": top.astype(np.uint32),
         "topProbabilities": np.exp(np.take_along_axis(log_probabilities, top, -1)).astype(np.float16),
     }

@@ -8,6 +8,7 @@ import numpy as np
 from jax.typing import ArrayLike
 from jaxtyping import Float
 
+from jaxlstm import validation
 from jaxlstm.cells import Cell
 from jaxlstm.diagnostics.dynamics import FixedPoints
 from jaxlstm.diagnostics.effective_memory import EffectiveMemory
@@ -154,12 +155,11 @@ def draw_eigenvalues(lstm: RNN, params: Params, *, layer: int = 0, direction: in
       direction: 0 for forward, 1 for backward.
 
     Raises:
-      ValueError: if the network does not have this layer or direction.
+      ValueError, TypeError: if the network does not have this layer or direction.
       ImportError: without matplotlib.
     """
-    for name, number, count in (("layer", layer, lstm.num_layers), ("direction", direction, lstm.num_directions)):
-        if not 0 <= number < count:
-            raise ValueError(f"{name} must be one of 0 to {count - 1}, got {number}")
+    layer = validation.index_below("layer", layer, lstm.num_layers)
+    direction = validation.index_below("direction", direction, lstm.num_directions)
     matrices = _recurrent_matrices(lstm.resolved_cell, params.layers[layer].directions[direction])
     figure = _new_figure(2.6 * len(matrices) + 0.4, 3.0)
     figure.set_layout_engine("compressed")  # for panels of equal aspect; otherwise their titles are cut

@@ -4,7 +4,6 @@ import argparse
 import atexit
 import contextlib
 import dataclasses
-import difflib
 import logging
 import signal
 import sys
@@ -20,8 +19,10 @@ import jax
 import tyro
 from rich.console import Console
 
+from jaxlstm import validation
 from jaxlstm.errors import first_line
 from jaxlstm.training import config, params_file
+from jaxlstm.training.arguments import check_arguments, option_types, split_arguments
 from jaxlstm.training.config import Options
 from jaxlstm.training.data.text import cache_folder
 from jaxlstm.training.loop import Trainer
@@ -50,26 +51,6 @@ DESCRIPTION = """Train a recurrent network, by default a character language mode
 {command} --predict runs/NAME --data new.csv --out predictions.csv
 {command} --task NAME --help                the options of another task
 """
-KNOWN_ELSEWHERE = {  # names of options in other programs
-    "lr": "learning_rate",
-    "wd": "weight_decay",
-    "epochs": "max_steps",
-    "iterations": "max_steps",
-    "steps": "max_steps",
-    "hidden_size": "hidden",
-    "units": "hidden",
-    "bptt": "window",
-    "seq_len": "window",
-    "sequence_length": "window",
-    "emsize": "embedding",
-    "grad_clip": "clip",
-    "max_grad_norm": "clip",
-    "model": "cell",
-    "backend": "implementation",
-    "output_dir": "run_dir",
-    "checkpoint": "resume",
-    "generate": "sample",
-}
 
 
 def train_main(arguments: Sequence[str], prog: str = "jaxlstm train") -> None:
@@ -172,25 +153,21 @@ def parse(arguments: Sequence[str], prog: str = "train.py") -> Options:
 
 
 def _check_flags(arguments: Sequence[str], task: str) -> None:
-    """Checks the names of the options on a command line.
+    """Checks the names and the values of the options on a command line.
 
     Raises:
-      ValueError: names an option that does not exist, with the one probably meant, or that the task does not use.
+      ValueError: names an option that the task does not use, or the mistake that `check_arguments` finds.
     """
-    names = [field.name for field in dataclasses.fields(Options)]
-    for argument, following in zip(arguments, (*arguments[1:], "")):
-        text, _, value = argument.partition("=")
-        if not text.startswith("--") or " " in text or text in ("--", "--help"):
-            continue
-        name = text[2:].replace("-", "_").removeprefix("no_")
+    for name, text, value in split_arguments(arguments, option_types(Options)):
         if name in TASKS[task].UNUSED:
-            received = value or ("" if following.startswith("--") else following)
-            raise ValueError(f"--task {task} does not use {text}" + (f", got {received}" if received else ""))
-        if name not in names:
-            longer = [known for known in names if known.startswith(name)]
-            near = KNOWN_ELSEWHERE.get(name) or next(iter(longer or difflib.get_close_matches(name, names, 1)), None)
-            hint = "" if near is None else f"; did you mean {config.flag(near)}?"
-            raise ValueError(f"unknown option {text}{hint} (--help lists the options)")
+            raise ValueError(f"--task {task} does not use {text}" + (f", got {value}" if value else ""))
+    check_arguments(arguments, Options)
+
+
+def parse_command(command: type, arguments: Sequence[str], prog: str, positional: Sequence[str] = ("run_dir",)) -> Any:
+    """Returns the options of a command, a dataclass; see `jaxlstm.training.arguments.check_arguments`."""
+    check_arguments(arguments, command, positional)
+    return tyro.cli(command, prog=prog, args=list(arguments))
 
 
 def _parse_predict(arguments: Sequence[str], run_dir: Path, prog: str) -> Options:
@@ -260,8 +237,7 @@ def _parse_early(arguments: Sequence[str]) -> argparse.Namespace:
 
 def _task_defaults(early: argparse.Namespace) -> Options:
     """Returns the default options of the task on the command line."""
-    if early.task not in TASKS:
-        raise ValueError(f"--task must be one of {', '.join(TASKS)}, got {early.task}")
+    validation.choice("--task", early.task, TASKS)
     values: dict[str, Any] = {"task": early.task} | TASKS[early.task].DEFAULTS
     if early.optimizer not in (None, values.get("optimizer", Options.optimizer)):
         values.pop("learning_rate", None)  # chosen for the other optimizer
@@ -385,7 +361,7 @@ def sample_main(arguments: Sequence[str], prog: str = "jaxlstm sample") -> None:
     """Runs the command ``jaxlstm sample``."""
     set_up_process()
     with one_line_errors(prog):
-        parsed = tyro.cli(Sample, prog=prog, args=list(arguments))
+        parsed = parse_command(Sample, arguments, prog)
         options = Options(
             sample=parsed.run_dir,
             prompt=parsed.prompt,

@@ -13,6 +13,7 @@ import tyro
 from rich.console import Console
 from rich.progress import Progress
 
+from jaxlstm import validation
 from jaxlstm.atomic_write import atomic_write
 from jaxlstm.diagnostics import explore, gate_statistics, gradient_advice, plots, trace
 from jaxlstm.training import cli, inspect_run, playback, vanishing_gradient, vanishing_plots
@@ -102,8 +103,7 @@ class Inspect:
     def run(self, console: Console) -> None:
         """Traces the network, draws the figures and prints the statistics."""
         model, params, ids = inspect_run.load_character_model(self.run_dir, self.text)
-        if not 0 <= self.layer < model.lstm.num_layers:
-            raise ValueError(f"--layer must be one of 0 to {model.lstm.num_layers - 1}, got {self.layer}")
+        validation.index_below("--layer", self.layer, model.lstm.num_layers)
         folder = self.out or self.run_dir / time.strftime("inspect-%Y-%m-%d-%H%M%S")
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
             raise ValueError(f"--out {folder} is not an empty folder; pictures never replace others")
@@ -149,6 +149,7 @@ class Explore:
         out = check_new_file(self.out, ".html")
         text = read_text(self.text)[: EXPLORED_CHARACTERS + 1]  # the last one is predicted only
         model, params, ids = inspect_run.load_character_model(self.run_dir, text)
+        validation.index_below("--layer", self.layer, model.lstm.num_layers)
         if len(text) < 2:
             raise ValueError(f"--text {self.text} must have at least two characters: each predicts the next one")
         page = explore(
@@ -166,7 +167,7 @@ class Explore:
         )
         with atomic_write(out, overwrite=False) as file:
             file.write(page.encode())
-        print_line(console, f"{out}: {len(text) - 1:,} characters")
+        print_line(console, f"{out}: {len(text) - 1:,} character{'s' if len(text) > 2 else ''}")
 
 
 def check_new_file(path: Path, *endings: str) -> Path:
@@ -188,26 +189,33 @@ def check_new_file(path: Path, *endings: str) -> Path:
 
 def inspect_main(arguments: Sequence[str], prog: str = "jaxlstm inspect") -> None:
     """Runs the command ``jaxlstm inspect``."""
-    _run(prog, partial(tyro.cli, Inspect, prog=prog, args=list(arguments)))
+    _run(prog, partial(cli.parse_command, Inspect, arguments, prog))
 
 
 def explore_main(arguments: Sequence[str], prog: str = "jaxlstm explore") -> None:
     """Runs the command ``jaxlstm explore``."""
-    _run(prog, partial(tyro.cli, Explore, prog=prog, args=list(arguments)))
+    _run(prog, partial(cli.parse_command, Explore, arguments, prog))
 
 
 def vanishing_main(arguments: Sequence[str], prog: str = "jaxlstm vanishing") -> None:
     """Runs the command ``jaxlstm vanishing``."""
-    _run(prog, partial(tyro.cli, Vanishing, prog=prog, args=list(arguments)))
+    _run(prog, partial(cli.parse_command, Vanishing, arguments, prog, ()))
 
 
 def main(arguments: Sequence[str], prog: str = "python -m jaxlstm.diagnostics") -> None:
     """Runs ``python -m jaxlstm.diagnostics``, whose first argument is the command."""
+    mains = {"vanishing": vanishing_main, "inspect": inspect_main, "explore": explore_main}
+    if arguments and arguments[0] in mains:
+        mains[arguments[0]](arguments[1:], f"{prog} {arguments[0]}")
+        return
     commands: dict[str, Any] = {"vanishing": Vanishing, "inspect": Inspect, "explore": Explore}
     description = help_text(DESCRIPTION.format(prog=prog))
-    parse = partial(
-        tyro.extras.subcommand_cli_from_dict, commands, prog=prog, description=description, args=list(arguments)
-    )
+
+    def parse() -> Any:
+        if arguments and not arguments[0].startswith("-"):
+            validation.choice("the command", arguments[0], commands)
+        return tyro.extras.subcommand_cli_from_dict(commands, prog=prog, description=description, args=list(arguments))
+
     _run(prog, parse)
 
 

@@ -13,7 +13,7 @@ from jaxlstm.diagnostics.gate_statistics import ChosenUnit, held_out_unit
 from jaxlstm.training import params_file
 from jaxlstm.training.config import load_config
 from jaxlstm.training.data.text import CharVocabulary
-from jaxlstm.training.metrics import parse_row
+from jaxlstm.training.metrics import parse_row, read_lines
 from jaxlstm.training.models.language_model import LanguageModel, LanguageModelParams
 from jaxlstm.training.tasks.language import build_language_model
 
@@ -40,8 +40,7 @@ def recorded_gradient_norms(run_dir: Path) -> np.ndarray:
 
     The norm of a row is NaN if the gradient was not finite.
     """
-    path = run_dir / "metrics.jsonl"
-    rows = [parse_row(line) for line in path.read_bytes().split(b"\n")] if path.exists() else []
+    rows = map(parse_row, read_lines(run_dir / "metrics.jsonl"))
     norms = []
     for row in rows:
         if row is not None and row["split"] == "diagnosis":

@@ -41,13 +41,24 @@ def truncate_rows(path: Path, count: int, last_step: int) -> list[dict[str, Any]
     Raises:
       ValueError: if the path is not a file.
     """
-    if path.exists() and not path.is_file():
-        raise ValueError(f"{path} is not a regular file")
-    lines = path.read_bytes().split(b"\n")[:count] if path.exists() else []
+    lines = read_lines(path)[:count]
     rows = [row for line in lines if (row := parse_row(line)) is not None and row["step"] <= last_step]
     with atomic_write(path) as file:
         file.write("".join(json.dumps(row) + "\n" for row in rows).encode())
     return rows
+
+
+def read_lines(path: Path) -> list[bytes]:
+    """Returns the lines of a file, the last one without a line break; none if there is no such file.
+
+    Raises:
+      ValueError: if the path is not a file.
+    """
+    if not path.exists():
+        return []
+    if not path.is_file():
+        raise ValueError(f"{path} is not a regular file; remove or rename it")
+    return path.read_bytes().split(b"\n")
 
 
 def parse_row(line: bytes) -> dict[str, Any] | None:

@@ -18,7 +18,7 @@ from jaxlstm.diagnostics.gradient_flow import GradientNorms, gradient_flow
 from jaxlstm.diagnostics.trace import DirectionTrace, Trace, check_args, record_trace
 from jaxlstm.json_types import matches
 from jaxlstm.rnn import RNN
-from jaxlstm.training.metrics import RowFile, replace_non_finite
+from jaxlstm.training.metrics import RowFile, read_lines, replace_non_finite
 from jaxlstm.training.tasks.task import Task
 
 DIAGNOSIS = "diagnosis.jsonl"  # in the run directory
@@ -133,7 +133,7 @@ class Diagnosis:
     def __init__(self, run_dir: Path, task: Task, last_step: int, print_line: Callable[[str], None]) -> None:
         self._diagnose = make_diagnosis(task)
         path = run_dir / DIAGNOSIS
-        lines = _lines(path)
+        lines = read_lines(path)[:-1]
         steps = [_step(line) for line in lines]
         if damaged := steps.count(0):
             print_line(f"{damaged:,} of {len(lines):,} rows of {path} are damaged; the others are kept")
@@ -158,12 +158,7 @@ class Diagnosis:
 
 def read_rows(run_dir: Path) -> list[dict[str, Any]]:
     """Returns the rows of ``diagnosis.jsonl`` that are not damaged; none if there is no such file."""
-    return [json.loads(line) for line in _lines(run_dir / DIAGNOSIS) if _step(line)]
-
-
-def _lines(path: Path) -> list[bytes]:
-    """Returns the complete lines of a file, none if it does not exist."""
-    return path.read_bytes().split(b"\n")[:-1] if path.exists() else []
+    return [json.loads(line) for line in read_lines(run_dir / DIAGNOSIS)[:-1] if _step(line)]
 
 
 def _step(line: bytes) -> int:

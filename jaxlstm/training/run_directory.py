@@ -89,7 +89,10 @@ def create_run_dir(options: Options, task: Task) -> Path:
         return _create_dated_dir(Path("runs"))
     if jax.process_index() == 0:
         if run_dir.exists() and not (lacks_config(run_dir) or _is_same_start(run_dir, options, task)):
-            raise ValueError(f"--run-dir {run_dir} is not an empty folder; a run never overwrites another")
+            remedy = f"resume it with --resume {run_dir}, or " if (run_dir / config.CONFIG).is_file() else ""
+            raise ValueError(
+                f"--run-dir {run_dir} is not an empty folder; a run never overwrites another: {remedy}choose a new name"
+            )
         make_folder(run_dir)
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices("run directory created")

@@ -507,7 +507,7 @@ def test_draw_eigenvalues_of_every_gate(options):
 
 @pytest.mark.parametrize(
     ("place", "message"),
-    [({"layer": 2}, "layer must be one of 0 to 0, got 2"), ({"direction": -1}, "direction must be")],
+    [({"layer": 2}, "layer must be 0, the only one; got 2"), ({"direction": -1}, "direction must be")],
 )
 def test_draw_eigenvalues_rejects_a_missing_layer_or_direction(place, message):
     with pytest.raises(ValueError, match=message):

@@ -133,7 +133,17 @@ def test_explore_labels_do_not_end_the_script():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"layer": 1}, "layer must be one of 0 to 0, got 1"),
+        ({"layer": 1}, "layer must be 0, the only one; got 1"),
+        ({"layer": "0"}, "layer must be an integer, got '0'"),
+        ({"layer": 0.0}, "layer must be an integer, got 0.0"),
+        ({"title": 3}, "title must be a text, got int 3"),
+        ({"labels": 5}, "labels must be a sequence of texts, got int 5"),
+        ({"properties": [1] * T}, "properties must be a dict of numbers per step, by name, got list"),
+        ({"properties": {"depth": ["a"] * T}}, "property 'depth' must be numbers, got list"),
+        ({"logits": logits, "targets": [True] * T}, "targets must be integer, got bool[12]"),
+        ({"logits": 1, "targets": TARGETS}, "logits must be a function from outputs (T, D*P) to logits (T, V), got"),
+        ({"logits": lambda ys: logits(ys)[:3], "targets": TARGETS}, "return (T, V) with T=12, got shape [3, 4]"),
+        ({"logits": lambda ys: ys[:, 0], "targets": TARGETS}, "return (T, V) with T=12, got shape [12]"),
         ({"labels": "abc"}, "labels must have one entry per step of xs, 12, got shape [3]"),
         ({"properties": {"depth": [1]}}, "depth must have one entry per step of xs, 12, got shape [1]"),
         ({"logits": logits}, "logits and targets belong together"),
@@ -144,7 +154,7 @@ def test_explore_labels_do_not_end_the_script():
     ],
 )
 def test_explore_rejects_wrong_arguments(options, message):
-    with pytest.raises(ValueError, match=re.escape(message)):
+    with pytest.raises((ValueError, TypeError), match=re.escape(message)):
         diagnostics.explore(*make(), **options)
 
 

@@ -137,15 +137,17 @@ def test_page_loads_nothing_else(browser, trace_and_page):
 
 
 def test_page_hover_shows_the_step_and_leaves_the_pinned_one(page, trace_and_page):
+    first = step_and_unit(page)
+    assert first == (NUM_STEPS // 2 if NUM_STEPS <= 200 else 50, 0)  # in the middle of the view
     page.mouse.move(*character(page, 7))
     text = readout(page)
     assert text.startswith("Step 7 of")
-    assert "actual: “␣”" in text
+    assert "actual: “\u2068␣\u2069”" in text
     expected = float(trace_and_page[0].layers[0].forward.c[7, 0])
     shown = page.locator("#values tr", has_text="cell state c").locator("td").inner_text().replace("−", "-")
     assert float(shown) == pytest.approx(expected, abs=0.02)
     page.mouse.move(2, 2)
-    assert step_and_unit(page) == (0, 0)
+    assert step_and_unit(page) == first
     page.mouse.click(*character(page, 9))
     page.mouse.move(2, 2)
     assert step_and_unit(page) == (9, 0)
@@ -156,7 +158,7 @@ def test_page_hover_over_the_map_shows_step_and_unit(page):
     box = page.locator("#map").bounding_box()
     cell = (box["width"] - 38) / 50
     page.mouse.move(box["x"] + 34 + 20.5 * cell, box["y"] + 12 + 10.5 * 14)
-    assert step_and_unit(page) == (20, 10)
+    assert step_and_unit(page) == (25 + 20, 10)  # 50 steps around step 50
 
 
 def test_page_brush_finds_the_windows_of_most_active_units(page, trace_and_page):
@@ -223,7 +225,7 @@ def test_page_touch_selects_steps(browser, trace_and_page):
 
 def test_page_keyboard_moves_selects_and_clears(page):
     page.focus("#map")
-    for key in ("ArrowRight", "ArrowRight", "ArrowDown"):
+    for key in ("Home", "ArrowRight", "ArrowRight", "ArrowDown"):
         page.keyboard.press(key)
     assert step_and_unit(page) == (2, 1)
     assert page.locator("#live").inner_text() == page.locator("#readout").inner_text()
@@ -333,7 +335,7 @@ def test_page_without_rows_of_the_training_has_no_playback(browser, tmp_path):
     opened.close()
 
 
-@pytest.mark.parametrize("width", [1280, 800, 390])
+@pytest.mark.parametrize("width", [1280, 800, 390, 320])
 def test_page_fits_the_width_after_a_resize(page, width):
     page.set_viewport_size({"width": width, "height": 800})
     settle(page)
@@ -347,6 +349,57 @@ def test_page_fits_the_width_after_a_resize(page, width):
         }).map((element) => element.id || element.tagName)"""
     )
     assert overflow == []
+
+
+def test_page_scrolls_by_slider_and_wheel(page):
+    def shown():
+        settle(page)
+        return int(re.search(r"steps (\d+) to", page.locator("#map").get_attribute("aria-label"))[1])
+
+    page.select_option("#span", "50")
+    page.locator("#first").fill("100")
+    assert shown() == 100
+    page.locator("#map").hover()
+    page.mouse.wheel(200, 0)
+    assert shown() > 100
+    page.mouse.wheel(-1e4, 0)
+    assert shown() == 0
+    page.select_option("#span", str(NUM_STEPS))
+    settle(page)
+    assert not page.locator("#scroll").is_visible()
+
+
+def test_page_shows_labels_without_width_and_isolates_their_direction(browser, tmp_path):
+    lstm = jaxlstm.LSTM(2, 3)
+    labels = ["a", "", "\u200b", "\u0301", "א", "ב", "toString", "\r"]
+    logits = lambda ys: 4 * jnp.tile(ys, 4)  # noqa: E731
+    page = diagnostics.explore(
+        lstm,
+        lstm.init(jax.random.key(0)),
+        np.ones((8, 2), np.float32),
+        labels=labels,
+        logits=logits,
+        targets=np.arange(4, 12),
+        properties={"surprise": np.arange(8)},
+    )
+    path = tmp_path / "page.html"
+    path.write_text(page, encoding="utf-8")
+    opened = browser.new_page(viewport={"width": 800, "height": 600})
+    opened.goto(path.as_uri())
+    opened.wait_for_selector("html[data-ready]")
+    widths = opened.eval_on_selector_all("#text span", "all => all.map((span) => span.getBoundingClientRect().width)")
+    assert min(widths) > 5
+    shown = []
+    for step in range(8):
+        opened.mouse.move(*character(opened, step))
+        shown.append(re.search("“\u2068(.*?)\u2069”", readout(opened))[1])
+        rows = opened.locator("#predictions tr")
+        assert opened.locator("#predictions tr.target").count() == 1
+        assert rows.count() == 8  # the last one is of the actual class if that is not among the first
+    assert shown == ["a", "∅", "U+200B", "◌\u0301", "א", "ב", "toString", "U+000D"]
+    orders = opened.locator("#order option").all_inner_texts()
+    assert orders[-2:] == ["correlation with the prediction’s surprise", "correlation with surprise"]
+    opened.close()
 
 
 def test_page_has_a_dark_scheme(page):

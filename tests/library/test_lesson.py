@@ -247,6 +247,8 @@ def test_lesson_near_miss_is_not_solved(open_page):
     assert f"step 55: c is {0.95**50:.2f} and should be 1.00" in forget.locator(".reason").inner_text()
     forget.get_by_role("slider", name="forget gate f").fill("0.998")  # 0.998**50 is 0.905
     assert forget.get_by_role("status").inner_text() == "Solved."
+    assert "its largest error, 0.10, is at step 55" in forget.locator(".reason").inner_text()
+    assert "0.998" in forget.locator(".equation").first.inner_text()
     forget.get_by_role("slider", name="forget gate f").fill("0.997")  # 0.997**50 is 0.861
     assert forget.get_by_role("status").inner_text() == "Not yet."
 

@@ -65,7 +65,7 @@ def test_inspect_errors_are_one_clear_line(trained_run, tmp_path, capsys, monkey
     assert "is not the folder of a run" in error_of(tmp_path / "no", "--text", "a")
     assert "not in the vocabulary of 8 characters: 'z'" in error_of(run, "--text", "az")
     assert "--text must have at least one character" in error_of(run, "--text", "")
-    assert "--layer must be one of 0 to 1, got 2" in error_of(run, "--text", "a", "--layer", "2")
+    assert "--layer must be 0 to 1; got 2" in error_of(run, "--text", "a", "--layer", "2")
     assert "full is not an empty folder; pictures never replace others" in error_of(
         run, "--text", "a", "--out", tmp_path / "full"
     )
@@ -112,14 +112,19 @@ def test_explore_plays_back_the_rows_of_the_run(trained_run, tmp_path):
 def test_explore_errors_are_one_clear_line(trained_run, tmp_path, monkeypatch):
     monkeypatch.setattr(cli, "set_up_process", lambda: None)
 
-    def error_of(text, out="page.html"):
+    def error_of(text, out="page.html", *options):
+        text_path, out_path = str(tmp_path / "text.txt"), str(tmp_path / out)
         (tmp_path / "text.txt").write_text(text, encoding="utf-8")
         with pytest.raises(SystemExit) as stop:
-            main(["explore", str(trained_run), "--text", str(tmp_path / "text.txt"), "--out", str(tmp_path / out)])
+            main(["explore", str(trained_run), "--text", text_path, "--out", out_path, *options])
         assert "\n" not in str(stop.value)
         return str(stop.value)
 
     (tmp_path / "old.html").touch()
+    (trained_run / "diagnosis.jsonl").mkdir()
+    assert "diagnosis.jsonl is not a regular file; remove or rename it" in error_of("ab")
+    (trained_run / "diagnosis.jsonl").rmdir()
+    assert "--layer must be 0 to 1; got 2" in error_of("ab", "page.html", "--layer", "2")
     assert "old.html exists; the command never replaces a file" in error_of("ab", "old.html")
     assert "--out must end in .html, got" in error_of("ab", "page.png")
     assert "must have at least two characters" in error_of("a")

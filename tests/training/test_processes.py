@@ -244,7 +244,8 @@ def test_error_of_one_process_ends_the_other(tmp_path):
     both = start(tmp_path)
     assert [process.wait(240) for process in both] == [1, 1]
     assert lines_of(tmp_path, 0) == [
-        f"train.py: --run-dir {tmp_path / 'run'} is not an empty folder; a run never overwrites another"
+        f"train.py: --run-dir {tmp_path / 'run'} is not an empty folder; a run never overwrites another: "
+        "choose a new name"
     ]
     (line,) = lines_of(tmp_path, 1)
     assert line.startswith("train.py: process 0 ended before the run was complete")

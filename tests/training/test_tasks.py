@@ -129,6 +129,38 @@ def test_unknown_option_is_named_with_the_one_meant(option, meant):
         parse([option, "3"])
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("--cell lsmt", "--cell must be one of 'lstm', 'peephole',.*; got 'lsmt'; did you mean 'lstm'?"),
+        ("--cell=lsmt", "--cell must be one of .*; got 'lsmt'; did you mean 'lstm'?"),
+        ("--implementation cuda", "--implementation must be one of 'auto', 'scan'.*; got 'cuda'.*"),
+        ("--task charml", "--task must be one of 'charlm'.*; did you mean 'charlm'?"),
+        ("--hidden big", "--hidden must be an integer, got big"),
+        ("--hidden 1e3", "--hidden must be an integer, got 1e3"),
+        ("--learning-rate=x", "--learning-rate must be a number, got x"),
+        ("--hidden", "--hidden needs a value; .*"),
+        ("--hidden --tied", "--hidden needs a value; .*"),
+        ("-x", "unknown option -x .*"),
+        ("my.txt", "unexpected argument my.txt; did you mean --data my.txt?"),
+        ("--tied my", r"unexpected argument my \(--help lists the options\)"),
+        ("--tied=yes", "--tied takes no value, got yes; use --tied or --no-tied"),
+    ],
+)
+def test_mistaken_arguments_are_one_line(arguments, message):
+    with pytest.raises(ValueError, match=f"^{message.replace('?', '[?]')}$"):
+        parse(arguments.split())
+
+
+def test_values_may_begin_with_a_minus():
+    assert parse(["--prompt", "-- a b"]).prompt == "-- a b"
+    assert parse(["--prompt=-a"]).prompt == "-a"
+    with pytest.raises(ValueError, match="--clip must be greater than 0, got -1"):
+        parse(["--clip", "-1"])
+    with pytest.raises(ValueError, match=r"^--prompt needs a value; .* is given as --prompt=-VALUE$"):
+        parse(["--prompt", "-a"])
+
+
 def test_every_option_belongs_to_a_task():
     assert all(any(name not in module.UNUSED for module in TASKS.values()) for name in unused_options())
 

@@ -30,6 +30,7 @@
   }
 
   const MINUS = "\u2212";
+  const GATE_DIGITS = 3; // a gate of 0.998 must not be shown as 1: it loses a tenth in 50 steps
   const format = (value, digits = 2) => {
     const text = value.toFixed(digits);
     return Number(text) === 0 ? (0).toFixed(digits) : text.replace("-", MINUS);
@@ -314,7 +315,7 @@
       const name = `${GATE_NAMES[knob.gate]} ${knob.gate}${knob.steps === "all" ? "" : `, ${knob.steps} steps`}`;
       const options = { min: 0, max: 1, step: 0.001, value: values[keysOf(knob)[0]], kind: knob.gate };
       const show = (value) =>
-        setsGates ? format(value, 3) : `z = ${format(value, 1)}, ${knob.gate} = ${format(sigmoid(value), 4)}`;
+        setsGates ? format(value, GATE_DIGITS) : `z = ${format(value, 1)}, ${knob.gate} = ${format(sigmoid(value), 4)}`;
       return makeSlider(name, options, show, (value) => {
         for (const key of keysOf(knob)) values[key] = setsGates ? value : sigmoid(value);
         refresh();
@@ -374,17 +375,18 @@
       const text = solved ? "Solved." : "Not yet.";
       if (verdict.textContent !== text) verdict.textContent = text; // read aloud only when it changes
       taskBox.classList.toggle("solved", solved);
-      reason.textContent =
-        `The largest error is at step ${step}: c is ${format(c)} and should be ${format(target)}, ` +
-        `give or take ${TASKS[task].tolerance}.`;
+      const tolerance = TASKS[task].tolerance;
+      reason.textContent = solved
+        ? `c is within ${tolerance} of its target at every step; its largest error, ${format(Math.abs(c - target))}, is at step ${step}.`
+        : `The largest error is at step ${step}: c is ${format(c)} and should be ${format(target)}, give or take ${tolerance}.`;
     }
 
     function refresh() {
       const steps = simulate(values, inputs);
       const now = steps[cursor];
       time.textContent = `At step t = ${cursor}${inputs.marks[cursor] ? ", a marked step" : ""}:`;
-      update.update([now.c, now.f, now.cBefore, now.i, now.g]);
-      output.update([now.h, now.o, now.c]);
+      update.update([now.c, now.f, now.cBefore, now.i, now.g], GATE_DIGITS);
+      output.update([now.h, now.o, now.c], GATE_DIGITS);
       if (drawing) for (const gate of GATES) drawing.style.setProperty(`--level-${gate}`, Math.abs(now[gate]));
       const lines = ["h", "c"].map((kind) => ({ kind, values: steps.map((step) => step[kind]) }));
       if (task) {

@@ -59,6 +59,12 @@ function relative(name, step, unit) {
 const scaleOf = (name, unit) => (isSigned(name) ? data["scale " + name][unit] : 1);
 const value = (name, step, unit) => relative(name, step, unit) * scaleOf(name, unit);
 
+// A value with the digits that its rounding to levels leaves.
+function formatValue(name, step, unit) {
+  const spacing = ((isSigned(name) ? 2 : 1) * scaleOf(name, unit)) / head.levels;
+  return format(value(name, step, unit), spacing > 0 ? clamp(Math.round(-Math.log10(spacing / 2)), 0, 2) : 2);
+}
+
 // Number of steps before each loss at which its gradient is computed.
 function gradientReach() {
   return head.arrays.gradients[1][1];
@@ -219,7 +225,18 @@ function layout() {
   return parts;
 }
 
-const shownLabel = (label) => (label === "\n" ? "↵" : label === " " ? "␣" : label === "\t" ? "⇥" : label);
+const SYMBOLS = { "\n": "↵", " ": "␣", "\t": "⇥", "": "∅" };
+const hasNoWidth = (label) => /^[\p{M}\p{Cc}\p{Cf}\p{Z}]*$/u.test(label) && !/^[ \t]+$/.test(label);
+
+// A label as it is seen alone: characters without width of their own by their numbers, marks on a circle.
+function shownLabel(label) {
+  if (Object.hasOwn(SYMBOLS, label)) return SYMBOLS[label];
+  if (/^\p{M}+$/u.test(label)) return "◌" + label;
+  return hasNoWidth(label) ? [...label].map((c) => "U+" + c.codePointAt(0).toString(16).toUpperCase().padStart(4, "0")).join(" ") : label;
+}
+
+// In quotation marks, apart from the direction of writing around it.
+const quoted = (text) => `“\u2068${text}\u2069”`;
 const joinLabels = (from, to) => head.labels.slice(Math.max(from, 0), to).map(shownLabel).join(hasWords ? " " : "");
 const current = () => view.hovered ?? view.pinned;
 
@@ -317,12 +334,12 @@ function buildText() {
   head.labels.forEach((label, t) => {
     const span = document.createElement("span");
     span.dataset.step = t;
-    if (label === "\n") {
+    if (hasNoWidth(label)) {
       const mark = document.createElement("i");
       mark.className = "mark";
-      mark.textContent = "↵";
+      mark.textContent = shownLabel(label);
       span.append(mark);
-      text.append(span, "\n");
+      text.append(span, label === "\n" ? "\n" : hasWords ? " " : "");
     } else {
       span.textContent = label;
       text.append(span, hasWords ? " " : "");
@@ -372,35 +389,40 @@ function shadeText() {
 
 // ---- Details
 
-function format(x) {
+function format(x, digits = 2) {
   if (x === Infinity) return "∞";
   const size = Math.abs(x);
-  return (size !== 0 && (size < 0.01 || size >= 10000) ? x.toExponential(1) : size >= 100 ? x.toFixed(0) : x.toFixed(2)).replaceAll("-", "−");
+  const text = size !== 0 && (size < 0.01 || size >= 10000) ? x.toExponential(1) : x.toFixed(size >= 100 ? 0 : digits);
+  return (Number(text) === 0 ? (0).toFixed(digits) : text).replaceAll("-", "−");
 }
 
 function describe() {
   const { step, unit } = current();
-  let text = `Step ${step} of ${numSteps}, “${shownLabel(head.labels[step])}”. Unit ${unit}: ${head.values[view.values]} ${format(value(view.values, step, unit))}`;
+  let text = `Step ${step} of ${numSteps}, ${quoted(shownLabel(head.labels[step]))}. Unit ${unit}: ${head.values[view.values]} ${formatValue(view.values, step, unit)}`;
   if ("timeConstants" in data) text += `, time constant ${format(data.timeConstants[unit])} steps`;
   if ("surprise" in data) {
     const [first, target] = [data.topClasses[step * topSize()], data.targets[step]].map((n) => shownLabel(head.classes[n]));
-    text += `. Most probable next: “${first}” ${percent(data.topProbabilities[step * topSize()])}; actual: “${target}”, surprise ${format(data.surprise[step])} nats`;
+    text += `. Most probable next: ${quoted(first)} ${percent(data.topProbabilities[step * topSize()])}; actual: ${quoted(target)}, surprise ${format(data.surprise[step])} nats`;
   }
   return text + ".";
 }
 
 const topSize = () => head.arrays.topClasses[1][1];
-const percent = (p) => (p < 0.0005 ? "0" : (100 * p).toFixed(p < 0.0995 ? 1 : 0)) + "%";
+const percent = (p) => (p === 0 ? "0" : p < 0.0005 ? "< 0.1" : (100 * p).toFixed(p < 0.0995 ? 1 : 0)) + "%";
 
 function showDetails() {
   const { step, unit } = current();
   $("readout").textContent = describe();
-  fillTable($("values"), `unit ${unit} at step ${step}`, Object.entries(head.values).map(([name, label]) => ({ cells: [label, format(value(name, step, unit))] })));
+  fillTable($("values"), `unit ${unit} at step ${step}`, Object.entries(head.values).map(([name, label]) => ({ cells: [label, formatValue(name, step, unit)] })));
   if (!("surprise" in data)) return;
   const rows = Array.from({ length: topSize() }, (_, n) => {
     const index = data.topClasses[step * topSize() + n], p = data.topProbabilities[step * topSize() + n];
     return { cells: [shownLabel(head.classes[index]), percent(p)], bar: p, target: index === data.targets[step] };
   });
+  if (!rows.some((row) => row.target)) { // in place of the last one: another row would move the text under the pointer
+    const p = Math.exp(-data.surprise[step]);
+    rows[rows.length - 1] = { cells: [shownLabel(head.classes[data.targets[step]]), percent(p)], bar: p, target: true };
+  }
   fillTable($("predictions"), "next; the actual one in bold", rows);
 }
 
@@ -454,7 +476,8 @@ function showMatches() {
       if (active.length > MAX_UNITS) result += ` (the first ${MAX_UNITS} below)`;
       result += `, and again at ${matches.length} places${matches.length === MAX_MATCHES ? " or more" : ""}.`;
     }
-    $("found").textContent = `Steps ${from} to ${to}, “${text.length > 60 ? text.slice(0, 60) + "…" : text}”: ${result}`;
+    const characters = [...text];
+    $("found").textContent = `Steps ${from} to ${to}, ${quoted(characters.length > 60 ? characters.slice(0, 60).join("") + "…" : text)}: ${result}`;
   }
   $("active").replaceChildren(...active.slice(0, MAX_UNITS).map(([u, sign]) => button([`${sign < 0 ? "−" : ""}${u}`], () => pin({ step: current().step, unit: u }))));
   $("active").setAttribute("aria-label", "Active units");
@@ -664,12 +687,21 @@ function hover(place) {
   refresh();
 }
 
+function scrollSteps(first) {
+  const last = numSteps - Math.min(view.span, numSteps), bar = $("first");
+  view.first = clamp(first, 0, last);
+  bar.max = last;
+  bar.value = view.first;
+  $("scroll").hidden = last === 0;
+  refresh();
+}
+
 function pin({ step, unit }) {
   view.hovered = null;
   view.pinned = { step: clamp(step, 0, numSteps - 1), unit: clamp(unit, 0, numUnits - 1) };
   const span = Math.min(view.span, numSteps);
-  if (view.pinned.step < view.first || view.pinned.step >= view.first + span) view.first = Math.round(view.pinned.step - span / 2);
-  view.first = clamp(view.first, 0, numSteps - span);
+  const isOutside = view.pinned.step < view.first || view.pinned.step >= view.first + span;
+  scrollSteps(isOutside ? Math.round(view.pinned.step - span / 2) : view.first);
   $("unit").value = view.pinned.unit;
   $("live").textContent = describe();
   const box = $("text"), top = box.querySelector(`[data-step="${view.pinned.step}"]`).offsetTop - box.offsetTop;
@@ -706,6 +738,14 @@ function onKey(event) {
     } else view.anchor = null;
   } else return;
   event.preventDefault();
+}
+
+// A horizontal wheel, or Shift and a vertical one, scrolls the steps.
+function onWheel(event) {
+  const distance = event.deltaX || (event.shiftKey ? event.deltaY : 0);
+  if (!distance || view.span >= numSteps) return;
+  event.preventDefault();
+  scrollSteps(view.first + Math.sign(distance) * Math.max(1, Math.round(Math.abs(distance) / layout().cell)));
 }
 
 // Hover, click and drag on an element; `place` returns the step and unit under the pointer, or null.
@@ -769,6 +809,7 @@ function start() {
   }
   const orders = [["index", "index"], ["clusters", "clusters by correlation"]];
   if ("timeConstants" in data) orders.push(["time constant", "time constant"]);
+  if ("surprise" in data) orders.push(["surprise", "correlation with the prediction’s surprise"]);
   for (const name of Object.keys(data)) if (name.startsWith("property ")) orders.push([name, `correlation with ${name.slice(9)}`]);
   addOptions($("order"), orders, view.order, (name) => {
     view.order = name;
@@ -789,6 +830,8 @@ function start() {
     view.shade = name;
     refresh();
   });
+  $("first").addEventListener("input", () => scrollSteps(Number($("first").value)));
+  $("map").addEventListener("wheel", onWheel, { passive: false });
   $("unit").max = numUnits - 1;
   $("unit").addEventListener("input", () => $("unit").value !== "" && pin({ step: view.pinned.step, unit: Math.round(Number($("unit").value)) }));
   $("threshold").addEventListener("input", () => {
@@ -812,6 +855,7 @@ function start() {
   buildTints();
   buildText();
   changeValues();
+  if ("gradients" in data) view.pinned.step = Math.floor(Math.min(view.span, numSteps) / 2); // a gradient has steps before it
   pin(view.pinned);
   if (head.training) startTraining();
   document.documentElement.dataset.ready = "";

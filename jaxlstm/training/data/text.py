@@ -82,7 +82,7 @@ def read_text(path: Path) -> str:
     except OSError as error:
         raise DataError(f"cannot read {path}: {error.strerror}") from None
     if not text:
-        raise DataError(f"{path} is empty")
+        raise DataError(f"{path} is empty; expected text")
     return text
 
 
