@@ -1,15 +1,17 @@
 """Checks the files of a built wheel and sdist: ``python .ci/check_distribution.py DIST [--release TAG]``.
 
-Runs in a checkout with git. With ``--release`` the version must be the one of the tag, and the project have an address.
+Runs in a checkout with git. With ``--release`` the version must be the one of the tag, and the metadata have the
+address of the repository and no link to a file beside the README.
 """
 
 import re
 import subprocess
 import sys
 import tarfile
-import tomllib
 import zipfile
 from pathlib import Path
+
+from set_repository import LINK
 
 ROOT = Path(__file__).parent.parent
 METADATA = {"METADATA", "WHEEL", "RECORD", "entry_points.txt", "licenses/LICENSE"}
@@ -51,15 +53,17 @@ def check_version(version: str) -> None:
         sys.exit(f"CHANGELOG.md: no section ## {version}")
 
 
-def check_release(version: str, tag: str) -> None:
-    """Checks the tag, the date in the changelog, and that ``[project.urls]`` names the repository."""
+def check_release(wheel: Path, version: str, tag: str) -> None:
+    """Checks the tag, the date in the changelog, and addresses in the metadata, whose text is the README."""
     if tag != f"v{version}":
         sys.exit(f"expected the tag v{version}, got {tag}")
     if re.search(rf"^## {re.escape(version)}.*unreleased", (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"), re.M):
         sys.exit(f"CHANGELOG.md: the section {version} needs the date of its release")
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    if "Repository" not in project.get("urls", {}):
-        sys.exit("pyproject.toml: [project.urls] has no Repository; see RELEASING.md")
+    metadata = zipfile.ZipFile(wheel).read(f"jaxlstm-{version}.dist-info/METADATA").decode()
+    if "\nProject-URL: Repository, https://" not in metadata:
+        sys.exit(f"{wheel.name}: the metadata name no repository; see RELEASING.md")
+    if relative := LINK.search(metadata):
+        sys.exit(f"{wheel.name}: the README has the relative link {relative[0]}; see RELEASING.md")
 
 
 def main(folder: str, tag: str | None = None) -> None:
@@ -71,7 +75,7 @@ def main(folder: str, tag: str | None = None) -> None:
     check_sdist(sdist, version, tracked)
     check_version(version)
     if tag is not None:
-        check_release(version, tag)
+        check_release(wheel, version, tag)
     for path in (wheel, sdist):
         if path.stat().st_size > MAX_BYTES:
             sys.exit(f"{path.name}: {path.stat().st_size:,} bytes, expected at most {MAX_BYTES:,}")

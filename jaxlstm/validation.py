@@ -411,8 +411,11 @@ def inputs(name: str, xs: Any, feature_shape: tuple[int, ...], leading: str) -> 
     xs = array(name, xs, jnp.floating, why="; token ids are embedded or one-hot encoded first")
     min_axes = len(feature_shape) + ("T" in leading)
     if xs.ndim < min_axes or xs.shape[-len(feature_shape) :] != feature_shape:
-        features = ", ".join(map(str, feature_shape))
-        raise ValueError(f"{name} must have shape ({leading}, {features}), got {list(xs.shape)}")
+        features, hint = ", ".join(map(str, feature_shape)), ""
+        if len(feature_shape) == 1 and feature_shape[0] in xs.shape[:-1]:
+            axis = xs.shape.index(feature_shape[0])
+            hint = f"; move the axis of the features to the end: jnp.moveaxis({name}, {axis}, -1)"
+        raise ValueError(f"{name} must have shape ({leading}, {features}), got {list(xs.shape)}{hint}")
     return xs
 
 

@@ -113,7 +113,7 @@ def params_from_arrays(lstm: RNN, weight_format: WeightFormat, arrays: Mapping[s
     arrays_by_direction: dict[tuple[int, int], dict[str, np.ndarray]] = {}
     for spec in specs:
         label = f"{weight_format.framework} weight {spec.name!r}"
-        array = _exact_cast(label, arrays[spec.name], spec.shape, param_dtype)
+        array = _exact_cast(label, arrays[spec.name], spec.shape, param_dtype, lstm)
         arrays_by_direction.setdefault((spec.layer, spec.direction), {})[spec.local_name] = array
     weights = [Weights(**weight_format.from_arrays(lstm, local)) for local in arrays_by_direction.values()]
     step = lstm.num_directions
@@ -198,13 +198,20 @@ def _array_specs(lstm: RNN, weight_format: WeightFormat, name_fn: NameFn) -> lis
     ]
 
 
-def _exact_cast(label: str, value: Any, shape: tuple[int, ...], dtype: jnp.dtype) -> np.ndarray:
+def _exact_cast(label: str, value: Any, shape: tuple[int, ...], dtype: jnp.dtype, lstm: RNN) -> np.ndarray:
     """Returns a copy of ``value`` as a NumPy array in a dtype that represents all its numbers exactly."""
     if not (hasattr(value, "shape") and hasattr(value, "dtype")):
         raise TypeError(f"{label} must be an array, got {validation.describe(value)}")
     array = np.asarray(value)
     if array.shape != shape:
-        raise ValueError(f"{label} must have shape {list(shape)}, got {list(array.shape)}")
+        differing = [sizes for sizes in zip(array.shape, shape) if sizes[0] != sizes[1]]
+        units, hint = lstm.hidden_size, ""
+        if array.ndim == len(shape) and len(differing) == 1:
+            received, expected = differing[0]
+            gates = (lstm.resolved_cell.slabs_reading(source) for source in ("x", "h"))
+            if received % units == 0 and expected in {len(each) * units for each in gates}:
+                hint = f": {received // units} gates of {units} units, of another cell; expected {expected // units}"
+        raise ValueError(f"{label} must have shape {list(shape)}, got {list(array.shape)}{hint}")
     if not jnp.issubdtype(array.dtype, jnp.floating):
         raise TypeError(f"{label} must be floating-point, got {validation.describe(array)}")
     if not np.can_cast(array.dtype, dtype):

@@ -1,7 +1,9 @@
 """The C file of `jaxlstm.export.to_c`, compiled with warnings as errors and sanitizers, against the library."""
 
+import re
 import shutil
 import subprocess
+from pathlib import Path
 
 import cases
 import jax
@@ -299,3 +301,17 @@ def test_to_c_rejects_parameters_that_are_not_finite():
     damaged = jax.tree.map(lambda a: a.at[0].set(jnp.inf), params)
     with pytest.raises(ValueError, match=r"params.layers\[0\].forward.w_x must be finite in float32"):
         to_c(lstm, damaged)
+
+
+@needs_compiler
+def test_program_of_the_documentation_prints_the_first_output(tmp_path):
+    page = (Path(__file__).parents[2] / "docs" / "export.md").read_text(encoding="utf-8")
+    lstm = jaxlstm.LSTM(4, 16)
+    params = lstm.init(jax.random.key(0))
+    (tmp_path / "lstm.c").write_text(to_c(lstm, params))
+    (tmp_path / "main.c").write_text(re.search(r"```c\n(.*?)```", page, re.DOTALL)[1])
+    command = re.search(r"`cc (.*?) && (\./a\.out)`", page)
+    subprocess.run(["gcc", *command[1].split(), *WARN], cwd=tmp_path, check=True)
+    printed = subprocess.run([command[2]], cwd=tmp_path, capture_output=True, text=True, check=True).stdout
+    ys, _ = lstm(params, jnp.tile(jnp.eye(4)[0], (10, 1)))
+    assert float(printed) == pytest.approx(float(ys[-1, 0]), abs=1e-6)

@@ -570,7 +570,11 @@ GRU_WEIGHTS["equinox"] = EquinoxCell(
 @pytest.mark.parametrize(
     ("name", "lstm_message", "gru_message"),
     [
-        ("torch", "'weight_ih_l0' must have shape [16, 3], got [12, 3]", "must have shape [12, 3], got [16, 3]"),
+        (
+            "torch",
+            "'weight_ih_l0' must have shape [16, 3], got [12, 3]: 3 gates of 4 units, of another cell; expected 4",
+            "must have shape [12, 3], got [16, 3]: 4 gates of 4 units, of another cell; expected 3",
+        ),
         (
             "keras",
             "'kernel of layer 0, forward' must have shape [3, 16], got [3, 12]",

@@ -133,6 +133,11 @@ def call(**changes):
         (call(xs=xs[..., :2]), ValueError, "xs must have shape (T, *batch, 3), got [5, 2, 2]"),
         (call(xs=jnp.zeros(3, jnp.float32)), ValueError, "xs must have shape (T, *batch, 3), got [3]"),
         (
+            call(xs=jnp.moveaxis(xs, -1, 1)),
+            ValueError,
+            "got [5, 3, 2]; move the axis of the features to the end: jnp.moveaxis(xs, 1, -1)",
+        ),
+        (
             call(xs=jnp.zeros((5, 2, 3), jnp.int32)),
             TypeError,
             "xs must be floating-point, got int32[5, 2, 3]; token ids",

@@ -312,7 +312,7 @@ function drawStrip(context, strip, parts, x) {
   context.font = "12px system-ui, sans-serif";
   context.textAlign = "left";
   context.fillStyle = css("--faint");
-  context.fillText(titles[strip.name], MARGIN.left, strip.top - 5);
+  context.fillText(titles[strip.name], MARGIN.left, strip.top - 5, parts.cell * parts.steps);
   context.fillRect(MARGIN.left, strip.name === "unit" ? zero : bottom, parts.cell * parts.steps, 1);
   context.fillStyle = css("--ink");
   for (let t = view.first; t < view.first + parts.steps; t++) {
