@@ -1,6 +1,7 @@
-"""Draws figures/explorer.png, the page of ``jaxlstm explore`` on held-out text: ``python docs/explorer_figure.py RUN``.
+"""Draws the page of ``jaxlstm explore`` on held-out text: ``python docs/explorer_figure.py RUN``.
 
 RUN is the directory of a run of ``train.py`` on the default text. Needs Playwright, of the extra ``dev``, and Chromium.
+Writes figures/explorer.png, the page down to the search, and figures/explorer_training.png, its playback of the run.
 """
 
 import io
@@ -16,7 +17,7 @@ from rich.console import Console
 from jaxlstm.training.data.text import load_text
 from jaxlstm.training.diagnose_cli import Explore
 
-FIGURE = Path(__file__).parent / "figures" / "explorer.png"
+FIGURES = Path(__file__).parent / "figures"
 HELD_OUT = 0.93  # of the text; training ends before 0.9
 SELECTED = '"list"'  # the first place of this text is selected
 
@@ -32,7 +33,7 @@ def drag_over(page: Page, first: int, last: int) -> None:
 
 
 def main(run_dir: Path) -> None:
-    """Writes the figure."""
+    """Writes the figures."""
     text = load_text("python-reference")
     text = text[text.index("\n\n", int(HELD_OUT * len(text))) + 2 :]
     with tempfile.TemporaryDirectory() as folder, sync_playwright() as playwright:
@@ -48,9 +49,13 @@ def main(run_dir: Path) -> None:
         first = text.index(SELECTED)
         drag_over(page, first, first + len(SELECTED) - 1)
         page.mouse.move(0, 0)
-        screenshot = page.screenshot(clip={"x": 0, "y": 0, "width": 1200, "height": 1500}, full_page=True)
+        pictures = {
+            "explorer": page.screenshot(clip={"x": 0, "y": 0, "width": 1200, "height": 1500}, full_page=True),
+            "explorer_training": page.locator("#training").screenshot(),
+        }
         browser.close()
-    Image.open(io.BytesIO(screenshot)).quantize(128).save(FIGURE, optimize=True)
+    for name, picture in pictures.items():
+        Image.open(io.BytesIO(picture)).quantize(128).save(FIGURES / f"{name}.png", optimize=True)
 
 
 if __name__ == "__main__":
