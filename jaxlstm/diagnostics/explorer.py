@@ -114,7 +114,10 @@ def explore(
     if logits is not None:
         targets = np.asarray(validation.array("targets", targets, jnp.integer))
         _check_length("targets", targets, num_steps, "step of xs")
-        validation.instance("logits", logits, Callable, "a function from outputs (T, D*P) to logits (T, V)")
+        if not callable(logits):
+            raise TypeError(
+                f"logits must be a function from outputs (T, D*P) to logits (T, V), got {validation.describe(logits)}"
+            )
         scores = logits(traced.ys)
         if np.ndim(scores) != 2 or len(scores) != num_steps:
             raise ValueError(f"logits must return (T, V) with T={num_steps}, got shape {list(np.shape(scores))}")

@@ -259,7 +259,9 @@ def test_page_switches_values_order_and_shading(page, trace_and_page):
     pictures.append(pixels(page))
     brackets = np.cumsum([{"(": 1, ")": -1}.get(c, 0) for c in TEXT[:-1]])
     best, found = diagnostics.correlated_units(np.rint(f * 254) / 254, brackets)  # rounded as in the page
-    assert page.locator("#order-note").inner_text() == f"unit {best[0]} on top: correlation {found[0]:.2f}"
+    assert page.locator("#order-note").inner_text() == f"unit {best[0]} on top: correlation {found[0]:.2f}".replace(
+        "-", "−"
+    )
     page.select_option("#order", "clusters")
     pictures.append(pixels(page))
     assert len(set(pictures)) == len(pictures)

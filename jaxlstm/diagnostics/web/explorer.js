@@ -61,8 +61,9 @@ const value = (name, step, unit) => relative(name, step, unit) * scaleOf(name, u
 
 // A value with the digits that its rounding to levels leaves.
 function formatValue(name, step, unit) {
-  const spacing = ((isSigned(name) ? 2 : 1) * scaleOf(name, unit)) / head.levels;
-  return format(value(name, step, unit), spacing > 0 ? clamp(Math.round(-Math.log10(spacing / 2)), 0, 2) : 2);
+  const spacing = ((isSigned(name) ? 2 : 1) * scaleOf(name, unit)) / head.levels, x = value(name, step, unit);
+  if (spacing < 1e-4) return format(x);
+  return decimals(x, Math.abs(x) >= 100 ? 0 : clamp(Math.round(-Math.log10(spacing / 2)), 0, 2));
 }
 
 // Number of steps before each loss at which its gradient is computed.
@@ -113,7 +114,7 @@ function sortUnits() {
   } else {
     const found = correlations(view.values, data[view.order]);
     order = descending(found.map(Math.abs));
-    note = `unit ${order[0]} on top: correlation ${found[order[0]].toFixed(2)}`;
+    note = `unit ${order[0]} on top: correlation ${decimals(found[order[0]], 2)}`;
   }
   rank = [];
   order.forEach((unit, row) => (rank[unit] = row));
@@ -389,11 +390,16 @@ function shadeText() {
 
 // ---- Details
 
-function format(x, digits = 2) {
+function format(x) {
   if (x === Infinity) return "∞";
   const size = Math.abs(x);
-  const text = size !== 0 && (size < 0.01 || size >= 10000) ? x.toExponential(1) : x.toFixed(size >= 100 ? 0 : digits);
-  return (Number(text) === 0 ? (0).toFixed(digits) : text).replaceAll("-", "−");
+  const isFixed = size === 0 || (size >= 0.01 && size < 10000);
+  return isFixed ? decimals(x, size >= 100 ? 0 : 2) : x.toExponential(1).replaceAll("-", "−");
+}
+
+function decimals(x, digits) {
+  const text = x.toFixed(digits);
+  return (Number(text) === 0 ? (0).toFixed(digits) : text).replace("-", "−");
 }
 
 function describe() {
