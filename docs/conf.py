@@ -66,12 +66,14 @@ nb_merge_streams = True
 
 html_theme = "sphinx_book_theme"
 html_title = "jaxlstm"
+html_favicon = "_static/logo.svg"
 html_static_path = ["_static"]
 html_css_files = ["site.css"]
 html_show_copyright = False
 html_copy_source = False
 html_show_sourcelink = False
 html_theme_options: dict[str, Any] = {
+    "logo": {"image_light": "_static/logo.svg", "image_dark": "_static/logo.svg", "text": "jaxlstm"},
     "home_page_in_toc": False,
     "show_navbar_depth": 1,
     "show_toc_level": 2,
