@@ -10,6 +10,7 @@ import shlex
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,12 +29,17 @@ def run_task(task: str, options: str) -> dict[str, Any]:
         command = [sys.executable, str(ROOT / "train.py"), *arguments, "--run-dir", str(run_dir)]
         if subprocess.run(command).returncode:
             raise SystemExit(f"tasks.py: train.py failed with {shlex.join(arguments)}")
-        rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-        return {
-            "command": shlex.join(["python", "train.py", *arguments]),
-            "summary": json.loads((run_dir / "summary.json").read_text()),
-            "validation": [{k: v for k, v in row.items() if k != "split"} for row in rows if row["split"] == "valid"],
-        }
+        return read_run(run_dir, arguments)
+
+
+def read_run(run_dir: Path, arguments: Sequence[str]) -> dict[str, Any]:
+    """Returns the command, the summary and the validation metrics of a run of ``train.py`` that has ended."""
+    rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    return {
+        "command": shlex.join(["python", "train.py", *arguments]),
+        "summary": json.loads((run_dir / "summary.json").read_text()),
+        "validation": [{k: v for k, v in row.items() if k != "split"} for row in rows if row["split"] == "valid"],
+    }
 
 
 def main() -> None:
@@ -41,11 +47,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("task")
     parser.add_argument("options", nargs="*", default=[""], help="options of a run of train.py, as one argument")
+    parser.add_argument("--name", help="name of the file after task-; default: the task")
     args = parser.parse_args()
     runs = [run_task(args.task, options) for options in args.options]
-    write_json(
-        ROOT / "benchmarks" / "results" / f"task-{args.task}.json", {"machine": describe_machine(), "runs": runs}
-    )
+    name = f"task-{args.name or args.task}.json"
+    write_json(ROOT / "benchmarks" / "results" / name, {"machine": describe_machine(), "runs": runs})
 
 
 if __name__ == "__main__":

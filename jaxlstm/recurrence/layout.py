@@ -210,8 +210,8 @@ def choose_layout(
     pays off with more than 256 units for a multiple of 16 rows, which fills the vector registers, 500 for 1 or 8 rows,
     and 800 for other numbers of rows.
 
-    The product of the inputs is hoisted from the loop if a row has at least 16 times as many inputs as there are rows:
-    a step then reads ``G H B`` numbers of the result instead of ``G H I`` weights. It is hoisted out of the tangent
+    The product of the inputs is hoisted from the loop if a row has at least 64 inputs and 16 times as many as there are
+    rows: a step then reads ``G H B`` numbers of the result instead of ``G H I`` weights. It is hoisted out of the tangent
     rule for up to 64 units and 6 times as many inputs, whose concatenation with h takes long beside the product; not in
     bfloat16, where inference would take up to 1.5 times as long.
 
@@ -236,7 +236,7 @@ def choose_layout(
     order = order or ("feature" if hidden_size > units else "batch")
     is_narrow = hidden_size <= 64 and sizes.input_size >= 6 * hidden_size
     project_first = may_project_first and is_narrow and dtype != jnp.bfloat16
-    hoist_inputs = project_first or sizes.input_size >= 16 * batch_size
+    hoist_inputs = project_first or sizes.input_size >= max(64, 16 * batch_size)
     chunk_size = 64 if project_first else next(size for limit, size in CHUNK_RULES if batch_size <= limit)
     threaded = 2**12 <= batch_size * hidden_size < 2**14 and accum_dtype == jnp.float32
     return ORDERS[order](

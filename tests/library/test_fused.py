@@ -43,6 +43,8 @@ def set_layout(monkeypatch):
 @pytest.mark.parametrize(
     ("sizes", "layout", "hoist_inputs", "chunk_size"),
     [
+        ((1, 63, 256), BatchMajor, False, 64),
+        ((1, 64, 256), BatchMajor, True, 64),
         ((8, 127, 256), BatchMajor, False, 64),
         ((8, 128, 256), BatchMajor, True, 64),
         ((1, 3, 500), BatchMajor, False, 64),
