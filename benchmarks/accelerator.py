@@ -1,8 +1,8 @@
 """Checks and times every backend on an accelerator, in one command of at most nine minutes, without network.
 
-python benchmarks/accelerator.py --out benchmarks/results       writes NAME.json and NAME.png, named after the device
+python benchmarks/accelerator.py --out benchmarks/results       writes DEVICE/accelerator.json and a picture
 python benchmarks/accelerator.py --dry --out /tmp/dry           the same stages on a CPU with tiny sizes, as a test
-python benchmarks/accelerator.py --draw benchmarks/results/nvidia-h100-80gb-hbm3.json       only the picture
+python benchmarks/accelerator.py --draw benchmarks/results/DEVICE/accelerator.json          only the picture
 
 Each stage is a process of `accelerator_stages.py` under its own time limit: a hang, a crash or a missing package ends
 one stage. The results so far are written every few seconds, so a run that is cut leaves a complete file. Needs jaxlstm
@@ -229,7 +229,6 @@ def run_all(out: Path, *, dry: bool) -> Path:
       SystemExit: if there is no accelerator, unless ``dry``.
     """
     deadline = time.monotonic() + WHOLE_RUN
-    out.mkdir(parents=True, exist_ok=True)
     stages: dict[str, Any] = {}
     results = {"dry": dry, "started": datetime.now(UTC).isoformat(timespec="seconds"), "complete": False}
     results |= {"stages": stages}
@@ -238,7 +237,8 @@ def run_all(out: Path, *, dry: bool) -> Path:
         run_stages([first], stages, lambda: None, deadline, Path(work))
         if not dry and (stages["device"].get("result") or {}).get("backend") == "cpu":
             raise SystemExit("accelerator.py: JAX found no accelerator; --dry runs all stages on a CPU")
-        path = out / f"{'dry' if dry else device_slug(results)}.json"
+        path = out / "dry.json" if dry else out / device_slug(results) / "accelerator.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
         folder = Path(work) / "rest"
         folder.mkdir()
         run_stages(rest, stages, lambda: write_json(path, results), deadline, folder)

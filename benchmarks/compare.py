@@ -20,7 +20,7 @@ from typing import Annotated, Any, Literal
 import jax
 import report
 import tyro
-from machine import describe_machine, machine_slug
+from machine import describe_machine, jax_slug, machine_slug
 from peers import (
     JAXLSTM,
     JAXLSTM_BF16,
@@ -74,9 +74,9 @@ class Options:
     only: tuple[str, ...] = ()
     """Include only peers whose name contains one of these words. Default: all installed peers."""
     out: Path = Path(__file__).parent / "results"
-    """Folder for NAME.json and NAME.png."""
+    """Folder for MACHINE/NAME.json and MACHINE/NAME.png."""
     name: str | None = None
-    """Name of the files. Default: the device, such as cpu-2core, and -gru or -quick after --cell gru or --quick."""
+    """Name of the files. Default: compare-jax-0.12, with -gru or -quick after --cell gru or --quick."""
     cpu_devices: int = 2
     """JAX devices on a CPU, for the benchmark that shards the batch; the others use one of them."""
     quick: bool = False
@@ -311,8 +311,8 @@ def main(options: Options, console: Console) -> None:
     comparison = Comparison(options, console)
     machine = describe_machine()
     suffix = ("" if options.cell == "lstm" else f"-{options.cell}") + ("-quick" if options.quick else "")
-    name = options.name or machine_slug() + suffix
-    path = report.prepare_output(options.out / f"{name}.json")
+    name = options.name or f"compare-{jax_slug()}{suffix}"
+    path = report.prepare_output(options.out / machine_slug() / f"{name}.json")
     is_cpu = machine["backend"] == "cpu"
     device = f"{machine['cpu']}, {machine['cores']} cores" if is_cpu else machine["device"]
     versions = "".join(f", {package} {version}" for package, version in machine["versions"].items() if version)

@@ -99,7 +99,7 @@ def main() -> None:
     """Runs the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("target", choices=TARGETS)
-    parser.add_argument("--out", type=Path, help="folder for programs-TARGET.json")
+    parser.add_argument("--out", type=Path, help="folder for compiled/programs-TARGET.json")
     parser.add_argument("--only", nargs="*", default=list(BUILDERS), choices=BUILDERS, help="benchmarks")
     parser.add_argument("--dump", type=Path, help="folder for the texts of the programs")
     args = parser.parse_args()
@@ -108,7 +108,8 @@ def main() -> None:
         names = ("jax", "jaxlib", "flax", "dm-haiku", "libtpu", "jax-cuda13-plugin", "nvidia-cuda-nvcc")
         installed = {each.metadata["Name"]: each.version for each in metadata.distributions()}
         versions = {name: installed[name] for name in names if name in installed}
-        path = args.out / f"programs-{args.target}.json"
+        path = args.out / "compiled" / f"programs-{args.target}.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
         with atomic_write(path) as file:
             content = {"target": args.target, "python": sys.version.split()[0], "versions": versions, "shapes": counts}
             file.write((json.dumps(content, indent=1) + "\n").encode())

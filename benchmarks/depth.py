@@ -12,7 +12,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from machine import describe_machine
+from machine import describe_machine, machine_slug
 
 from jaxlstm.training.metrics import write_json
 
@@ -44,7 +44,7 @@ def main() -> None:
     parser.add_argument("--data", default="tinyshakespeare", help="the text, as for train.py")
     parser.add_argument("--layers", type=int, nargs="+", default=[2, 4, 8])
     parser.add_argument("--learning-rates", nargs="+", default=["1e-3", "4e-3"], help="the best of them counts")
-    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "depth.json")
+    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / machine_slug() / "depth.json")
     args = parser.parse_args()
     runs = []
     for layers in args.layers:

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 import report
-from machine import describe_machine
+from machine import describe_machine, machine_slug
 from rich.console import Console
 
 from jaxlstm.cells import CellName
@@ -128,7 +128,10 @@ def draw(path: Path, options: Options, shown: dict[tuple[str, str], dict[str, An
 
 def main(options: Options, console: Console) -> None:
     """Trains and tests all cells, writes the results after each run, then the table and the figure."""
-    path, figure = report.prepare_output(options.out / "formal.json"), report.prepare_output(options.figure)
+    path, figure = (
+        report.prepare_output(options.out / machine_slug() / "formal.json"),
+        report.prepare_output(options.figure),
+    )
     machine = describe_machine()
     runs = previous_runs(path, machine)
     shown: dict[tuple[str, str], dict[str, Any]] = {}

@@ -15,7 +15,7 @@ from unittest import mock
 
 import jax
 import report
-from machine import describe_machine
+from machine import describe_machine, machine_slug
 from rich.console import Console
 from timing import check_rounds
 
@@ -82,7 +82,7 @@ def time_run(options: Options) -> tuple[list[float], float]:
 
 def main(loop_options: LoopOptions, console: Console) -> None:
     """Measures, prints and writes the times."""
-    path = loop_options.out and report.prepare_output(loop_options.out / "loop.json")
+    path = loop_options.out and report.prepare_output(loop_options.out / machine_slug() / "loop.json")
     keep_freed_memory()  # as train.py does
     times: dict[str, list[float]] = {"bare": [], "whole": [], "whole, diagnose 0": [], "saving": []}
     for _ in range(check_rounds(loop_options.rounds)):

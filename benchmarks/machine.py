@@ -36,10 +36,20 @@ def describe_machine() -> dict[str, Any]:
 
 
 def machine_slug() -> str:
-    """Returns a file name for results of this machine: ``cpu-2core``, or the name of the accelerator."""
+    """Returns the name of the folder of this machine's results: ``amd-epyc-2core``, or the name of the accelerator."""
     if jax.default_backend() == "cpu":
-        return f"cpu-{os.cpu_count()}core"
-    return re.sub(r"[^a-z0-9]+", "-", jax.devices()[0].device_kind.lower()).strip("-")
+        model = re.sub(r"\((r|tm)\)", "", _cpu_model().lower())
+        return _slug(f"{model} {os.cpu_count()}core")
+    return _slug(jax.devices()[0].device_kind.lower())
+
+
+def jax_slug() -> str:
+    """Returns the end of the name of a file whose results depend on the version of JAX, such as ``jax-0.12``."""
+    return f"jax-{'.'.join(jax.__version__.split('.')[:2])}"
+
+
+def _slug(text: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", text).strip("-")
 
 
 def _cpu_model() -> str:

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import report
-from machine import describe_machine
+from machine import describe_machine, machine_slug
 from rich.console import Console
 from timing import check_rounds
 
@@ -88,7 +88,7 @@ def parse_size(text: str) -> tuple[int, int]:
 
 def main(options: Options, console: Console) -> None:
     """Measures all sizes, prints ratios and writes the results."""
-    path = options.out and report.prepare_output(options.out / "mesh.json")
+    path = options.out and report.prepare_output(options.out / machine_slug() / "mesh.json")
     results = []
     for hidden, batch in [parse_size(text) for text in options.sizes]:
         speeds: dict[str, list[float]] = {name: [] for name in MESHES}

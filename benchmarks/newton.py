@@ -1,6 +1,6 @@
 """Compare the experimental parallel-in-time backend with the default backend.
 
-python benchmarks/newton.py                 as T, H and B grow, one at a time; writes figures and a picture to results/
+python benchmarks/newton.py                 as T, H and B grow, one at a time; writes results/MACHINE/newton.*
 python benchmarks/newton.py --quick         a smoke test; its figures mean nothing
 """
 
@@ -137,8 +137,8 @@ def draw_results(path: Path, results: dict[str, list[dict[str, Any]]], title: st
 
 def main(options: Options, console: Console) -> None:
     """Measures all shapes, prints tables and writes the results and the picture."""
-    name = f"newton-{options.name or machine_slug()}{'-quick' if options.quick else ''}"
-    path = report.prepare_output(options.out / f"{name}.json")
+    name = f"{options.name or 'newton'}{'-quick' if options.quick else ''}"
+    path = report.prepare_output(options.out / machine_slug() / f"{name}.json")
     rounds = 2 if options.quick else options.rounds
     results: dict[str, list[dict[str, Any]]] = {}
     by_shape: dict[Shape, dict[str, Any]] = {}

@@ -17,7 +17,7 @@ import jax
 import numpy as np
 import report
 from compare import load_sections, to_json
-from machine import describe_machine, machine_slug
+from machine import describe_machine, jax_slug, machine_slug
 from peers import JAX_PEERS, JAXLSTM, JAXLSTM_SCAN, TORCH, Benchmark, Registry, Shape, build_jaxlstm, jax_benchmark
 from rich.console import Console
 from timing import check_rounds, time_interleaved
@@ -62,7 +62,7 @@ class Options:
     out: Path | None = None
     """Folder for shapes-NAME.json and shapes-NAME.png."""
     name: str | None = None
-    """Name in the files. Default: the device and JAX's version, such as cpu-2core-jax-0.12."""
+    """Name in the files. Default: JAX's version, such as jax-0.12."""
 
 
 def draw_shape(seed: int) -> Shape:
@@ -159,9 +159,8 @@ def main(options: Options, console: Console) -> None:
     if options.max_shapes < 1:
         raise ValueError(f"max-shapes must be at least 1, got {options.max_shapes}")
     machine = describe_machine()
-    version = ".".join(jax.__version__.split(".")[:2])
-    name = options.name or f"{machine_slug()}-jax-{version}"
-    path = None if options.out is None else report.prepare_output(options.out / f"shapes-{name}.json")
+    name = f"shapes-{options.name or jax_slug()}.json"
+    path = None if options.out is None else report.prepare_output(options.out / machine_slug() / name)
     registry = Registry(options.only, lambda text: report.print_line(console, text))
     splits: dict[str, Any] = {}
     if path is not None:

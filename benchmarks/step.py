@@ -17,7 +17,7 @@ from typing import Any
 import jax
 import numpy as np
 import report
-from machine import describe_machine
+from machine import describe_machine, jax_slug, machine_slug
 from peers import load_torch
 from rich.console import Console
 from timing import check_rounds, time_interleaved
@@ -200,7 +200,9 @@ def build_sequences(options: Options, console: Console) -> dict[str, Sequence]:
 
 def main(options: Options, console: Console) -> None:
     """Measures, prints and writes the result."""
-    path = None if options.out is None else report.prepare_output(options.out / "step.json")
+    path = (
+        None if options.out is None else report.prepare_output(options.out / machine_slug() / f"step-{jax_slug()}.json")
+    )
     check_rounds(options.rounds)
     sequences = build_sequences(options, console)
     for sequence in sequences.values():

@@ -1,6 +1,6 @@
 """Measures the documented results of the tasks of `train.py`.
 
-python benchmarks/tasks.py digits                       one run, written to benchmarks/results/task-digits.json
+python benchmarks/tasks.py digits                       one run, written to benchmarks/results/MACHINE/task-digits.json
 python benchmarks/tasks.py adding "--cell lstm" "--cell rnn --learning-rate 1e-3"     two runs with these options
 """
 
@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from machine import describe_machine
+from machine import describe_machine, machine_slug
 
 from jaxlstm.training.metrics import write_json
 
@@ -51,7 +51,9 @@ def main() -> None:
     args = parser.parse_args()
     runs = [run_task(args.task, options) for options in args.options]
     name = f"task-{args.name or args.task}.json"
-    write_json(ROOT / "benchmarks" / "results" / name, {"machine": describe_machine(), "runs": runs})
+    path = ROOT / "benchmarks" / "results" / machine_slug() / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_json(path, {"machine": describe_machine(), "runs": runs})
 
 
 if __name__ == "__main__":

@@ -211,9 +211,9 @@ def choose_layout(
     and 800 for other numbers of rows.
 
     The product of the inputs is hoisted from the loop if a row has at least 64 inputs and 16 times as many as there are
-    rows: a step then reads ``G H B`` numbers of the result instead of ``G H I`` weights. It is hoisted out of the tangent
-    rule for up to 64 units and 6 times as many inputs, whose concatenation with h takes long beside the product; not in
-    bfloat16, where inference would take up to 1.5 times as long.
+    rows: a step then reads ``G H B`` numbers of the result instead of ``G H I`` weights. It is hoisted out of the
+    tangent rule for up to 64 units and 6 times as many inputs, whose concatenation with h takes long beside the
+    product; not in bfloat16, where inference would take up to 1.5 times as long.
 
     With float32 sums and ``2^12 <= batch_size * hidden_size < 2^14`` the gates may use all threads of a CPU: below,
     waking a thread costs more than it saves, and above the difference is within 4 %.
