@@ -263,7 +263,7 @@ def test_lesson_equations_light_up_where_values_change(open_page):
     lit = forget.locator(".lit .symbol").all_inner_texts()
     assert [text.replace("\n", "") for text in lit] == ["ct", "f", "ct−1", "ht", "ct"]  # neither i, g nor o
     values = forget.locator(".term .value").all_inner_texts()
-    assert values[:3] == ["0.03", "0.50", "0.06"]  # 0.5**5 and 0.5**4
+    assert values[:3] == ["0.031", "0.500", "0.063"]  # 0.5**5 and 0.5**4
 
 
 @pytest.mark.slow
