@@ -50,7 +50,12 @@ class Vanishing:
     seed: int = 0
     """Seed of weights and data."""
 
-    def __post_init__(self) -> None:
+    def check(self) -> None:
+        """Checks the numbers; tyro would print an error of the constructor as a box.
+
+        Raises:
+          ValueError: names the first option that is out of range.
+        """
         for name, minimum in (("steps", 2), ("hidden", 1), ("updates", 1), ("batch", 1), ("seed", 0)):
             if getattr(self, name) < minimum:
                 raise ValueError(f"--{name} must be at least {minimum}, got {getattr(self, name)}")
@@ -60,6 +65,7 @@ class Vanishing:
 
     def run(self, console: Console) -> None:
         """Trains the networks, draws the figure and prints its numbers."""
+        self.check()
         out = check_new_file(self.out, ".png", ".pdf", ".svg")
         recurrent_weights, outputs = 4 * self.hidden**2, self.steps * self.batch * self.hidden
         check_memory(4 * (recurrent_weights + outputs), "--hidden, --steps or --batch")
@@ -212,7 +218,9 @@ def main(arguments: Sequence[str], prog: str = "python -m jaxlstm.diagnostics") 
     description = help_text(DESCRIPTION.format(prog=prog))
 
     def parse() -> Any:
-        if arguments and not arguments[0].startswith("-"):
+        if not arguments:
+            raise ValueError(f"expected a command, one of {', '.join(commands)} (--help describes them)")
+        if not arguments[0].startswith("-"):
             validation.choice("the command", arguments[0], commands)
         return tyro.extras.subcommand_cli_from_dict(commands, prog=prog, description=description, args=list(arguments))
 
