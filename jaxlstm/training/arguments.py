@@ -8,6 +8,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
+import tyro
+
 from jaxlstm import validation
 from jaxlstm.training.config import flag
 
@@ -30,13 +32,12 @@ KNOWN_ELSEWHERE = {  # names of options in other programs
 EXPECTED = {int: "an integer", float: "a number"}
 
 
-def check_arguments(arguments: Sequence[str], options: type, positional: Sequence[str] = ()) -> None:
+def check_arguments(arguments: Sequence[str], options: type) -> None:
     """Checks the arguments of a command whose options are the fields of a dataclass.
 
     Args:
       arguments: the command line after the name of the program.
-      options: the dataclass.
-      positional: the fields that are given by position.
+      options: the dataclass; fields marked with `tyro.conf.Positional` are given by position.
 
     Raises:
       ValueError: names an option that does not exist, with the one probably meant, a value that is missing or of
@@ -45,6 +46,10 @@ def check_arguments(arguments: Sequence[str], options: type, positional: Sequenc
     if "-h" in arguments or "--help" in arguments:
         return
     hints = option_types(options)
+    marks = {
+        name: getattr(hint, "__metadata__", ()) for name, hint in get_type_hints(options, include_extras=True).items()
+    }
+    positional = [name for name in hints if tyro.conf.Positional in marks[name]]
     places = iter(positional)
     required = [field.name for field in dataclasses.fields(options) if field.default is dataclasses.MISSING]
     for name, text, value in split_arguments(arguments, hints):

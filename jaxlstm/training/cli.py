@@ -164,9 +164,9 @@ def _check_flags(arguments: Sequence[str], task: str) -> None:
     check_arguments(arguments, Options)
 
 
-def parse_command(command: type, arguments: Sequence[str], prog: str, positional: Sequence[str] = ("run_dir",)) -> Any:
+def parse_command(command: type, arguments: Sequence[str], prog: str) -> Any:
     """Returns the options of a command, a dataclass; see `jaxlstm.training.arguments.check_arguments`."""
-    check_arguments(arguments, command, positional)
+    check_arguments(arguments, command)
     return tyro.cli(command, prog=prog, args=list(arguments))
 
 

@@ -193,6 +193,9 @@ def check_new_file(path: Path, *endings: str) -> Path:
     return path
 
 
+COMMANDS: dict[str, Any] = {"vanishing": Vanishing, "inspect": Inspect, "explore": Explore}
+
+
 def inspect_main(arguments: Sequence[str], prog: str = "jaxlstm inspect") -> None:
     """Runs the command ``jaxlstm inspect``."""
     _run(prog, partial(cli.parse_command, Inspect, arguments, prog))
@@ -205,26 +208,30 @@ def explore_main(arguments: Sequence[str], prog: str = "jaxlstm explore") -> Non
 
 def vanishing_main(arguments: Sequence[str], prog: str = "jaxlstm vanishing") -> None:
     """Runs the command ``jaxlstm vanishing``."""
-    _run(prog, partial(cli.parse_command, Vanishing, arguments, prog, ()))
+    _run(prog, partial(cli.parse_command, Vanishing, arguments, prog))
 
 
 def main(arguments: Sequence[str], prog: str = "python -m jaxlstm.diagnostics") -> None:
     """Runs ``python -m jaxlstm.diagnostics``, whose first argument is the command."""
-    mains = {"vanishing": vanishing_main, "inspect": inspect_main, "explore": explore_main}
-    if arguments and arguments[0] in mains:
-        mains[arguments[0]](arguments[1:], f"{prog} {arguments[0]}")
-        return
-    commands: dict[str, Any] = {"vanishing": Vanishing, "inspect": Inspect, "explore": Explore}
+    if arguments and arguments[0] in COMMANDS:
+        prog = f"{prog} {arguments[0]}"
+        _run(prog, partial(cli.parse_command, COMMANDS[arguments[0]], arguments[1:], prog))
+    else:
+        _run(prog, partial(_parse_without_command, arguments, prog))
+
+
+def _parse_without_command(arguments: Sequence[str], prog: str) -> Any:
+    """Shows the help of all commands.
+
+    Raises:
+      ValueError: if the arguments begin with no command and no option.
+    """
+    if not arguments:
+        raise ValueError(f"expected a command, one of {', '.join(COMMANDS)} (--help describes them)")
+    if not arguments[0].startswith("-"):
+        validation.choice("the command", arguments[0], COMMANDS)
     description = help_text(DESCRIPTION.format(prog=prog))
-
-    def parse() -> Any:
-        if not arguments:
-            raise ValueError(f"expected a command, one of {', '.join(commands)} (--help describes them)")
-        if not arguments[0].startswith("-"):
-            validation.choice("the command", arguments[0], commands)
-        return tyro.extras.subcommand_cli_from_dict(commands, prog=prog, description=description, args=list(arguments))
-
-    _run(prog, parse)
+    return tyro.extras.subcommand_cli_from_dict(COMMANDS, prog=prog, description=description, args=list(arguments))
 
 
 def _run(prog: str, parse: Callable[[], Any]) -> None:
