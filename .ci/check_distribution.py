@@ -14,7 +14,8 @@ from pathlib import Path
 from set_repository import LINK
 
 ROOT = Path(__file__).parent.parent
-METADATA = {"METADATA", "WHEEL", "RECORD", "entry_points.txt", "licenses/LICENSE"}
+LICENSES = {"LICENSE", "jaxlstm/diagnostics/web/uPlot.LICENSE"}
+METADATA = {"METADATA", "WHEEL", "RECORD", "entry_points.txt"} | {f"licenses/{name}" for name in LICENSES}
 MAX_BYTES = 4 << 20  # of either file
 
 

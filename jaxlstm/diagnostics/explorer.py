@@ -26,11 +26,18 @@ from jaxlstm.params import Params
 from jaxlstm.rnn import RNN
 
 MAX_BYTES = 5_000_000  # of a page
-LEVELS = (254, 126, 62, 46, 30, 22, 14)  # steps of the quantization, the first that fits; even, so that zero stays zero
+LEVELS = (254, 126, 62, 46, 38, 28, 22, 14)  # steps of the quantization, the first that fits; even: zero stays zero
 GRADIENT_STEPS = 64  # gradients reach this far back
 MAX_MOMENTS = 100  # of the training
 NUM_QUANTILES = 5  # of gates and time constants, in the rows of a training
 NUM_PREDICTIONS = 8  # most probable classes shown at each step
+WEB_FILES = {  # parts of the page by their names in it
+    "STYLE": "explorer.css",
+    "SCRIPT": "explorer.js",
+    "UPLOT": "uPlot.iife.min.js",
+    "UPLOT_STYLE": "uPlot.min.css",
+    "UPLOT_LICENSE": "uPlot.LICENSE",
+}
 NAMES = {
     "i": "input gate i",
     "f": "forget gate f",
@@ -352,7 +359,7 @@ def _page(header: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> str:
     }
     web = resources.files("jaxlstm.diagnostics").joinpath("web")
     page = web.joinpath("explorer.html").read_text(encoding="utf-8")
-    for name, file in (("STYLE", "explorer.css"), ("SCRIPT", "explorer.js")):
+    for name, file in WEB_FILES.items():
         parts[name] = web.joinpath(file).read_text(encoding="utf-8")
     before, *rest = page.split("{{")  # each piece begins with a name
     pieces = (piece.split("}}", 1) for piece in rest)

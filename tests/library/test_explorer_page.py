@@ -120,10 +120,10 @@ def drag_over(page, first, last):
     settle(page)
 
 
-def pixels(page):
-    """Returns the picture of the heat map and its strips as one number that changes with it."""
+def pixels(page, selector="#map, #strips canvas"):
+    """Returns the pictures of the canvases, by default of the heat map and its strips, as one text."""
     settle(page)
-    return page.evaluate("() => document.getElementById('map').toDataURL()")
+    return page.eval_on_selector_all(selector, "canvases => canvases.map((canvas) => canvas.toDataURL()).join()")
 
 
 def test_page_loads_nothing_else(browser, trace_and_page):
@@ -156,9 +156,39 @@ def test_page_hover_shows_the_step_and_leaves_the_pinned_one(page, trace_and_pag
 def test_page_hover_over_the_map_shows_step_and_unit(page):
     page.select_option("#span", "50")
     box = page.locator("#map").bounding_box()
-    cell = (box["width"] - 38) / 50
-    page.mouse.move(box["x"] + 34 + 20.5 * cell, box["y"] + 12 + 10.5 * 14)
+    cell = (box["width"] - 58) / 50
+    page.mouse.move(box["x"] + 54 + 20.5 * cell, box["y"] + 12 + 10.5 * 14)
     assert step_and_unit(page) == (25 + 20, 10)  # 50 steps around step 50
+
+
+def bar(page, strip, column):
+    """Returns height (pixels) and vertical center of the dark part of a strip in the column of one of 50 steps."""
+    return page.evaluate(
+        """([strip, column]) => {
+          const canvas = document.querySelectorAll("#strips canvas")[strip];
+          const x = Math.round((54 + (column + 0.25) * (canvas.width - 58) / 50));
+          const pixels = canvas.getContext("2d").getImageData(x, 0, 1, canvas.height).data;
+          const rows = [...Array(canvas.height).keys()].filter((y) => pixels[4 * y] < 60 && pixels[4 * y + 3] > 200);
+          return [rows.length, rows.reduce((a, b) => a + b, 0) / rows.length];
+        }""",
+        [strip, column],
+    )
+
+
+def test_page_strips_show_the_values_of_the_steps(page, trace_and_page):
+    page.select_option("#span", "50")  # steps 25 to 74
+    page.locator("#unit").fill("3")
+    settle(page)
+    c = np.asarray(trace_and_page[0].layers[0].forward.c[:, 3], np.float64)[25:75]
+    for column in (3, 12, 33, 46):
+        height, center = bar(page, 0, column)
+        assert height / 48 == pytest.approx(abs(c[column]) / np.abs(c).max() / 2, abs=0.05)  # of 64 - 2 * 8 pixels
+        assert (center < 31) == (c[column] > 0) or height < 3
+    assert bar(page, 2, 10)[0] > 0
+    assert bar(page, 2, 40)[0] == 0  # the loss at step 50 does not depend on later states
+    box = page.locator("#strips canvas").nth(1).bounding_box()
+    page.mouse.move(box["x"] + 54 + 7.5 * (box["width"] - 58) / 50, box["y"] + 20)
+    assert step_and_unit(page) == (25 + 7, 3)
 
 
 def test_page_brush_finds_the_windows_of_most_active_units(page, trace_and_page):
@@ -298,8 +328,7 @@ def moment(page):
 
 def test_page_plays_back_the_training(page):
     def picture():
-        settle(page)
-        return page.evaluate("() => document.getElementById('history').toDataURL()")
+        return pixels(page, "#history canvas")
 
     assert page.locator("#moment-step").inner_text() == "100"
     pictures = [picture()]
@@ -316,9 +345,8 @@ def test_page_plays_back_the_training(page):
     assert page.locator("#moment").input_value() == "2"
     assert moment(page)[1] == ["i", "0.10", "0.30", "0.50", "10%", "–"]
     assert picture() == pictures[0]
-    box = page.locator("#history").bounding_box()
-    left, right = 34, (box["width"] - 32) / 3 - 4  # of the first of three panels in a row
-    page.locator("#history").click(position={"x": left + (right - left) * 0.2, "y": 60})  # nearest to step 20
+    plot = page.locator("#history .u-over").first
+    plot.click(position={"x": plot.bounding_box()["width"] * 0.2, "y": 60})  # step 28, nearest to step 20
     assert page.locator("#moment").input_value() == "1"
     pictures.append(picture())
     page.emulate_media(color_scheme="dark")
@@ -341,8 +369,9 @@ def test_page_without_rows_of_the_training_has_no_playback(browser, tmp_path):
 def test_page_fits_the_width_after_a_resize(page, width):
     page.set_viewport_size({"width": width, "height": 800})
     settle(page)
-    canvas = page.locator("#map")
-    assert canvas.evaluate("c => c.width / devicePixelRatio") == pytest.approx(canvas.bounding_box()["width"], abs=1)
+    for canvas in (page.locator("#map"), *page.locator("figure canvas").all()):
+        drawn = canvas.evaluate("c => c.width / devicePixelRatio")
+        assert drawn == pytest.approx(canvas.bounding_box()["width"], abs=1)
     drag_over(page, 3, 6)
     overflow = page.evaluate(
         """() => [...document.querySelectorAll("body *")].filter((element) => {

@@ -1,4 +1,4 @@
-// Drawn on a canvas by hand: a heat map, three strips and shaded text need no drawing library in every page.
+// The heat map is an image of one pixel per unit and step; charts are drawn by uPlot (MIT License), which is in the page.
 "use strict";
 
 // Color maps as 17 colors: cividis (Nuñez, Anderton & Renslow 2018) for values from 0, PuOr (ColorBrewer) on a light
@@ -9,7 +9,7 @@ const MAPS = {
   berlin: "9eb0ff79abed519fd33685ad2868861d4b6114303e111a20190c092b0e014112015b1d087d341e9e513fbe6f63df8f89ffadad",
 };
 const BYTES = { uint8: Uint8Array, uint16: Uint16Array, uint32: Uint32Array, float32: Float32Array, float16: Uint16Array };
-const MARGIN = { left: 34, right: 4 };
+const MARGIN = { left: 54, right: 4 }; // of the heat map and the strips below it
 const DECADES = 4; // of gradients that are drawn
 const MAX_MATCHES = 20, MAX_UNITS = 40; // in the lists
 const $ = (id) => document.getElementById(id);
@@ -21,7 +21,7 @@ const view = {
   values: "", order: "index", span: 200, first: 0, shade: "values", threshold: 0.3,
   pinned: { step: 0, unit: 0 }, hovered: null, range: null,
 };
-let order = [], rank = [], active = [], matches = [], tints = {}, image = null, imageKey = "";
+let order = [], rank = [], active = [], matches = [], tints = {}, image = null, imageKey = "", strips = [];
 
 // ---- Data
 
@@ -209,21 +209,11 @@ function buildImage() {
   context.putImageData(pixels, 0, 0);
 }
 
-// Places of everything on the canvas, in CSS pixels.
+// Places of everything on the canvas of the heat map, in CSS pixels.
 function layout() {
-  const width = $("map").clientWidth, steps = Math.min(view.span, numSteps);
+  const width = $("map").clientWidth, steps = Math.min(view.span, numSteps), top = 12;
   const heat = clamp(numUnits * 14, 140, Math.min(512, 0.6 * Math.max(innerHeight, 400)));
-  const parts = { width, steps, heat, cell: (width - MARGIN.left - MARGIN.right) / steps, row: heat / numUnits, top: 12, strips: [] };
-  let y = parts.top + heat;
-  parts.labels = y;
-  y += 20;
-  for (const name of ["unit", "surprise", "gradients"]) {
-    if (name !== "unit" && !(name in data)) continue;
-    parts.strips.push({ name, top: y + 18, height: 44 });
-    y += 66;
-  }
-  parts.height = y + 4;
-  return parts;
+  return { width, steps, heat, top, height: top + heat + 20, cell: (width - MARGIN.left - MARGIN.right) / steps, row: heat / numUnits };
 }
 
 const SYMBOLS = { "\n": "↵", " ": "␣", "\t": "⇥", "": "∅" };
@@ -277,9 +267,8 @@ function drawMap() {
   if (parts.cell >= 8)
     for (let t = view.first; t < view.first + parts.steps; t++) {
       const label = shownLabel(head.labels[t]);
-      if (context.measureText(label).width <= parts.cell + 2) context.fillText(label, x(t) + parts.cell / 2, parts.labels + 15);
+      if (context.measureText(label).width <= parts.cell + 2) context.fillText(label, x(t) + parts.cell / 2, parts.top + parts.heat + 15);
     }
-  for (const strip of parts.strips) drawStrip(context, strip, parts, x);
   context.restore();
 
   if (inView(step)) {
@@ -294,37 +283,110 @@ function drawMap() {
   context.fillStyle = faint;
   context.fillText(String(unit), MARGIN.left - 5, clamp(parts.top + (rank[unit] + 0.5) * parts.row + 4, parts.top + 9, parts.top + parts.heat));
   const shown = `steps ${view.first} to ${view.first + parts.steps - 1} in view`;
-  canvas.setAttribute("aria-label", `Heat map of ${head.values[view.values]}, ${numUnits} units by ${numSteps} steps, ${shown}`);
+  canvas.setAttribute("aria-label", `Heat map of ${head.values[view.values]}, ${plural(numUnits, "unit")} by ${plural(numSteps, "step")}, ${shown}`);
 }
 
-function drawStrip(context, strip, parts, x) {
-  const { step, unit } = current(), bottom = strip.top + strip.height, zero = isSigned(view.values) ? strip.top + strip.height / 2 : bottom;
-  const shades = strip.name === "gradients" ? gradientShades(step) : null;
-  const inView = Array.from({ length: parts.steps }, (_, n) => relative(view.values, view.first + n, unit));
-  let largest = 1; // of the bars
-  if (strip.name === "surprise") largest = data.surprise.reduce((a, b) => Math.max(a, b), 1e-9);
-  else if (strip.name === "unit" && isSigned(view.values)) largest = inView.reduce((a, b) => Math.max(a, Math.abs(b)), 1e-9);
-  const titles = {
-    unit: `unit ${unit}: ${head.values[view.values]}, up to ${isSigned(view.values) ? "±" : ""}${format(largest * scaleOf(view.values, unit))}`,
-    surprise: `surprise of each prediction, up to ${format(largest)} nats`,
-    gradients: `gradient of the loss at step ${step}, ${gradientReach()} steps back, log, ${DECADES} decades`,
+// ---- Charts
+
+const powerOfTen = (x) => "10" + [...String(Math.round(Math.log10(x)))].map((c) => "⁰¹²³⁴⁵⁶⁷⁸⁹"[c] ?? "⁻").join("");
+
+const STEP_INTERVALS = [1, 10, 100, 1e3, 1e4, 1e5, 1e6, 1e7].flatMap((n) => [n, 2 * n, 5 * n]); // between ticks
+
+// Adds a chart to an element and returns how to show data in it: `show({ title, data, range, ticks })` with `data` as
+// uPlot takes it, the range of the values, and their ticks as pairs of value and text.
+function addChart(parent, { height, right, xRange, xTicks = true, log = false, series, bands = [], draw = () => {}, pick = null }) {
+  const figure = document.createElement("figure"), caption = document.createElement("figcaption");
+  let shown = null;
+  const axis = (options) => ({
+    stroke: () => css("--faint"), font: "12px system-ui, sans-serif", grid: { show: false },
+    ticks: { stroke: () => css("--line"), size: 4, width: 1 }, border: { show: true, stroke: () => css("--line"), width: 1 }, ...options,
+  });
+  const make = () => new uPlot({
+    width: figure.clientWidth, height, padding: [8, right, xTicks ? 0 : 8, 0], cursor: { show: false }, legend: { show: false },
+    scales: { x: { time: false, range: xRange }, y: { distr: log ? 3 : 1, range: () => shown.range } },
+    axes: [
+      axis({ show: xTicks, size: 24, gap: 3, space: 60, incrs: STEP_INTERVALS }),
+      axis({ size: MARGIN.left, gap: 3, splits: () => shown.ticks.map(([x]) => x), filter: (_, x) => x, values: () => shown.ticks.map(([, text]) => text) }),
+    ],
+    series: [{}, ...series.map((options) => ({ points: { show: false }, ...options }))],
+    bands, hooks: { draw: [draw] },
+  }, shown.data, figure);
+  let plot = null;
+  figure.append(caption);
+  parent.append(figure);
+  new ResizeObserver(() => plot?.setSize({ width: figure.clientWidth, height })).observe(figure);
+  dark.addEventListener("change", () => plot?.redraw());
+  return (content) => {
+    shown = content;
+    caption.textContent = content.title;
+    if (plot) return plot.setData(content.data);
+    plot = make();
+    if (pick) plot.over.addEventListener("click", (event) => pick(plot.posToVal(event.offsetX, "x")));
   };
-  context.save();
-  context.font = "12px system-ui, sans-serif";
-  context.textAlign = "left";
-  context.fillStyle = css("--faint");
-  context.fillText(titles[strip.name], MARGIN.left, strip.top - 5, parts.cell * parts.steps);
-  context.fillRect(MARGIN.left, strip.name === "unit" ? zero : bottom, parts.cell * parts.steps, 1);
-  context.fillStyle = css("--ink");
-  for (let t = view.first; t < view.first + parts.steps; t++) {
-    let from = bottom, to;
-    if (strip.name === "unit") {
-      from = zero;
-      to = zero - (inView[t - view.first] / largest) * (zero === bottom ? strip.height : strip.height / 2);
-    } else to = bottom - (shades ? shades[t] : data.surprise[t] / largest) * strip.height;
-    context.fillRect(x(t), Math.min(from, to), Math.max(1, parts.cell - 1), Math.abs(from - to));
+}
+
+// What the strips below the heat map show: a bar for each step in view.
+const STRIPS = {
+  unit() {
+    const { unit } = current(), name = view.values;
+    const values = stepsInView().map((t) => value(name, t, unit));
+    const high = isSigned(name) ? values.reduce((a, b) => Math.max(a, Math.abs(b)), 1e-9) : 1, low = isSigned(name) ? -high : 0;
+    return { title: `unit ${unit}: ${head.values[name]}`, values, range: [low, high], ticks: [low, (low + high) / 2, high] };
+  },
+  surprise() {
+    const high = data.surprise.reduce((a, b) => Math.max(a, b), 1e-9);
+    return { title: "surprise of each prediction, nats", values: stepsInView().map((t) => data.surprise[t]), range: [0, high], ticks: [0, high / 2, high] };
+  },
+  gradients() {
+    const { step } = current(), norms = Array.from({ length: numSteps }, (_, t) => gradient(step, t));
+    const high = norms.reduce((a, b) => Math.max(a, b), 0) || 1, low = high * 10 ** -DECADES;
+    const title = `gradient of the loss at step ${step}, ${gradientReach()} steps back`;
+    return { title, values: stepsInView().map((t) => norms[t] || null), range: [low, high], ticks: [low, Math.sqrt(low * high), high] };
+  },
+};
+const stepsInView = () => Array.from({ length: Math.min(view.span, numSteps) }, (_, n) => view.first + n);
+
+function startStrips() {
+  const names = Object.keys(STRIPS).filter((name) => name === "unit" || name in data);
+  const bars = { fill: () => css("--ink"), width: 0, paths: uPlot.paths.bars({ size: [1, Infinity, 1], gap: 1 }) };
+  const xRange = () => [view.first - 0.5, view.first + Math.min(view.span, numSteps) - 0.5];
+  strips = names.map((name, n) => {
+    const isLast = n === names.length - 1;
+    const options = { height: isLast ? 84 : 64, right: MARGIN.right, xRange, xTicks: isLast, log: name === "gradients", series: [bars], draw: drawMarks };
+    return { name, show: addChart($("strips"), options) };
+  });
+}
+
+function drawStrips() {
+  for (const { name, show } of strips) {
+    const { title, values, range, ticks } = STRIPS[name]();
+    show({ title, data: [stepsInView(), values], range, ticks: ticks.map((x) => [x, format(x)]) });
   }
-  context.restore();
+}
+
+// Draws the selected and the current step over a strip.
+function drawMarks({ ctx, bbox, valToPos, scales }) {
+  const x = (t) => valToPos(t - 0.5, "x", true), { step } = current();
+  ctx.save();
+  ctx.beginPath();
+  ctx.rect(bbox.left, bbox.top, bbox.width, bbox.height);
+  ctx.clip();
+  if (scales.y.min < 0) {
+    ctx.fillStyle = css("--faint");
+    ctx.fillRect(bbox.left, valToPos(0, "y", true), bbox.width, devicePixelRatio);
+  }
+  const outline = (from, to, color) => {
+    Object.assign(ctx, { strokeStyle: color, lineWidth: 1.5 * devicePixelRatio });
+    ctx.strokeRect(x(from), bbox.top, Math.max(2, x(to + 1) - x(from)), bbox.height);
+  };
+  if (view.range) {
+    const [from, to] = view.range;
+    ctx.fillStyle = css("--select");
+    ctx.fillRect(x(from), bbox.top, x(to + 1) - x(from), bbox.height);
+    outline(from, to, css("--accent"));
+  }
+  outline(step, step, css("--ink"));
+  ctx.restore();
 }
 
 // ---- Text
@@ -413,6 +475,7 @@ function describe() {
   return text + ".";
 }
 
+const plural = (count, noun) => `${count.toLocaleString("en")} ${noun}${count === 1 ? "" : "s"}`;
 const topSize = () => head.arrays.topClasses[1][1];
 const percent = (p) => (p === 0 ? "0" : p < 0.0005 ? "< 0.1" : (100 * p).toFixed(p < 0.0995 ? 1 : 0)) + "%";
 
@@ -476,11 +539,11 @@ function showMatches() {
   if (!view.range) $("found").textContent = "Select steps: drag over the text or the heat map, or hold Shift and press ← or →.";
   else {
     const [from, to] = view.range, text = joinLabels(from, to + 1);
-    let result = `${active.length} of ${numUnits} units are active throughout`;
+    let result = `${active.length} of ${plural(numUnits, "unit")} active throughout`;
     if (!active.length) result += ". Lower the threshold, select fewer steps, or uncheck “not just before” and “not just after”.";
     else {
       if (active.length > MAX_UNITS) result += ` (the first ${MAX_UNITS} below)`;
-      result += `, and again at ${matches.length} places${matches.length === MAX_MATCHES ? " or more" : ""}.`;
+      result += `, and again at ${plural(matches.length, "place")}${matches.length === MAX_MATCHES ? " or more" : ""}.`;
     }
     const characters = [...text];
     $("found").textContent = `Steps ${from} to ${to}, ${quoted(characters.length > 60 ? characters.slice(0, 60).join("") + "…" : text)}: ${result}`;
@@ -502,107 +565,72 @@ function showMatches() {
 
 // ---- Playback of the training
 
-const training = { row: 0, side: "forward", timer: null };
+const training = { row: 0, side: "forward", timer: null, show: [] };
 const sideOf = (row) => row.layer[training.side];
-const logarithm = (x) => (x > 0 ? Math.log10(x) : null);
 
-// Panels of the playback: bands of quantiles over training, and the gradient at the chosen moment over the sample.
+// Charts of the playback: bands of quantiles over training, and the gradient at the chosen moment over the sample.
 function panels() {
-  const rows = head.training.rows, now = sideOf(rows[training.row]), result = [];
-  for (const name of Object.keys(now.gates))
-    result.push({ title: head.values[name] ?? name, low: 0, high: 1, bands: rows.map((row) => sideOf(row).gates[name].quantiles) });
-  if (now.time_constants) {
-    const bands = rows.map((row) => sideOf(row).time_constants.map(logarithm));
-    result.push({ title: "time constants, steps, log", ...range(bands.flat()), bands, log: true });
+  let { rows } = head.training;
+  if (rows.length === 1) rows = [rows[0], { ...rows[0], step: rows[0].step + 0.04 }]; // a narrow band
+  const now = sideOf(rows[training.row]), trained = rows.map((row) => row.step), result = [];
+  const columns = (quantiles) => quantiles[0].map((_, n) => quantiles.map((values) => values[n]));
+  for (const name of Object.keys(now.gates)) {
+    const quantiles = rows.map((row) => sideOf(row).gates[name].quantiles);
+    result.push({ title: head.values[name] ?? name, data: [trained, ...columns(quantiles)], range: [0, 1], ticks: [0, 0.5, 1].map((x) => [x, String(x)]) });
   }
-  const norms = rows.flatMap((row) => [sideOf(row).gradient, sideOf(row).elementwise]).flat().map(logarithm);
-  const { low, high } = range(norms);
-  result.push({ title: "gradient by step of the sample, log; dashed: without W_h", low: Math.max(low, high - 12), high, log: true });
+  if (now.time_constants) {
+    const quantiles = rows.map((row) => sideOf(row).time_constants), decades = wholeDecades(quantiles.flat());
+    const drawn = quantiles.map((values) => values.map((x) => x ?? 10 * decades.range[1])); // without end: above the chart
+    result.push({ title: "time constants, steps", data: [trained, ...columns(drawn)], log: true, ...decades });
+  }
+  const curves = [...rows.map((row) => sideOf(row).gradient), now.gradient, now.elementwise];
+  const data = [head.training.steps, ...curves.map((norms) => norms.map((x) => x || null))]; // a logarithm has no zero
+  const decades = wholeDecades(rows.flatMap((row) => [sideOf(row).gradient, sideOf(row).elementwise]).flat(), 12);
+  result.push({ title: "gradient by step; dashed: without W_h", data, log: true, ...decades });
   return result;
 }
 
-// Whole decades around the logarithms that exist.
-function range(logarithms) {
-  const found = logarithms.filter((x) => x !== null);
-  if (!found.length) return { low: 0, high: 1 };
-  const low = found.reduce((a, b) => Math.min(a, b)), high = found.reduce((a, b) => Math.max(a, b));
-  return { low: Math.floor(low), high: Math.max(Math.ceil(high), Math.floor(low) + 1) };
-}
-
-function placePanels(count) {
-  const width = $("history").clientWidth, columns = width >= 900 ? 3 : width >= 560 ? 2 : 1, gap = 16;
-  const size = { width: (width - gap * (columns - 1)) / columns, height: 150 };
-  const places = Array.from({ length: count }, (_, n) => ({ x: (n % columns) * (size.width + gap), y: Math.floor(n / columns) * size.height }));
-  return { ...size, places, left: 34, right: size.width - 4, total: Math.ceil(count / columns) * size.height };
+// Range of the positive numbers, in whole powers of ten and at most so many of them, and its ticks.
+function wholeDecades(numbers, most = Infinity) {
+  const found = numbers.filter((x) => x > 0).map(Math.log10);
+  let low = 0, high = 1;
+  if (found.length) {
+    high = Math.ceil(found.reduce((a, b) => Math.max(a, b)));
+    low = Math.max(Math.floor(found.reduce((a, b) => Math.min(a, b))), high - most);
+    if (low === high) high += 1;
+  }
+  const middle = Math.round((low + high) / 2), exponents = [...new Set([low, middle, high])];
+  return { range: [10 ** low, 10 ** high], ticks: exponents.map((n) => [10 ** n, powerOfTen(10 ** n)]) };
 }
 
 function drawTraining() {
-  const all = panels(), grid = placePanels(all.length), canvas = $("history"), ratio = devicePixelRatio || 1;
-  canvas.style.height = grid.total + "px";
-  canvas.width = Math.round(canvas.clientWidth * ratio);
-  canvas.height = Math.round(grid.total * ratio);
-  const context = canvas.getContext("2d");
-  context.scale(ratio, ratio);
-  all.forEach((panel, n) => {
-    context.save();
-    context.translate(grid.places[n].x, grid.places[n].y);
-    drawPanel(context, panel, grid.left, 24, grid.right, grid.height - 24);
-    context.restore();
-  });
-  const rows = head.training.rows;
-  canvas.setAttribute("aria-label", `Gates, time constants and gradients at ${rows.length} moments of the training; the table has those of the chosen one`);
+  panels().forEach((panel, n) => training.show[n](panel));
+  const label = `Gates, time constants and gradients at ${head.training.rows.length} moments of the training; the table has those of the chosen one`;
+  $("history").setAttribute("aria-label", label);
   showMoment();
 }
 
-function drawPanel(context, panel, left, top, right, bottom) {
-  const { rows, steps } = head.training, [ink, faint, line, accent] = ["--ink", "--faint", "--line", "--accent"].map(css);
-  const y = (v) => bottom - ((clamp(v, panel.low, panel.high) - panel.low) / (panel.high - panel.low)) * (bottom - top);
-  const span = Math.max(rows.at(-1).step - rows[0].step, 1), atStep = (step) => left + ((step - rows[0].step) / span) * (right - left);
-  context.font = "12px system-ui, sans-serif";
-  context.fillStyle = faint;
-  context.textAlign = "left";
-  context.fillText(panel.title, left, top - 7, right - left);
-  context.textAlign = "right";
-  const mark = (v) => (panel.log ? "10" + [...String(v)].map((c) => "⁰¹²³⁴⁵⁶⁷⁸⁹"[c] ?? "⁻").join("") : String(v));
-  context.fillText(mark(panel.high), left - 4, top + 10, left - 4);
-  context.fillText(mark(panel.low), left - 4, bottom, left - 4);
-  context.strokeStyle = line;
-  context.strokeRect(left, top, right - left, bottom - top);
-  context.beginPath();
-  context.rect(left, top, right - left, bottom - top);
-  context.clip();
-  const draw = (points, color, width, dash = []) => {
-    context.beginPath();
-    points.forEach(([x, v], n) => v !== null && (n && points[n - 1][1] !== null ? context.lineTo(x, y(v)) : context.moveTo(x, y(v))));
-    Object.assign(context, { strokeStyle: color, lineWidth: width });
-    context.setLineDash(dash);
-    context.stroke();
+function startPanels() {
+  const { rows, steps } = head.training, all = panels(), accent = () => css("--accent"), ink = () => css("--ink");
+  const between = (numbers) => () => [numbers[0], Math.max(numbers.at(-1), numbers[0] + 1)];
+  const fill = () => css("--accent") + "4d";
+  const quantiles = [0, 0, 2, 0, 0].map((width) => ({ width, stroke: accent }));
+  const curves = [
+    ...all.at(-1).data.slice(3).map(() => ({ width: 1, stroke: () => css("--line") })), { width: 2.5, stroke: accent }, { width: 2, stroke: ink, dash: [5, 4] },
+  ];
+  const drawMoment = ({ ctx, bbox, valToPos }) => {
+    ctx.fillStyle = ink();
+    ctx.fillRect(valToPos(rows[training.row].step, "x", true) - devicePixelRatio, bbox.top, 2 * devicePixelRatio, bbox.height);
   };
-  if (panel.bands) {
-    context.fillStyle = accent;
-    for (const [from, to] of [[0, 4], [1, 3]])
-      for (let n = 0; n < rows.length; n++) { // as trapezoids, so that a value that is missing leaves a gap
-        const [a, b] = [panel.bands[Math.max(n - 1, 0)], panel.bands[n]];
-        const edges = [a[from], b[from], b[to] ?? (panel.log ? panel.high : null), a[to] ?? (panel.log ? panel.high : null)];
-        if (edges.includes(null)) continue;
-        const x = [atStep(rows[Math.max(n - 1, 0)].step), atStep(rows[n].step) + (rows.length === 1 ? 4 : 0)];
-        context.globalAlpha = 0.3;
-        context.beginPath();
-        [x[0], x[1], x[1], x[0]].forEach((at, k) => context.lineTo(at, y(edges[k])));
-        context.fill();
-      }
-    context.globalAlpha = 1;
-    draw(panel.bands.map((band, n) => [atStep(rows[n].step), band[2]]), accent, 2);
-    const now = atStep(rows[training.row].step);
-    draw([[now, panel.low], [now, panel.high]], ink, 2);
-    return;
-  }
-  const first = steps[0], length = Math.max(steps.at(-1) - first, 1);
-  const curve = (norms) => norms.map((norm, n) => [left + ((steps[n] - first) / length) * (right - left), logarithm(norm)]);
-  for (const row of rows) draw(curve(sideOf(row).gradient), line, 1);
-  const now = sideOf(rows[training.row]);
-  draw(curve(now.gradient), accent, 2.5);
-  draw(curve(now.elementwise), ink, 2, [5, 4]);
+  const pick = (step) => {
+    const distances = rows.map((row) => Math.abs(row.step - step));
+    pause();
+    showRow(distances.indexOf(Math.min(...distances)));
+  };
+  const bands = [{ series: [5, 1], fill }, { series: [4, 2], fill }], trained = rows.map((row) => row.step);
+  const overTraining = { xRange: between(trained), series: quantiles, bands, draw: drawMoment, pick };
+  const overSample = { xRange: between(steps), series: curves };
+  training.show = all.map(({ log }, n) => addChart($("history"), { height: 140, right: 16, log, ...(n < all.length - 1 ? overTraining : overSample) }));
 }
 
 function showMoment() {
@@ -642,17 +670,6 @@ function play() {
   }, clamp(6000 / (last + 1), 50, 500));
 }
 
-function pickRow(event) {
-  const grid = placePanels(panels().length), box = $("history").getBoundingClientRect(), { rows } = head.training;
-  const [x, y] = [event.clientX - box.left, event.clientY - box.top];
-  const panel = grid.places.slice(0, -1).find((p) => x >= p.x && x < p.x + grid.width && y >= p.y && y < p.y + grid.height);
-  if (!panel) return;
-  const step = rows[0].step + ((x - panel.x - grid.left) / (grid.right - grid.left)) * (rows.at(-1).step - rows[0].step);
-  const distances = rows.map((row) => Math.abs(row.step - step));
-  pause();
-  showRow(distances.indexOf(Math.min(...distances)));
-}
-
 function startTraining() {
   const { rows } = head.training, sides = Object.keys(rows[0].layer);
   $("training").hidden = false;
@@ -667,10 +684,9 @@ function startTraining() {
     showRow(Number($("moment").value));
   });
   $("play").addEventListener("click", play);
-  $("history").addEventListener("click", pickRow);
-  new ResizeObserver(drawTraining).observe($("history"));
-  dark.addEventListener("change", drawTraining);
-  showRow(rows.length - 1);
+  training.row = rows.length - 1;
+  startPanels();
+  showRow(training.row);
 }
 
 // ---- Changes of the view
@@ -683,6 +699,7 @@ function refresh() {
   requestAnimationFrame(() => {
     isScheduled = false;
     drawMap();
+    drawStrips();
     shadeText();
     showDetails();
   });
@@ -847,17 +864,18 @@ function start() {
   for (const id of ["before", "after"]) $(id).addEventListener("change", () => select(view.range));
   $("clear").addEventListener("click", () => select(null));
   for (const form of document.forms) form.addEventListener("submit", (event) => event.preventDefault());
-  for (const [id, place] of [["map", placeOnMap], ["text", placeInText]]) {
+  for (const [id, place] of [["map", placeOnMap], ["strips", placeOnMap], ["text", placeInText]]) {
     followPointer($(id), place);
     $(id).addEventListener("keydown", onKey);
   }
   $("predictions").hidden = !("surprise" in data);
-  $("summary").textContent = `${numSteps.toLocaleString("en")} steps, ${numUnits} units of layer ${head.layer}; values are rounded to ${head.levels + 1} levels`;
+  $("summary").textContent = `${plural(numSteps, "step")}, ${plural(numUnits, "unit")} of layer ${head.layer}; values are rounded to ${head.levels + 1} levels`;
   new ResizeObserver(refresh).observe($("map"));
   dark.addEventListener("change", () => {
     buildTints();
     changeValues();
   });
+  startStrips();
   buildTints();
   buildText();
   changeValues();
