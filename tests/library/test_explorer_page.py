@@ -21,6 +21,7 @@ TEXT = "a cat, a dog (and a cow)\nsat down.\n" * 8
 CLASSES = sorted(set(TEXT))
 IDS = np.array([CLASSES.index(character) for character in TEXT])
 NUM_STEPS, NUM_UNITS = len(TEXT) - 1, 24
+LEFT, MARGINS = 60, 64  # pixels left of the charts, and left and right of them
 
 
 def training_row(step):
@@ -156,22 +157,22 @@ def test_page_hover_shows_the_step_and_leaves_the_pinned_one(page, trace_and_pag
 def test_page_hover_over_the_map_shows_step_and_unit(page):
     page.select_option("#span", "50")
     box = page.locator("#map").bounding_box()
-    cell = (box["width"] - 58) / 50
-    page.mouse.move(box["x"] + 54 + 20.5 * cell, box["y"] + 12 + 10.5 * 14)
+    cell = (box["width"] - MARGINS) / 50
+    page.mouse.move(box["x"] + LEFT + 20.5 * cell, box["y"] + 12 + 10.5 * 14)
     assert step_and_unit(page) == (25 + 20, 10)  # 50 steps around step 50
 
 
 def bar(page, strip, column):
     """Returns height (pixels) and vertical center of the dark part of a strip in the column of one of 50 steps."""
     return page.evaluate(
-        """([strip, column]) => {
+        """([strip, column, left, margins]) => {
           const canvas = document.querySelectorAll("#strips canvas")[strip];
-          const x = Math.round((54 + (column + 0.25) * (canvas.width - 58) / 50));
+          const x = Math.round(left + (column + 0.25) * (canvas.width - margins) / 50);
           const pixels = canvas.getContext("2d").getImageData(x, 0, 1, canvas.height).data;
           const rows = [...Array(canvas.height).keys()].filter((y) => pixels[4 * y] < 60 && pixels[4 * y + 3] > 200);
           return [rows.length, rows.reduce((a, b) => a + b, 0) / rows.length];
         }""",
-        [strip, column],
+        [strip, column, LEFT, MARGINS],
     )
 
 
@@ -186,8 +187,13 @@ def test_page_strips_show_the_values_of_the_steps(page, trace_and_page):
         assert (center < 31) == (c[column] > 0) or height < 3
     assert bar(page, 2, 10)[0] > 0
     assert bar(page, 2, 40)[0] == 0  # the loss at step 50 does not depend on later states
+    label = page.locator("#strips").get_attribute("aria-label")
+    assert label == (
+        "Charts by step: unit 3: cell state c; surprise of each prediction, nats; "
+        "gradient of step 50’s loss, 64 steps back"
+    )
     box = page.locator("#strips canvas").nth(1).bounding_box()
-    page.mouse.move(box["x"] + 54 + 7.5 * (box["width"] - 58) / 50, box["y"] + 20)
+    page.mouse.move(box["x"] + LEFT + 7.5 * (box["width"] - MARGINS) / 50, box["y"] + 20)
     assert step_and_unit(page) == (25 + 7, 3)
 
 
@@ -352,6 +358,45 @@ def test_page_plays_back_the_training(page):
     page.emulate_media(color_scheme="dark")
     pictures.append(picture())
     assert len(set(pictures)) == len(pictures)
+
+
+def test_page_shows_moments_without_numbers_as_gaps(browser, tmp_path):
+    """Null entries are numbers that were not finite; of time constants they are infinite only if gates have numbers."""
+    lost = training_row(20)
+    side = lost["layers"][0]["forward"]
+    for gate in side["gates"].values():
+        gate["quantiles"] = [None] * 5
+    side |= {"time_constants": [None] * 5, "gradient": [None] * 3, "elementwise": [None] * 3}
+    rows = [lost | {"step": 0}, training_row(10), lost]
+    lstm = jaxlstm.LSTM(2, 3)
+    path = tmp_path / "page.html"
+    page = diagnostics.explore(lstm, lstm.init(jax.random.key(0)), jnp.ones((4, 2)), training=rows)
+    path.write_text(page, encoding="utf-8")
+    opened = browser.new_page()
+    opened.goto(path.as_uri())
+    opened.wait_for_selector("html[data-ready]")
+
+    def ink():
+        """Returns for each panel the number of pixels in the accent color."""
+        settle(opened)
+        return opened.evaluate(
+            """() => [...document.querySelectorAll("#history canvas")].map((canvas) => {
+              const { data } = canvas.getContext("2d").getImageData(0, 0, canvas.width, canvas.height);
+              const isBlue = (n) => data[4 * n + 3] > 100 && data[4 * n + 2] > data[4 * n] + 60;
+              return [...Array(data.length / 4).keys()].filter(isBlue).length;
+            })"""
+        )
+
+    assert moment(opened)[1:5] == [
+        *([name, "–", "–", "–", "2.0%", "–"] for name in "ifo"),
+        ["time constant", "–", "–", "–"],
+    ]
+    *gates, constants, _ = ink()
+    assert all(5 * 4 < count < 5 * 40 for count in gates)  # five points
+    assert 4 * 4 < constants < 4 * 40  # the fifth is infinite, above the panel
+    opened.locator("#moment").fill("1")
+    assert moment(opened)[4] == ["time constant", "1.00", "10.00", "∞"]
+    opened.close()
 
 
 def test_page_without_rows_of_the_training_has_no_playback(browser, tmp_path):

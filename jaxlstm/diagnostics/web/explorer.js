@@ -9,7 +9,7 @@ const MAPS = {
   berlin: "9eb0ff79abed519fd33685ad2868861d4b6114303e111a20190c092b0e014112015b1d087d341e9e513fbe6f63df8f89ffadad",
 };
 const BYTES = { uint8: Uint8Array, uint16: Uint16Array, uint32: Uint32Array, float32: Float32Array, float16: Uint16Array };
-const MARGIN = { left: 54, right: 4 }; // of the heat map and the strips below it
+const MARGIN = { left: 60, right: 4 }; // of the heat map and the strips below it
 const DECADES = 4; // of gradients that are drawn
 const MAX_MATCHES = 20, MAX_UNITS = 40; // in the lists
 const $ = (id) => document.getElementById(id);
@@ -290,6 +290,7 @@ function drawMap() {
 
 const powerOfTen = (x) => "10" + [...String(Math.round(Math.log10(x)))].map((c) => "⁰¹²³⁴⁵⁶⁷⁸⁹"[c] ?? "⁻").join("");
 
+const isolated = (plot, n) => plot.data[n].flatMap((x, at, all) => (x !== null && (all[at - 1] ?? all[at + 1] ?? null) === null ? [at] : []));
 const STEP_INTERVALS = [1, 10, 100, 1e3, 1e4, 1e5, 1e6, 1e7].flatMap((n) => [n, 2 * n, 5 * n]); // between ticks
 
 // Adds a chart to an element and returns how to show data in it: `show({ title, data, range, ticks })` with `data` as
@@ -298,17 +299,19 @@ function addChart(parent, { height, right, xRange, xTicks = true, log = false, s
   const figure = document.createElement("figure"), caption = document.createElement("figcaption");
   let shown = null;
   const axis = (options) => ({
-    stroke: () => css("--faint"), font: "12px system-ui, sans-serif", grid: { show: false },
+    stroke: () => css("--faint"), font: "11px system-ui, sans-serif", grid: { show: false },
     ticks: { stroke: () => css("--line"), size: 4, width: 1 }, border: { show: true, stroke: () => css("--line"), width: 1 }, ...options,
   });
+  // A label of the x axis that would be cut at the right is left out.
+  const fits = (plot, x) => plot.valToPos(x, "x") + 3.5 * x.toLocaleString("en").length <= plot.bbox.width / devicePixelRatio + right;
   const make = () => new uPlot({
     width: figure.clientWidth, height, padding: [8, right, xTicks ? 0 : 8, 0], cursor: { show: false }, legend: { show: false },
     scales: { x: { time: false, range: xRange }, y: { distr: log ? 3 : 1, range: () => shown.range } },
     axes: [
-      axis({ show: xTicks, size: 24, gap: 3, space: 60, incrs: STEP_INTERVALS }),
+      axis({ show: xTicks, size: 24, gap: 3, space: 60, incrs: STEP_INTERVALS, filter: (plot, steps) => steps.map((x) => (fits(plot, x) ? x : null)) }),
       axis({ size: MARGIN.left, gap: 3, splits: () => shown.ticks.map(([x]) => x), filter: (_, x) => x, values: () => shown.ticks.map(([, text]) => text) }),
     ],
-    series: [{}, ...series.map((options) => ({ points: { show: false }, ...options }))],
+    series: [{}, ...series.map((options) => ({ points: { show: Boolean(options.stroke), size: 5, fill: options.stroke, filter: isolated }, ...options }))],
     bands, hooks: { draw: [draw] },
   }, shown.data, figure);
   let plot = null;
@@ -340,15 +343,18 @@ const STRIPS = {
   gradients() {
     const { step } = current(), norms = Array.from({ length: numSteps }, (_, t) => gradient(step, t));
     const high = norms.reduce((a, b) => Math.max(a, b), 0) || 1, low = high * 10 ** -DECADES;
-    const title = `gradient of the loss at step ${step}, ${gradientReach()} steps back`;
+    const title = `gradient of step ${step}’s loss, ${gradientReach()} steps back`;
     return { title, values: stepsInView().map((t) => norms[t] || null), range: [low, high], ticks: [low, Math.sqrt(low * high), high] };
   },
 };
 const stepsInView = () => Array.from({ length: Math.min(view.span, numSteps) }, (_, n) => view.first + n);
 
+const hasBars = () => layout().cell >= 4; // else the values are drawn as one area
+
 function startStrips() {
   const names = Object.keys(STRIPS).filter((name) => name === "unit" || name in data);
-  const bars = { fill: () => css("--ink"), width: 0, paths: uPlot.paths.bars({ size: [1, Infinity, 1], gap: 1 }) };
+  const separate = uPlot.paths.bars({ size: [1, Infinity, 1], gap: 1 }), joined = uPlot.paths.stepped({ align: 1 });
+  const bars = { fill: () => css("--ink"), width: 0, paths: (...options) => (hasBars() ? separate : joined)(...options) };
   const xRange = () => [view.first - 0.5, view.first + Math.min(view.span, numSteps) - 0.5];
   strips = names.map((name, n) => {
     const isLast = n === names.length - 1;
@@ -358,10 +364,13 @@ function startStrips() {
 }
 
 function drawStrips() {
-  for (const { name, show } of strips) {
+  const titles = strips.map(({ name, show }) => {
     const { title, values, range, ticks } = STRIPS[name]();
-    show({ title, data: [stepsInView(), values], range, ticks: ticks.map((x) => [x, format(x)]) });
-  }
+    const area = [[...stepsInView(), view.first + values.length].map((t) => t - 0.5), [...values, values.at(-1)]];
+    show({ title, data: hasBars() ? [stepsInView(), values] : area, range, ticks: ticks.map((x) => [x, format(x)]) });
+    return title;
+  });
+  $("strips").setAttribute("aria-label", `Charts by step: ${titles.join("; ")}`);
 }
 
 // Draws the selected and the current step over a strip.
@@ -385,7 +394,11 @@ function drawMarks({ ctx, bbox, valToPos, scales }) {
     ctx.fillRect(x(from), bbox.top, x(to + 1) - x(from), bbox.height);
     outline(from, to, css("--accent"));
   }
-  outline(step, step, css("--ink"));
+  if (hasBars()) outline(step, step, css("--ink"));
+  else {
+    ctx.fillStyle = css("--accent");
+    ctx.fillRect((x(step) + x(step + 1)) / 2 - devicePixelRatio, bbox.top, 2 * devicePixelRatio, bbox.height);
+  }
   ctx.restore();
 }
 
@@ -567,20 +580,23 @@ function showMatches() {
 
 const training = { row: 0, side: "forward", timer: null, show: [] };
 const sideOf = (row) => row.layer[training.side];
+// Quantiles of the time constants: null in a row is infinite, or no number like those of the gates.
+const timeConstants = (side) => {
+  const isMissing = Object.values(side.gates).some((gate) => gate.quantiles.includes(null));
+  return side.time_constants.map((x) => x ?? (isMissing ? null : Infinity));
+};
 
 // Charts of the playback: bands of quantiles over training, and the gradient at the chosen moment over the sample.
 function panels() {
-  let { rows } = head.training;
-  if (rows.length === 1) rows = [rows[0], { ...rows[0], step: rows[0].step + 0.04 }]; // a narrow band
-  const now = sideOf(rows[training.row]), trained = rows.map((row) => row.step), result = [];
+  const { rows } = head.training, now = sideOf(rows[training.row]), trained = rows.map((row) => row.step), result = [];
   const columns = (quantiles) => quantiles[0].map((_, n) => quantiles.map((values) => values[n]));
   for (const name of Object.keys(now.gates)) {
     const quantiles = rows.map((row) => sideOf(row).gates[name].quantiles);
     result.push({ title: head.values[name] ?? name, data: [trained, ...columns(quantiles)], range: [0, 1], ticks: [0, 0.5, 1].map((x) => [x, String(x)]) });
   }
   if (now.time_constants) {
-    const quantiles = rows.map((row) => sideOf(row).time_constants), decades = wholeDecades(quantiles.flat());
-    const drawn = quantiles.map((values) => values.map((x) => x ?? 10 * decades.range[1])); // without end: above the chart
+    const quantiles = rows.map((row) => timeConstants(sideOf(row))), decades = wholeDecades(quantiles.flat().filter(isFinite));
+    const drawn = quantiles.map((values) => values.map((x) => (x === Infinity ? 10 * decades.range[1] : x))); // above the chart
     result.push({ title: "time constants, steps", data: [trained, ...columns(drawn)], log: true, ...decades });
   }
   const curves = [...rows.map((row) => sideOf(row).gradient), now.gradient, now.elementwise];
@@ -616,7 +632,7 @@ function startPanels() {
   const fill = () => css("--accent") + "4d";
   const quantiles = [0, 0, 2, 0, 0].map((width) => ({ width, stroke: accent }));
   const curves = [
-    ...all.at(-1).data.slice(3).map(() => ({ width: 1, stroke: () => css("--line") })), { width: 2.5, stroke: accent }, { width: 2, stroke: ink, dash: [5, 4] },
+    ...rows.map(() => ({ width: 1, stroke: () => css("--line") })), { width: 2.5, stroke: accent }, { width: 2, stroke: ink, dash: [5, 4] },
   ];
   const drawMoment = ({ ctx, bbox, valToPos }) => {
     ctx.fillStyle = ink();
@@ -630,18 +646,18 @@ function startPanels() {
   const bands = [{ series: [5, 1], fill }, { series: [4, 2], fill }], trained = rows.map((row) => row.step);
   const overTraining = { xRange: between(trained), series: quantiles, bands, draw: drawMoment, pick };
   const overSample = { xRange: between(steps), series: curves };
-  training.show = all.map(({ log }, n) => addChart($("history"), { height: 140, right: 16, log, ...(n < all.length - 1 ? overTraining : overSample) }));
+  training.show = all.map(({ log }, n) => addChart($("history"), { height: 140, right: 28, log, ...(n < all.length - 1 ? overTraining : overSample) }));
 }
 
 function showMoment() {
   const row = head.training.rows[training.row], now = sideOf(row), share = (x) => (x === null ? "–" : percent(x));
-  const number = (x, missing) => (x === null ? missing : format(x));
+  const number = (x) => (x === null ? "–" : format(x));
   $("moment-step").textContent = row.step.toLocaleString("en");
   $("moment").setAttribute("aria-valuetext", `after ${row.step} training steps`);
   const lines = Object.entries(now.gates).map(([name, { quantiles, shut, open }]) => [
-    name, ...[0, 2, 4].map((n) => number(quantiles[n], "–")), share(shut), share(open),
+    name, ...[0, 2, 4].map((n) => number(quantiles[n])), share(shut), share(open),
   ]);
-  if (now.time_constants) lines.push(["time constant", ...[0, 2, 4].map((n) => number(now.time_constants[n], "∞"))]);
+  if (now.time_constants) lines.push(["time constant", ...[0, 2, 4].map((n) => number(timeConstants(now)[n]))]);
   lines.push(["dead units", share(now.dead)]);
   const title = `after ${row.step.toLocaleString("en")} training steps`;
   fillTable($("moment-values"), title, lines.map((cells) => ({ cells })), ["10 %", "50 %", "90 %", "shut", "open"]);
