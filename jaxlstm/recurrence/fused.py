@@ -69,8 +69,8 @@ class Fused:
 
     Args:
       order: order of the axes of a step's arrays: ``"batch"`` for ``(B, H)``, ``"feature"`` for ``(H, B)``.
-      hoist_inputs: whether ``W_x x`` is computed for all steps before the loop, always so with layer normalization;
-        otherwise each step multiplies ``[W_x W_h]`` with ``[x; h]``.
+      hoist_inputs: whether ``W_x x`` is computed for all steps before the loop; otherwise each step multiplies
+        ``[W_x W_h]`` with ``[x; h]``, or with layer normalization ``W_x`` with ``x`` and ``W_h`` with ``h``.
       chunk_size: number of steps whose hoisted tangents are computed together. It has no effect without derivatives.
 
     Raises:
@@ -98,16 +98,10 @@ class Fused:
         """Runs the directions of a layer in one scan; see `jaxlstm.recurrence.context`.
 
         Raises:
-          ValueError: while tracing, for ``hoist_inputs=False`` with layer normalization.
+          ValueError: while tracing, for ``hoist_inputs=False`` with recurrent weights that are not dense.
         """
-        if self.hoist_inputs is False:
-            if directions[0].weights.norm is not None:
-                raise ValueError(
-                    "Fused(hoist_inputs=False) does not support layer_norm=True, which normalizes W_x x before the "
-                    "loop; expected hoist_inputs=True or None"
-                )
-            if not has_dense_recurrence(cell, directions[0].weights):
-                raise ValueError("Fused(hoist_inputs=False) does not support recurrent weights that are not dense")
+        if self.hoist_inputs is False and not has_dense_recurrence(cell, directions[0].weights):
+            raise ValueError("Fused(hoist_inputs=False) does not support recurrent weights that are not dense")
         return _run(self, cell, directions, context)
 
 
@@ -142,10 +136,12 @@ class FusedConfig(NamedTuple):
         may_project_first = self.one_product and not self.layer_norm and options.hoist_inputs is not False
         sizes = self.sizes._replace(batch_size=batch_size)
         layout = choose_layout(sizes, self.dtype, self.accum_dtype, order, may_project_first=may_project_first)
-        hoist_inputs = layout.hoist_inputs if options.hoist_inputs is None else options.hoist_inputs
+        hoist_inputs = options.hoist_inputs
+        if hoist_inputs is None:  # the small products of batch-major steps cost more beside a normalized sum
+            hoist_inputs = layout.hoist_inputs or (self.layer_norm and layout.order == "batch")
         return replace(
             layout,
-            hoist_inputs=hoist_inputs or self.layer_norm or not self.dense,
+            hoist_inputs=hoist_inputs or not self.dense,
             chunk_size=options.chunk_size or layout.chunk_size,
             bitcast=layout.bitcast and not self.differentiable,
         )
@@ -368,7 +364,7 @@ def _forward(
 
 def _loop_weights(config: FusedConfig, layout: Layout, weights: Weights) -> Any:
     """Returns the matrices of the product in each step."""
-    if not layout.hoist_inputs and config.one_product:
+    if not layout.hoist_inputs and config.one_product and not config.layer_norm:
         return layout.prepare_both(weights.w_x, weights.w_h)
     return layout.prepare(weights.w_h) if config.dense else weights.w_h
 
@@ -414,7 +410,8 @@ def _forward_step(
     x = inputs_t.x if layout.bitcast and not layout.hoist_inputs else layout.from_batch_major(inputs_t.x)
     z_h = None
     if weights.norm is not None:
-        z, z_h = x, _dot_hidden(config, layout, loop_weights, state.h)
+        z = x if layout.hoist_inputs else layout.dot(layout.prepare(weights.w_x), layout.unpack(x))
+        z_h = _dot_hidden(config, layout, loop_weights, state.h)
     elif not config.one_product:
         if layout.hoist_inputs:
             b = late_bias(config.cell, weights, layout.accum_dtype)

@@ -82,11 +82,15 @@ def test_fused_one_row_equals_scan(configuration):
     parity.assert_close(derivatives("fused"), derivatives("scan"), jnp.float64, 10 * parity.num_terms(case))
 
 
+SLOW_CONFIGURATIONS = ("remat", "rnn", "all options of a layer", "layer norm peephole bidirectional", "layer norm rnn")
+
+
 @pytest.mark.parametrize(
     "configuration",
     [
         "learned state",
-        *(pytest.param(name, marks=pytest.mark.slow) for name in ("remat", "rnn", "all options of a layer")),
+        "layer norm",
+        *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW_CONFIGURATIONS),
     ],
 )
 @pytest.mark.parametrize(
@@ -94,8 +98,6 @@ def test_fused_one_row_equals_scan(configuration):
     [("feature", False, None), ("feature", True, 3), ("batch", False, 2)],
 )
 def test_fused_in_every_layout_equals_oracle(configuration, order, hoist_inputs, chunk_size):
-    if cases.network(configuration).layer_norm:
-        hoist_inputs = None  # always hoisted
     parity.check_outputs_and_gradients(configuration, "everything", Fused(order, hoist_inputs, chunk_size))
 
 
