@@ -107,12 +107,13 @@ def list_candidates(lstm: RNN, xs_shape: tuple[int, ...], *, training: bool, exp
 def _fused_options(lstm: RNN, xs_shape: tuple[int, ...], *, training: bool) -> tuple[list[Fused], list[Fused]]:
     """Returns the fused backend in each layout, first the default one, and with all options."""
     sizes = LayerSizes(math.prod(xs_shape[1:-1]), lstm.input_size, lstm.hidden_size)
-    is_hoisted = lstm.num_heads > 1 or unsupported_form(lstm.resolved_cell) is not None
-    may_project_first = not is_hoisted and not lstm.layer_norm
-    layout = choose_layout(sizes, lstm.output_dtype, lstm.state_dtype, may_project_first=may_project_first)
-    hoists_first = layout.hoist_inputs or (lstm.layer_norm and layout.order == "batch")
+    cell = lstm.resolved_cell
+    is_hoisted = lstm.num_heads > 1 or cell.recurrent != "dense" or not cell.slabs_reading("h")
+    may_project_first = not is_hoisted and unsupported_form(cell) is None
+    rules = {"may_project_first": may_project_first, "layer_norm": lstm.layer_norm}
+    layout = choose_layout(sizes, lstm.output_dtype, lstm.state_dtype, **rules)
     orders = _distinct((layout.order, *ORDERS))
-    hoisting = (True,) if is_hoisted else (hoists_first, not hoists_first)  # otherwise it refuses
+    hoisting = (True,) if is_hoisted else (layout.hoist_inputs, not layout.hoist_inputs)  # otherwise it refuses
     chunk_sizes = (layout.chunk_size, *CHUNK_SIZES) if training else (layout.chunk_size,)
     chunk_sizes = _distinct_up_to(_chunk_steps(lstm, xs_shape), chunk_sizes)
     layouts = [Fused(*each, layout.chunk_size) for each in itertools.product(orders, hoisting)]

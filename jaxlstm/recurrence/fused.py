@@ -133,12 +133,13 @@ class FusedConfig(NamedTuple):
         """Returns the layout for a batch size."""
         options = self.options
         order = options.order or (None if self.dense else "batch")
-        may_project_first = self.one_product and not self.layer_norm and options.hoist_inputs is not False
+        rules = {
+            "may_project_first": self.one_product and options.hoist_inputs is not False,
+            "layer_norm": self.layer_norm,
+        }
         sizes = self.sizes._replace(batch_size=batch_size)
-        layout = choose_layout(sizes, self.dtype, self.accum_dtype, order, may_project_first=may_project_first)
-        hoist_inputs = options.hoist_inputs
-        if hoist_inputs is None:  # the small products of batch-major steps cost more beside a normalized sum
-            hoist_inputs = layout.hoist_inputs or (self.layer_norm and layout.order == "batch")
+        layout = choose_layout(sizes, self.dtype, self.accum_dtype, order, **rules)
+        hoist_inputs = layout.hoist_inputs if options.hoist_inputs is None else options.hoist_inputs
         return replace(
             layout,
             hoist_inputs=hoist_inputs or not self.dense,

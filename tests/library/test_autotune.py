@@ -240,14 +240,14 @@ def test_candidates_begin_with_the_default_and_have_no_duplicates():
     assert "tensor_parallel" in groups.excluded
 
 
-@pytest.mark.parametrize("options", [{}, {"layer_norm": True}])
+@pytest.mark.parametrize("options", [{}, {"layer_norm": True}, {"cell": "gru"}, {"cell": "gru", "layer_norm": True}])
 def test_default_candidate_is_the_program_of_the_default(options):
     def program(implementation):
-        lstm = jaxlstm.LSTM(3, 5, implementation=implementation, **options)
+        lstm = jaxlstm.RNN(3, 5, implementation=implementation, **{"cell": "lstm"} | options)
         gradient = jax.jit(jax.grad(lambda params, xs: lstm(params, xs)[0].sum()))
         return gradient.lower(lstm.param_shapes(), jax.ShapeDtypeStruct((9, 4, 3), jnp.float32)).as_text()
 
-    groups, _ = all_candidates(jaxlstm.LSTM(3, 5, **options), (9, 4, 3))
+    groups, _ = all_candidates(jaxlstm.RNN(3, 5, **{"cell": "lstm"} | options), (9, 4, 3))
     default = groups.always[0].implementation
     assert program(default) == program("fused") == program(None)
     assert program(replace(default, order="feature")) != program("fused")
@@ -272,13 +272,17 @@ def test_candidates_leave_out_options_without_effect():
     assert groups.excluded["newton"] == "experimental"
 
 
-@pytest.mark.parametrize(("cell", "options"), [("gru", {}), ("lstm", {"heads": 5}), ("ea", {"static_size": 2})])
+@pytest.mark.parametrize(
+    ("cell", "options"),
+    [("gru", {}), ("lstm", {"heads": 5}), ("ea", {"static_size": 2}), ("minlstm", {}), ("indrnn", {})],
+)
 def test_candidates_of_every_cell_begin_with_a_default_that_runs(cell, options):
-    """At this shape the layout of an LSTM multiplies x and h together, which these cells cannot."""
+    """At this shape the layout of an LSTM multiplies x inside the loop, which block-diagonal weights refuse."""
     assert not choose_layout(LayerSizes(4, 3, 5), jnp.dtype("float32"), jnp.dtype("float32")).hoist_inputs
     groups, candidates = all_candidates(jaxlstm.RNN(3, 5, cell=cell, **options))
     assert isinstance(groups.always[0].implementation, Fused)
-    assert all(each.implementation.hoist_inputs for each in candidates if isinstance(each.implementation, Fused))
+    hoists = {each.implementation.hoist_inputs for each in candidates if isinstance(each.implementation, Fused)}
+    assert hoists == ({False, True} if cell in ("gru", "ea") else {True})
 
 
 def test_candidates_contain_the_backend_of_the_network():

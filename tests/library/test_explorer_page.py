@@ -197,6 +197,21 @@ def test_page_strips_show_the_values_of_the_steps(page, trace_and_page):
     assert step_and_unit(page) == (25 + 7, 3)
 
 
+def test_page_strips_of_narrow_columns_are_one_area(page):
+    page.select_option("#span", str(NUM_STEPS))
+    page.set_viewport_size({"width": 390, "height": 800})
+    settle(page)
+    opacity = page.evaluate(
+        """([left, right]) => {
+          const canvas = document.querySelectorAll("#strips canvas")[1];
+          const bottom = canvas.getContext("2d").getImageData(left, 55, canvas.width - left - right, 1).data;
+          return bottom.filter((_, n) => n % 4 === 3);
+        }""",
+        [LEFT + 1, MARGINS - LEFT + 1],
+    )
+    assert min(opacity) == 255
+
+
 def test_page_brush_finds_the_windows_of_most_active_units(page, trace_and_page):
     """The best window and its share are computed here from the recorded cell states."""
     first, last = 40, 42
@@ -367,7 +382,7 @@ def test_page_shows_moments_without_numbers_as_gaps(browser, tmp_path):
     for gate in side["gates"].values():
         gate["quantiles"] = [None] * 5
     side |= {"time_constants": [None] * 5, "gradient": [None] * 3, "elementwise": [None] * 3}
-    rows = [lost | {"step": 0}, training_row(10), lost]
+    rows = [lost | {"step": 0}, training_row(10), lost | {"step": 200_000}]
     lstm = jaxlstm.LSTM(2, 3)
     path = tmp_path / "page.html"
     page = diagnostics.explore(lstm, lstm.init(jax.random.key(0)), jnp.ones((4, 2)), training=rows)
@@ -391,6 +406,12 @@ def test_page_shows_moments_without_numbers_as_gaps(browser, tmp_path):
         *([name, "–", "–", "–", "2.0%", "–"] for name in "ifo"),
         ["time constant", "–", "–", "–"],
     ]
+    edges = opened.eval_on_selector_all(
+        "#history canvas",
+        """canvases => canvases.flatMap((c) => [0, c.width - 1].flatMap((x) =>
+          [...c.getContext("2d").getImageData(x, 0, 1, c.height).data]))""",
+    )
+    assert not any(edges)  # no label is cut
     *gates, constants, _ = ink()
     assert all(5 * 4 < count < 5 * 40 for count in gates)  # five points
     assert 4 * 4 < constants < 4 * 40  # the fifth is infinite, above the panel

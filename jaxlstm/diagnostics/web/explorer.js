@@ -77,10 +77,11 @@ function gradient(step, before) {
   return back >= 0 && back < gradientReach() ? data.gradients[step * gradientReach() + back] * data.gradientScale[step] : 0;
 }
 
+const gradients = (step) => Array.from({ length: numSteps }, (_, before) => gradient(step, before));
+
 // From 0 at 10^-DECADES times the largest gradient of the step, to 1 at the largest.
 function gradientShades(step) {
-  const norms = Array.from({ length: numSteps }, (_, s) => gradient(step, s));
-  const largest = Math.max(...norms);
+  const norms = gradients(step), largest = Math.max(...norms);
   return norms.map((g) => (g > 0 ? clamp(1 + Math.log10(g / largest) / DECADES, 0, 1) : 0));
 }
 
@@ -288,8 +289,9 @@ function drawMap() {
 
 // ---- Charts
 
-const powerOfTen = (x) => "10" + [...String(Math.round(Math.log10(x)))].map((c) => "⁰¹²³⁴⁵⁶⁷⁸⁹"[c] ?? "⁻").join("");
+const powerOfTen = (exponent) => "10" + [...String(exponent)].map((c) => "⁰¹²³⁴⁵⁶⁷⁸⁹"[c] ?? "⁻").join("");
 
+// Indices of the values without neighbors, which no line shows.
 const isolated = (plot, n) => plot.data[n].flatMap((x, at, all) => (x !== null && (all[at - 1] ?? all[at + 1] ?? null) === null ? [at] : []));
 const STEP_INTERVALS = [1, 10, 100, 1e3, 1e4, 1e5, 1e6, 1e7].flatMap((n) => [n, 2 * n, 5 * n]); // between ticks
 
@@ -341,13 +343,13 @@ const STRIPS = {
     return { title: "surprise of each prediction, nats", values: stepsInView().map((t) => data.surprise[t]), range: [0, high], ticks: [0, high / 2, high] };
   },
   gradients() {
-    const { step } = current(), norms = Array.from({ length: numSteps }, (_, t) => gradient(step, t));
+    const { step } = current(), norms = gradients(step);
     const high = norms.reduce((a, b) => Math.max(a, b), 0) || 1, low = high * 10 ** -DECADES;
     const title = `gradient of step ${step}’s loss, ${gradientReach()} steps back`;
     return { title, values: stepsInView().map((t) => norms[t] || null), range: [low, high], ticks: [low, Math.sqrt(low * high), high] };
   },
 };
-const stepsInView = () => Array.from({ length: Math.min(view.span, numSteps) }, (_, n) => view.first + n);
+const stepsInView = () => Array.from({ length: layout().steps }, (_, n) => view.first + n);
 
 const hasBars = () => layout().cell >= 4; // else the values are drawn as one area
 
@@ -355,7 +357,7 @@ function startStrips() {
   const names = Object.keys(STRIPS).filter((name) => name === "unit" || name in data);
   const separate = uPlot.paths.bars({ size: [1, Infinity, 1], gap: 1 }), joined = uPlot.paths.stepped({ align: 1 });
   const bars = { fill: () => css("--ink"), width: 0, paths: (...options) => (hasBars() ? separate : joined)(...options) };
-  const xRange = () => [view.first - 0.5, view.first + Math.min(view.span, numSteps) - 0.5];
+  const xRange = () => [view.first - 0.5, view.first + layout().steps - 0.5];
   strips = names.map((name, n) => {
     const isLast = n === names.length - 1;
     const options = { height: isLast ? 84 : 64, right: MARGIN.right, xRange, xTicks: isLast, log: name === "gradients", series: [bars], draw: drawMarks };
@@ -600,9 +602,9 @@ function panels() {
     result.push({ title: "time constants, steps", data: [trained, ...columns(drawn)], log: true, ...decades });
   }
   const curves = [...rows.map((row) => sideOf(row).gradient), now.gradient, now.elementwise];
-  const data = [head.training.steps, ...curves.map((norms) => norms.map((x) => x || null))]; // a logarithm has no zero
+  const norms = [head.training.steps, ...curves.map((curve) => curve.map((x) => x || null))]; // a logarithm has no zero
   const decades = wholeDecades(rows.flatMap((row) => [sideOf(row).gradient, sideOf(row).elementwise]).flat(), 12);
-  result.push({ title: "gradient by step; dashed: without W_h", data, log: true, ...decades });
+  result.push({ title: "gradient by step; dashed: without W_h", data: norms, log: true, ...decades });
   return result;
 }
 
@@ -616,7 +618,7 @@ function wholeDecades(numbers, most = Infinity) {
     if (low === high) high += 1;
   }
   const middle = Math.round((low + high) / 2), exponents = [...new Set([low, middle, high])];
-  return { range: [10 ** low, 10 ** high], ticks: exponents.map((n) => [10 ** n, powerOfTen(10 ** n)]) };
+  return { range: [10 ** low, 10 ** high], ticks: exponents.map((n) => [10 ** n, powerOfTen(n)]) };
 }
 
 function drawTraining() {
