@@ -109,9 +109,13 @@ def _fused_options(lstm: RNN, xs_shape: tuple[int, ...], *, training: bool) -> t
     sizes = LayerSizes(math.prod(xs_shape[1:-1]), lstm.input_size, lstm.hidden_size)
     cell = lstm.resolved_cell
     is_hoisted = lstm.num_heads > 1 or cell.recurrent != "dense" or not cell.slabs_reading("h")
-    may_project_first = not is_hoisted and unsupported_form(cell) is None
-    rules = {"may_project_first": may_project_first, "layer_norm": lstm.layer_norm}
-    layout = choose_layout(sizes, lstm.output_dtype, lstm.state_dtype, **rules)
+    layout = choose_layout(
+        sizes,
+        lstm.output_dtype,
+        lstm.state_dtype,
+        may_project_first=not is_hoisted and unsupported_form(cell) is None,
+        layer_norm=lstm.layer_norm,
+    )
     orders = _distinct((layout.order, *ORDERS))
     hoisting = (True,) if is_hoisted else (layout.hoist_inputs, not layout.hoist_inputs)  # otherwise it refuses
     chunk_sizes = (layout.chunk_size, *CHUNK_SIZES) if training else (layout.chunk_size,)

@@ -133,12 +133,15 @@ class FusedConfig(NamedTuple):
         """Returns the layout for a batch size."""
         options = self.options
         order = options.order or (None if self.dense else "batch")
-        rules = {
-            "may_project_first": self.one_product and options.hoist_inputs is not False,
-            "layer_norm": self.layer_norm,
-        }
         sizes = self.sizes._replace(batch_size=batch_size)
-        layout = choose_layout(sizes, self.dtype, self.accum_dtype, order, **rules)
+        layout = choose_layout(
+            sizes,
+            self.dtype,
+            self.accum_dtype,
+            order,
+            may_project_first=self.one_product and options.hoist_inputs is not False,
+            layer_norm=self.layer_norm,
+        )
         hoist_inputs = layout.hoist_inputs if options.hoist_inputs is None else options.hoist_inputs
         return replace(
             layout,
