@@ -101,7 +101,10 @@ class Fused:
           ValueError: while tracing, for ``hoist_inputs=False`` with recurrent weights that are not dense.
         """
         if self.hoist_inputs is False and not has_dense_recurrence(cell, directions[0].weights):
-            raise ValueError("Fused(hoist_inputs=False) does not support recurrent weights that are not dense")
+            raise ValueError(
+                "Fused(hoist_inputs=False) does not support recurrent weights that are not dense; expected "
+                "hoist_inputs=True or None"
+            )
         return _run(self, cell, directions, context)
 
 

@@ -382,7 +382,7 @@ def test_page_shows_moments_without_numbers_as_gaps(browser, tmp_path):
     for gate in side["gates"].values():
         gate["quantiles"] = [None] * 5
     side |= {"time_constants": [None] * 5, "gradient": [None] * 3, "elementwise": [None] * 3}
-    rows = [lost | {"step": 0}, training_row(10), lost | {"step": 200_000}]
+    rows = [lost | {"step": 0}, training_row(10), lost | {"step": 200_000_000}]
     lstm = jaxlstm.LSTM(2, 3)
     path = tmp_path / "page.html"
     page = diagnostics.explore(lstm, lstm.init(jax.random.key(0)), jnp.ones((4, 2)), training=rows)

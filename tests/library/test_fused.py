@@ -106,6 +106,19 @@ def test_fused_in_every_layout_equals_oracle(configuration, order, hoist_inputs,
 
 @pytest.mark.skipif(jax.default_backend() != "cpu", reason="the layout differs on other platforms")
 @pytest.mark.parametrize(
+    ("sizes", "order", "is_hoisted"),
+    [((32, 64, 640), "feature", False), ((32, 64, 100), "batch", True), ((3, 640, 100), "batch", True)],
+)
+def test_choose_layout_hoists_normalized_inputs_of_batch_major_loops(sizes, order, is_hoisted):
+    chosen = choose_layout(LayerSizes(*sizes), FLOAT32, FLOAT32, layer_norm=True)
+    assert (chosen.order, chosen.hoist_inputs) == (order, is_hoisted)
+    narrow = LayerSizes(3, 400, 50)
+    assert choose_layout(narrow, FLOAT32, FLOAT32).project_first
+    assert not choose_layout(narrow, FLOAT32, FLOAT32, layer_norm=True).project_first
+
+
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="the layout differs on other platforms")
+@pytest.mark.parametrize(
     ("sizes", "is_first", "is_hoisted"),
     [
         ((32, 384, 64), True, True),
